@@ -1,0 +1,1 @@
+"""Looking on: everything here reads events and counters, and changes nothing."""
