@@ -1,0 +1,267 @@
+"""The extent allocator of one memory tier. Pure bookkeeping: it never touches the bytes.
+
+[Note: Two ends]
+Held blocks grow from the low end, everything else is placed at the high end of the smallest hole that takes it, so that
+what cannot move gathers on one side. What fragmentation remains is mended by moving unleased extents (`plan_compaction`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from sortedcontainers import SortedDict, SortedList
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Move the extent at `source` to `target`, both byte offsets; the ranges may overlap."""
+
+    source: int
+    target: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Compaction:
+    """Moves, to be carried out in order, that leave the one hole `[hole, hole + hole_bytes)`."""
+
+    moves: tuple[Move, ...]
+    hole: int
+    hole_bytes: int
+
+
+class Arena:
+    """Hands out extents of `[0, capacity_bytes)`. Sizes are multiples of the caller's alignment. Not thread-safe.
+
+    Attributes:
+        capacity_bytes: Length of the arena.
+        free_bytes: Bytes in no extent.
+        peak_bytes: The most that was ever allocated at once.
+    """
+
+    def __init__(self, capacity_bytes: int) -> None:
+        self.capacity_bytes = capacity_bytes
+        self.free_bytes = capacity_bytes
+        self.peak_bytes = 0
+        self._extents: SortedDict[int, int] = SortedDict()  # offset -> bytes
+        self._holes: SortedDict[int, int] = SortedDict()  # offset -> bytes
+        self._by_size: SortedList[tuple[int, int]] = SortedList()  # (bytes, offset)
+        if capacity_bytes:
+            self._add_hole(0, capacity_bytes)
+
+    @property
+    def used_bytes(self) -> int:
+        return self.capacity_bytes - self.free_bytes
+
+    @property
+    def largest_hole(self) -> int:
+        """Bytes of the largest extent that `allocate` could hand out."""
+        return self._by_size[-1][0] if self._by_size else 0
+
+    def extents(self) -> Iterator[tuple[int, int]]:
+        """(offset, bytes) of every extent, by offset."""
+        return iter(self._extents.items())
+
+    def allocate(self, nbytes: int, *, low: bool = False) -> int | None:
+        """Take an extent; None when no single hole is large enough.
+
+        Args:
+            nbytes: Its length, at least 1.
+            low: Place it as low as possible (held blocks) instead of at the high end of the best hole.
+        """
+        if nbytes > self.largest_hole:
+            return None
+        if low:
+            offset = next(start for start, length in self._holes.items() if length >= nbytes)
+            hole_bytes = self._take_hole(offset)
+            if hole_bytes > nbytes:
+                self._add_hole(offset + nbytes, hole_bytes - nbytes)
+        else:
+            hole_bytes, start = self._by_size[self._by_size.bisect_left((nbytes, 0))]
+            self._take_hole(start)
+            offset = start + hole_bytes - nbytes
+            if hole_bytes > nbytes:
+                self._add_hole(start, hole_bytes - nbytes)
+        self._extents[offset] = nbytes
+        self.free_bytes -= nbytes
+        self.peak_bytes = max(self.peak_bytes, self.used_bytes)
+        return offset
+
+    def release(self, offset: int) -> None:
+        """Give the extent that begins at `offset` back."""
+        nbytes = self._extents.pop(offset)  # a KeyError here is a double free
+        self.free_bytes += nbytes
+        start, end = offset, offset + nbytes
+        index = self._holes.bisect_left(offset)
+        if index < len(self._holes):
+            after, length = self._holes.peekitem(index)
+            if after == end:
+                self._take_hole(after)
+                end += length
+        if index > 0:
+            before, length = self._holes.peekitem(index - 1)
+            if before + length == start:
+                self._take_hole(before)
+                start = before
+        self._add_hole(start, end - start)
+
+    def plan_compaction(self, nbytes: int, movable: Callable[[int], bool]) -> Compaction | None:
+        """The cheapest moves found that leave a hole of at least `nbytes`; None when no moves can. Moves nothing.
+
+        Args:
+            nbytes: Wanted length.
+            movable: Whether the extent at this offset may be moved.
+        """
+        if nbytes > self.free_bytes:
+            return None
+        regions = self._regions(movable)
+        best: tuple[int, int, int, int] | None = None  # cost, region, first, last
+        for number, region in enumerate(regions):
+            for first, last, cost in _cheapest_runs(region, nbytes):
+                if best is None or cost < best[0]:
+                    best = (cost, number, first, last)
+        if best is not None:
+            _, number, first, last = best
+            return _slide(regions[number][first : last + 1], ())
+        return self._plan_relocation(nbytes, regions)
+
+    def apply(self, plan: Compaction) -> None:
+        """Book a compaction: every moved extent at its new place, and the hole as one extent of its own.
+
+        The hole is not free until `release(plan.hole)`, which the caller does once the bytes have really moved.
+        """
+        for move in plan.moves:
+            del self._extents[move.source]
+        for move in plan.moves:
+            self._extents[move.target] = move.nbytes
+        self._extents[plan.hole] = plan.hole_bytes
+        self._holes.clear()
+        self._by_size.clear()
+        self.free_bytes = self.capacity_bytes
+        position = 0
+        for offset, length in self._extents.items():
+            if offset > position:
+                self._add_hole(position, offset - position)
+            position = offset + length
+            self.free_bytes -= length
+        if position < self.capacity_bytes:
+            self._add_hole(position, self.capacity_bytes - position)
+
+    def _add_hole(self, offset: int, nbytes: int) -> None:
+        self._holes[offset] = nbytes
+        self._by_size.add((nbytes, offset))
+
+    def _take_hole(self, offset: int) -> int:
+        nbytes: int = self._holes.pop(offset)
+        self._by_size.remove((nbytes, offset))
+        return nbytes
+
+    def _regions(self, movable: Callable[[int], bool]) -> list[list[_Piece]]:
+        """Maximal stretches without immovable extents, each as pieces in address order."""
+        pieces = [_Piece(offset, length, False) for offset, length in self._holes.items()]
+        pieces += [_Piece(offset, length, True) for offset, length in self._extents.items()]
+        pieces.sort(key=lambda piece: piece.offset)
+        regions: list[list[_Piece]] = [[]]
+        for piece in pieces:
+            if piece.taken and not movable(piece.offset):
+                regions.append([])
+            else:
+                regions[-1].append(piece)
+        return [region for region in regions if region]
+
+    def _plan_relocation(self, nbytes: int, regions: list[list[_Piece]]) -> Compaction | None:
+        """No region has enough free space of its own: move extents out of one into holes elsewhere."""
+        order = sorted(range(len(regions)), key=lambda index: -sum(piece.nbytes for piece in regions[index] if not piece.taken))
+        for number in order:
+            region = regions[number]
+            missing = nbytes - sum(piece.nbytes for piece in region if not piece.taken)
+            holes = [(piece.nbytes, piece.offset) for other, pieces in enumerate(regions) if other != number for piece in pieces if not piece.taken]
+            out: list[Move] = []
+            for piece in sorted((piece for piece in region if piece.taken), key=lambda piece: -piece.nbytes):
+                if missing <= 0:
+                    break
+                fitting = min((hole for hole in holes if hole[0] >= piece.nbytes), default=None)
+                if fitting is None:
+                    continue
+                holes.remove(fitting)
+                if fitting[0] > piece.nbytes:
+                    holes.append((fitting[0] - piece.nbytes, fitting[1] + piece.nbytes))
+                out.append(Move(piece.offset, fitting[1], piece.nbytes))
+                missing -= piece.nbytes
+            if missing <= 0:
+                return _slide(region, out)
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    offset: int
+    nbytes: int
+    taken: bool
+
+
+def _cheapest_runs(region: Sequence[_Piece], nbytes: int) -> Iterator[tuple[int, int, int]]:
+    """(first, last, bytes to move) of each minimal run of pieces whose holes together hold `nbytes`."""
+    first = free = cost = 0
+    for last, piece in enumerate(region):
+        if piece.taken:
+            cost += piece.nbytes
+            continue
+        free += piece.nbytes
+        while free >= nbytes:
+            yield first, last, cost
+            if region[first].taken:
+                cost -= region[first].nbytes
+            else:
+                free -= region[first].nbytes
+            first += 1
+
+
+def _slide(run: Sequence[_Piece], out: Sequence[Move]) -> Compaction:
+    """Move `out` away, then slide what is left of the run to its low end, so that one hole remains at the high end."""
+    gone = {move.source for move in out}
+    position = run[0].offset
+    moves = list(out)
+    for piece in run:
+        if not piece.taken or piece.offset in gone:
+            continue
+        if piece.offset != position:
+            moves.append(Move(piece.offset, position, piece.nbytes))
+        position += piece.nbytes
+    end = run[-1].offset + run[-1].nbytes
+    return Compaction(tuple(moves), position, end - position)
+
+
+def pack(gaps: Sequence[int], sizes: Sequence[int], *, effort: int = 20_000) -> bool:
+    """Whether extents of `sizes` can be placed into gaps of the given lengths, whatever else is moved.
+
+    Exact up to `effort` steps of search (largest first, equal gaps tried once), beyond which the answer is no.
+    """
+    left = sorted((size for size in sizes if size), reverse=True)
+    room = sorted(gaps)
+    if sum(left) > sum(room):
+        return False
+    if len(room) <= 1:
+        return True
+    steps = 0
+
+    def place(index: int) -> bool:
+        nonlocal steps
+        if index == len(left):
+            return True
+        tried: set[int] = set()
+        for gap in sorted(range(len(room)), key=lambda gap: room[gap]):
+            if room[gap] < left[index] or room[gap] in tried:
+                continue
+            steps += 1
+            if steps > effort:
+                return False
+            tried.add(room[gap])
+            room[gap] -= left[index]
+            if place(index + 1):
+                return True
+            room[gap] += left[index]
+        return False
+
+    return place(0)

@@ -1,0 +1,611 @@
+"""Where blocks are, and how room is made for them: the half of the scheduler that knows extents, links and the policy.
+
+Pure: it books what it decides at once and hands out orders; the engine carries them out and reports back. All calls come
+from under the store's lock.
+
+[Note: Progress]
+Room on the device can always be made, because a dirty copy can always leave: its write-back lands in RAM, and RAM makes
+room for it by dropping clean copies and writing dirty ones to NVMe straight from where they are. Nothing in RAM waits for
+the device, as a demanded block takes its extent on the device before it is read into a RAM that is full. What blocks this
+is only what is bounded by its nature: transfers under way, and held blocks, which `check_hold` keeps from filling RAM.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+
+from tierstore.arena import Arena, pack
+from tierstore.catalog import BlockId
+from tierstore.clock import Clock
+from tierstore.errors import CapacityError
+from tierstore.policies.base import Policy
+from tierstore.requests import LINK_OF, Action, Order, Record
+from tierstore.residency import Event, State, Tier
+from tierstore.trace import Kind, Link
+
+MEMORY_TIERS = (Tier.GPU, Tier.RAM)
+SCAN = 32
+"""Expected accesses looked at per call of `look_ahead`: bounds the time under the lock."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What may be under way at once on one link. At least one transfer always may."""
+
+    max_bytes: int = 256 << 20
+    max_orders: int = 8
+
+
+class Placement:
+    """Extents and transfers of all blocks.
+
+    Args:
+        gpu_bytes, ram_bytes: Capacities of the arenas.
+        has_nvme: Whether there is a tier below RAM.
+        policy: Ranks victims; not yet bound.
+        seconds_per_byte: Planning rates, per link.
+        limits: What may be in flight, per link.
+        clock: Stamps orders.
+    """
+
+    def __init__(
+        self,
+        *,
+        gpu_bytes: int,
+        ram_bytes: int,
+        has_nvme: bool,
+        policy: Policy,
+        seconds_per_byte: Mapping[Link, float],
+        limits: Mapping[Link, Limits],
+        clock: Clock,
+    ) -> None:
+        self.records: dict[BlockId, Record] = {}
+        self.leased: dict[BlockId, Record] = {}
+        self.held: dict[BlockId, Record] = {}
+        self.save_failed: dict[BlockId, Record] = {}
+        self.arenas = {Tier.GPU: Arena(gpu_bytes), Tier.RAM: Arena(ram_bytes)}
+        self.has_nvme = has_nvme
+        self.policy = policy
+        self.orders: list[Order] = []
+        self.flying: dict[int, Order] = {}
+        self.evictions = {Tier.GPU: 0, Tier.RAM: 0}
+        self.ram_hits = 0
+        self.ram_misses = 0
+        self.compactions = 0
+        self._seconds_per_byte = seconds_per_byte
+        self._limits = limits
+        self._clock = clock
+        self._flying_bytes = dict.fromkeys(Link, 0)
+        self._flying_orders = dict.fromkeys(Link, 0)
+        self._at: dict[Tier, dict[int, Record]] = {Tier.GPU: {}, Tier.RAM: {}}
+        self._stale: dict[BlockId, Record] = {}
+        self._cursor = {Tier.GPU: 0, Tier.RAM: 0}
+        self._cursor_epoch = -1
+        self._numbers = itertools.count()
+        policy.bind(self)
+
+    # -- what a policy may ask (policies.base.View) ----------------------------------------------------------------------
+
+    def nbytes(self, block: BlockId) -> int:
+        return self.records[block].nbytes
+
+    def is_dirty(self, block: BlockId, tier: Tier) -> bool:
+        return self.records[block].copy(tier).state in (State.DIRTY, State.SAVING)
+
+    def is_writable(self, block: BlockId) -> bool:
+        return not self.records[block].block.frozen
+
+    def is_valid(self, block: BlockId, tier: Tier) -> bool:
+        return tier in self.records[block].tiers
+
+    def capacity_bytes(self, tier: Tier) -> int:
+        return self.arenas[tier].capacity_bytes
+
+    def load_cost(self, block: BlockId, tier: Tier) -> float:
+        record = self.records[block]
+        if tier is Tier.RAM:
+            return record.nbytes * self._seconds_per_byte[Link.NVME_READ]
+        cost = record.nbytes * self._seconds_per_byte[Link.H2D]
+        if self.has_nvme and record.ram.state in (State.ABSENT, State.RESERVED):
+            cost += record.nbytes * self._seconds_per_byte[Link.NVME_READ]
+        return cost
+
+    def save_cost(self, block: BlockId, tier: Tier) -> float:
+        return self.records[block].nbytes * self._seconds_per_byte[Link.D2H if tier is Tier.GPU else Link.NVME_WRITE]
+
+    @property
+    def gpu_bytes(self) -> int:
+        """Bytes of extents on the device."""
+        return self.arenas[Tier.GPU].used_bytes
+
+    # -- blocks and their extents ----------------------------------------------------------------------------------------
+
+    def add(self, record: Record) -> None:
+        self.records[record.id] = record
+
+    def remove(self, record: Record) -> None:
+        """Forget a block; its copies are discarded. Nothing may be under way for it."""
+        for tier in MEMORY_TIERS:
+            if record.copy(tier).state is not State.ABSENT:
+                self.discard(record, tier)
+        self.save_failed.pop(record.id, None)
+        del self.records[record.id]
+
+    def reserve(self, record: Record, tier: Tier, offset: int) -> None:
+        copy = record.copy(tier)
+        copy.apply(Event.RESERVE)
+        copy.offset = offset
+        self._at[tier][offset] = record
+
+    def start_load(self, record: Record, tier: Tier) -> None:
+        """Bytes are about to arrive in the extent that `reserve` gave, or in the stale one."""
+        copy = record.copy(tier)
+        if copy.state is State.STALE:
+            self._stale.pop(record.id, None)
+        copy.apply(Event.LOAD)
+        self.policy.admitted(record.id, tier)
+
+    def drop(self, record: Record, tier: Tier, event: Event = Event.DROP) -> None:
+        """Give the extent back; the bytes are elsewhere (DROP) or unwanted (DISCARD)."""
+        copy = record.copy(tier)
+        if copy.state is State.STALE:
+            self._stale.pop(record.id, None)
+        elif copy.state is not State.RESERVED:
+            self.policy.removed(record.id, tier)
+            self._forget_prefetched(record, tier)
+        copy.apply(event)
+        del self._at[tier][copy.offset]
+        self.arenas[tier].release(copy.offset)
+        copy.offset = -1
+
+    def discard(self, record: Record, tier: Tier) -> None:
+        self.drop(record, tier, Event.DISCARD)
+
+    def supersede_ram(self, record: Record) -> None:
+        """The block was written on the device: what RAM holds is out of date, its extent waits for the write-back."""
+        if record.ram.valid:
+            record.ram.apply(Event.SUPERSEDE)
+            self.policy.removed(record.id, Tier.RAM)
+            self._stale[record.id] = record
+
+    def finish_make(self, record: Record, tier: Tier) -> None:
+        """A `put` has filled the extent on `tier` that `start_load` announced."""
+        lowest = tier is Tier.RAM and not self.has_nvme
+        record.copy(tier).apply(Event.LOADED if lowest else Event.CREATED)
+        if tier is Tier.GPU and not self.has_nvme:  # its home in RAM waits for the first write-back
+            record.ram.apply(Event.LOAD)
+            record.ram.apply(Event.OUTDATED)
+            self._stale[record.id] = record
+
+    def revive_ram(self, record: Record, event: Event) -> None:
+        """The host wrote RAM's copy in place."""
+        if record.ram.state is State.STALE:
+            self._stale.pop(record.id, None)
+            self.policy.admitted(record.id, Tier.RAM)
+        record.ram.apply(event)
+
+    def _forget_prefetched(self, record: Record, tier: Tier) -> None:
+        """A block that left must be looked at again before its next use."""
+        self._cursor[tier] = int(min(self._cursor[tier], self.policy.next_use(record.id)))
+
+    # -- room ------------------------------------------------------------------------------------------------------------
+
+    def room(
+        self,
+        tier: Tier,
+        nbytes: int,
+        *,
+        protect: Collection[Record] = (),
+        before: float | None = None,
+        low: bool = False,
+    ) -> int | None:
+        """An extent of `nbytes` on `tier`, or None when it is not there yet (or will not be, see `idle`).
+
+        Decides what to evict: drops clean copies at once, orders write-backs of dirty ones, moves extents together when
+        enough is free but scattered.
+
+        Args:
+            tier: GPU or RAM.
+            nbytes: Wanted length.
+            protect: Records not to evict.
+            before: For a prefetch, the position at which the block is needed: nothing needed sooner is evicted for it.
+            low: Place at the low end (held blocks).
+        """
+        arena = self.arenas[tier]
+        target = nbytes
+        while True:
+            offset = arena.allocate(nbytes, low=low)
+            if offset is not None:
+                return offset
+            coming, acted = self._evict(tier, target, protect, before)
+            if acted:
+                continue
+            if coming:
+                return None
+            if arena.free_bytes >= nbytes:
+                if any(order.action is Action.COMPACT and order.tier is tier for order in self.flying.values()):
+                    return None
+                if self._compact(tier, nbytes):
+                    return None
+                target = arena.free_bytes + 1  # scattered between what cannot move: evict more
+                coming, acted = self._evict(tier, target, protect, before)
+                if acted:
+                    continue
+            return None
+
+    def _evict(self, tier: Tier, target: int, protect: Collection[Record], before: float | None) -> tuple[bool, bool]:
+        """Start evictions until `target` bytes are free or coming. Returns (something is on its way, something was dropped)."""
+        arena = self.arenas[tier]
+        missing = target - arena.free_bytes
+        drops: list[Record] = []
+        saves: list[Record] = []
+        coming = False
+        too_soon = 0
+        if missing > 0:
+            for number in self.policy.victims(tier):
+                record = self.records[number]
+                copy = record.copy(tier)
+                if not self._evictable(record, tier) or record in protect:
+                    continue
+                if before is not None and self.policy.next_use(number) <= before:
+                    too_soon += 1
+                    if too_soon == SCAN:
+                        break
+                    continue
+                if copy.state is State.SAVING or copy.readers:
+                    coming = True
+                elif copy.state is State.CLEAN:
+                    drops.append(record)
+                elif copy.state is State.DIRTY and record.save_error is None:
+                    saves.append(record)
+                else:
+                    continue
+                missing -= record.nbytes
+                if missing <= 0:
+                    break
+        if missing > 0 and tier is Tier.RAM and before is None and self.has_nvme:
+            for record in self._stale.values():
+                if record.ram.settled and record not in protect:
+                    drops.append(record)
+                    missing -= record.nbytes
+                    if missing <= 0:
+                        break
+        for record in drops:
+            self.drop(record, tier)
+            self.evictions[tier] += 1
+        for record in saves:
+            if self.save(record, tier, Kind.WRITE_BACK):
+                coming = True
+            elif self.flying:
+                coming = True  # the link below is full: its next completion comes back here
+        return coming, bool(drops)
+
+    def _evictable(self, record: Record, tier: Tier) -> bool:
+        copy = record.copy(tier)
+        if record.locked or record.hold is tier or copy.moving or copy.state is State.LOADING:
+            return False
+        if tier is Tier.GPU:
+            return not record.leased
+        return self.has_nvme
+
+    def _compact(self, tier: Tier, nbytes: int) -> bool:
+        at = self._at[tier]
+
+        def movable(offset: int) -> bool:
+            record = at.get(offset)
+            if record is None or record.locked or (tier is Tier.GPU and record.leased):
+                return False
+            return record.copy(tier).settled
+
+        plan = self.arenas[tier].plan_compaction(nbytes, movable)
+        if plan is None:
+            return False
+        moved = [(at.pop(move.source), move) for move in plan.moves]
+        for record, move in moved:
+            at[move.target] = record
+            copy = record.copy(tier)
+            copy.offset, copy.moving = move.target, True
+        self.arenas[tier].apply(plan)
+        self.compactions += 1
+        self._order(
+            Action.COMPACT,
+            Kind.DEMAND,
+            sum(move.nbytes for move in plan.moves),
+            tier=tier,
+            moves=tuple((record, move.source, move.target) for record, move in moved),
+            hole=plan.hole,
+        )
+        return True
+
+    # -- transfers -------------------------------------------------------------------------------------------------------
+
+    def bring(self, record: Record, kind: Kind, *, protect: Collection[Record] = (), before: float | None = None) -> bool:
+        """Do what can be done now to get the block onto the device. False: room is missing there."""
+        gpu = record.gpu
+        if gpu.valid or gpu.state is State.LOADING:
+            return True
+        if kind is Kind.PREFETCH and not record.ram.valid:
+            return self.fetch(record, kind, protect=protect, before=before)
+        if gpu.state is State.ABSENT:
+            if kind is Kind.PREFETCH and not self.link_free(Link.H2D):
+                return False
+            offset = self.room(Tier.GPU, record.nbytes, protect=protect, before=before, low=record.hold is Tier.GPU)
+            if offset is not None:
+                self.reserve(record, Tier.GPU, offset)
+        if record.ram.valid:
+            if gpu.state is State.RESERVED and not record.ram.moving and self.link_free(Link.H2D):
+                self._load(record, kind)
+        else:
+            self.fetch(record, kind, protect=protect, before=before)
+        return gpu.state is not State.ABSENT
+
+    def _load(self, record: Record, kind: Kind) -> None:
+        self.start_load(record, Tier.GPU)
+        record.ram.readers += 1
+        if not record.read_for_load:
+            self.ram_hits += 1
+        record.read_for_load = False
+        self.policy.touched(record.id, Tier.RAM)
+        self._order(Action.H2D, kind, record.nbytes, record=record)
+
+    def fetch(self, record: Record, kind: Kind, *, protect: Collection[Record] = (), before: float | None = None) -> bool:
+        """Order the block from NVMe into RAM, if it is not there. False: room or a place on the link is missing."""
+        ram = record.ram
+        if ram.valid or ram.state is State.LOADING:
+            return True
+        if record.gpu.valid and record.nvme_version != record.version:
+            return self.save(record, Tier.GPU, kind)
+        if not ram.settled or record.nvme_writing or not self.link_free(Link.NVME_READ):
+            return False
+        if ram.state is State.ABSENT:
+            offset = self.room(Tier.RAM, record.nbytes, protect=protect, before=before, low=record.hold is Tier.RAM)
+            if offset is None:
+                return False
+            self.reserve(record, Tier.RAM, offset)
+        if record.nvme_version != record.version:
+            raise AssertionError(f"no tier holds version {record.version} of block {record.block.name!r}")
+        self.start_load(record, Tier.RAM)
+        record.read_for_load = True
+        self.ram_misses += 1
+        self._order(Action.READ, kind, record.nbytes, record=record)
+        return True
+
+    def save(self, record: Record, tier: Tier, kind: Kind) -> bool:
+        """Order the copy on `tier` written to the tier below. False: room or a place on the link is missing."""
+        if tier is Tier.RAM:
+            return self._save_ram(record, kind)
+        ram = record.ram
+        if not self.link_free(Link.D2H) or not ram.settled or record.gpu.moving:
+            return False
+        if record.gpu.state is State.CLEAN:
+            return True
+        if ram.state is State.ABSENT:
+            offset = self.room(Tier.RAM, record.nbytes, low=record.hold is Tier.RAM)
+            if offset is None:
+                return False
+            self.reserve(record, Tier.RAM, offset)
+        self.start_load(record, Tier.RAM)
+        record.gpu.apply(Event.SAVE)
+        record.gpu.readers += 1
+        self._order(Action.D2H, kind, record.nbytes, record=record)
+        return True
+
+    def _save_ram(self, record: Record, kind: Kind) -> bool:
+        ram = record.ram
+        if record.nvme_writing or ram.moving or not self.link_free(Link.NVME_WRITE):
+            return False
+        ram.apply(Event.SAVE)
+        ram.readers += 1
+        record.nvme_writing = True
+        self._order(Action.WRITE, kind, record.nbytes, record=record)
+        return True
+
+    def save_down(self, record: Record, kind: Kind) -> bool:
+        """One step of the newest copy towards the lowest tier. False: the link or the room for it is taken."""
+        if record.locked:
+            return True
+        if record.gpu.state is State.DIRTY:
+            return record.writer is not None or self.save(record, Tier.GPU, kind)
+        if self.has_nvme and record.ram.state is State.DIRTY and not record.nvme_writing:
+            return self.save(record, Tier.RAM, kind)
+        return True
+
+    def link_free(self, link: Link) -> bool:
+        limits = self._limits[link]
+        orders = self._flying_orders[link]
+        return orders == 0 or (orders < limits.max_orders and self._flying_bytes[link] < limits.max_bytes)
+
+    def _order(self, action: Action, kind: Kind, nbytes: int, *, record: Record | None = None, **details: object) -> None:
+        order = Order(next(self._numbers), action, kind, nbytes, self._clock.now_ns(), record, **details)  # type: ignore[arg-type]
+        if record is not None:
+            order.offset_gpu, order.offset_ram, order.version = record.gpu.offset, record.ram.offset, record.version
+            link = LINK_OF[action]
+            self._flying_bytes[link] += nbytes
+            self._flying_orders[link] += 1
+        self.flying[order.number] = order
+        self.orders.append(order)
+
+    # -- the engine's reports --------------------------------------------------------------------------------------------
+
+    def ordered(self, order: Order) -> None:
+        """Device work that follows will see the order done. Called once, before or together with `done`."""
+        record = order.record
+        if order.action is Action.H2D:
+            assert record is not None
+            record.gpu.apply(Event.LOADED)
+        elif order.action is Action.D2H:
+            assert record is not None
+            record.gpu.readers -= 1
+            if record.gpu.state is State.SAVING:
+                record.gpu.apply(Event.SAVED)
+        elif order.tier is Tier.GPU:
+            self._settle_moves(order)
+
+    def done(self, order: Order) -> None:
+        """The bytes have landed, and the host may reuse the source."""
+        self._landed(order)
+        record = order.record
+        if order.action is Action.H2D:
+            assert record is not None
+            record.ram.readers -= 1
+        elif order.action is Action.D2H:
+            assert record is not None
+            if order.version != record.version:
+                record.ram.apply(Event.OUTDATED)
+                self.policy.removed(record.id, Tier.RAM)
+                self._stale[record.id] = record
+            else:
+                record.ram.apply(Event.CREATED if self.has_nvme and record.nvme_version != record.version else Event.LOADED)
+        elif order.action is Action.READ:
+            assert record is not None
+            record.ram.apply(Event.LOADED)
+        elif order.action is Action.WRITE:
+            assert record is not None
+            record.ram.readers -= 1
+            record.nvme_writing = False
+            record.nvme_version = order.version
+            if order.version == record.version and record.ram.state is State.SAVING:
+                record.ram.apply(Event.SAVED)
+        elif order.tier is Tier.RAM:
+            self._settle_moves(order)
+
+    def failed(self, order: Order, error: BaseException) -> None:
+        """The order was not carried out; the newest copy is where it was. `ordered` was not called."""
+        self._landed(order)
+        record = order.record
+        if record is None:
+            self._settle_moves(order)
+            return
+        if order.action in (Action.H2D, Action.READ):
+            tier = Tier.GPU if order.action is Action.H2D else Tier.RAM
+            if order.action is Action.H2D:
+                record.ram.readers -= 1
+            record.load_error = error
+            self._load_failed(record, tier)
+        elif order.action is Action.D2H:
+            record.gpu.readers -= 1
+            self._save_failed(record, error)
+            if record.gpu.state is State.SAVING:
+                record.gpu.apply(Event.SAVE_FAILED)
+            self._load_failed(record, Tier.RAM)
+        else:
+            record.ram.readers -= 1
+            record.nvme_writing = False
+            self._save_failed(record, error)
+            if record.ram.state is State.SAVING:
+                record.ram.apply(Event.SAVE_FAILED)
+
+    def _save_failed(self, record: Record, error: BaseException) -> None:
+        record.save_error = error
+        self.save_failed[record.id] = record
+
+    def forgive(self) -> None:
+        """Somebody asks again: what failed to be written back may be tried again."""
+        for record in self.save_failed.values():
+            record.save_error = None
+        self.save_failed.clear()
+
+    def _load_failed(self, record: Record, tier: Tier) -> None:
+        copy = record.copy(tier)
+        copy.apply(Event.LOAD_FAILED)
+        self.policy.removed(record.id, tier)
+        if tier is Tier.RAM and not self.has_nvme:
+            # without NVMe the RAM extent is the block's home: it stays for the next write-back
+            copy.apply(Event.LOAD)
+            copy.apply(Event.OUTDATED)
+            self._stale[record.id] = record
+        else:
+            self.drop(record, tier)
+
+    def _landed(self, order: Order) -> None:
+        del self.flying[order.number]
+        if order.record is not None:
+            link = LINK_OF[order.action]
+            self._flying_bytes[link] -= order.nbytes
+            self._flying_orders[link] -= 1
+
+    def _settle_moves(self, order: Order) -> None:
+        if order.hole < 0 or order.tier is None:
+            return
+        for record, _, _ in order.moves:
+            record.copy(order.tier).moving = False
+        self.arenas[order.tier].release(order.hole)
+        order.hole = -1
+
+    # -- ahead of need ---------------------------------------------------------------------------------------------------
+
+    def look_ahead(self, now: int, protect: Collection[Record]) -> bool:
+        """Order what the policy expects next. Returns True when it stopped only to let others at the lock."""
+        if self._cursor_epoch != self.policy.epoch:
+            self._cursor_epoch = self.policy.epoch
+            self._cursor = dict.fromkeys(self._cursor, now)
+        again = False
+        for tier in MEMORY_TIERS if self.has_nvme else (Tier.GPU,):
+            position = max(self._cursor[tier], now)
+            for _ in range(SCAN):
+                number = self.policy.expected(position)
+                if number is None:
+                    break
+                record = self.records.get(number)
+                if record is not None and not self._prefetch(record, tier, position, protect):
+                    break
+                position += 1
+            else:
+                again = True
+            self._cursor[tier] = position
+        return again
+
+    def _prefetch(self, record: Record, tier: Tier, position: int, protect: Collection[Record]) -> bool:
+        """Bring what is missing on `tier`; False: not now."""
+        if record.gpu.valid or record.gpu.state is State.LOADING or record.locked or record.vacating:
+            return True
+        if record.load_error is not None:
+            return True
+        if tier is Tier.GPU:
+            if not record.ram.valid or record.ram.moving:
+                return False
+            return self.bring(record, Kind.PREFETCH, protect=protect, before=position) and record.gpu.state is State.LOADING
+        return self.fetch(record, Kind.PREFETCH, protect=protect, before=position)
+
+    # -- what fits -------------------------------------------------------------------------------------------------------
+
+    def fits(self, records: Collection[Record], fixed: Callable[[Record], bool]) -> bool:
+        """Whether `records` fit on the device beside those leased records that are `fixed`.
+
+        Everything else may move or be evicted, but held blocks stay.
+        """
+        staying = [record for record in self.leased.values() if record.gpu.offset >= 0 and fixed(record)]
+        inside = {record.id for record in staying}
+        gaps, position = [], 0
+        for offset, nbytes in sorted((record.gpu.offset, record.nbytes) for record in staying):
+            gaps.append(offset - position)
+            position = offset + nbytes
+        gaps.append(self.arenas[Tier.GPU].capacity_bytes - position)
+        wanted = {record.id: record.nbytes for record in records if record.id not in inside}
+        wanted |= {record.id: record.nbytes for record in self.held.values() if record.hold is Tier.GPU and record.id not in inside}
+        return pack(gaps, list(wanted.values()))
+
+    def check_hold(self, record: Record, tier: Tier) -> None:
+        """Refuse a hold that would leave too little room for the other blocks to move through.
+
+        Raises:
+            CapacityError: `tier` cannot hold it beside what is held there.
+        """
+        if tier is Tier.NVME:
+            return
+        held = sum(other.nbytes for other in self.held.values() if other.hold is tier and other is not record) + record.nbytes
+        largest = 0
+        if tier is Tier.RAM and self.has_nvme:
+            largest = max((other.nbytes for other in self.records.values() if other.hold is not tier and other is not record), default=0)
+        capacity = self.arenas[tier].capacity_bytes
+        if held + largest > capacity:
+            raise CapacityError(
+                f"block {record.block.name!r} cannot be held on tier {tier.value!r}",
+                need=f"{held} bytes held and {largest} for the largest other block to pass through",
+                have=f"{capacity} bytes",
+                remedy=f"unhold() another block or raise {tier.value}=",
+                block=record.block.name,
+                tier=tier.value,
+            )

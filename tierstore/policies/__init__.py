@@ -1,0 +1,49 @@
+"""Replacement policies, and the registry that finds them by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import entry_points
+
+from tierstore.errors import OptionError
+from tierstore.policies.base import Policy, PolicyBase, View
+from tierstore.policies.lookahead import Lookahead
+from tierstore.policies.lru import Lru
+from tierstore.policies.static import Static
+
+GROUP = "tierstore.policies"
+"""Entry-point group in which packages register a policy class or factory under a name."""
+
+_OURS: dict[str, Callable[[], Policy]] = {"lru": Lru, "lookahead": Lookahead, "static": Static}
+
+__all__ = ["GROUP", "Lookahead", "Lru", "Policy", "PolicyBase", "Static", "View", "available", "resolve"]
+
+
+def available() -> list[str]:
+    """Names that `policy=` accepts, ours and those of installed packages."""
+    return sorted({*_OURS, *(point.name for point in entry_points(group=GROUP))})
+
+
+def resolve(policy: str | Policy | type) -> Policy:
+    """The policy object for a name, a class or an object with the protocol.
+
+    Raises:
+        OptionError: An unknown name, or an object that lacks part of the protocol.
+    """
+    if isinstance(policy, str):
+        if policy in _OURS:
+            return _OURS[policy]()
+        for point in entry_points(group=GROUP):
+            if point.name == policy:
+                return resolve(point.load())
+        raise OptionError(f"unknown policy {policy!r}", need=f"one of {', '.join(available())}", remedy="name one of these, or pass an object")
+    made = policy() if isinstance(policy, type) else policy
+    if not isinstance(made, Policy):
+        missing = [name for name in _PROTOCOL if not hasattr(made, name)]
+        raise OptionError(
+            f"policy {made!r} does not have the policy protocol", need=", ".join(missing), remedy="inherit from tierstore.policies.PolicyBase"
+        )
+    return made
+
+
+_PROTOCOL = ("bind", "accessed", "touched", "admitted", "removed", "victims", "next_use", "expected", "epoch")

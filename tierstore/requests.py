@@ -1,0 +1,240 @@
+"""What callers ask of the scheduler, what the scheduler asks of the engine, and what it keeps about each block. Pure data."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from enum import Enum
+
+from tierstore.catalog import Block, BlockId
+from tierstore.residency import VALID, Event, State, Tier, step
+from tierstore.trace import Kind, Link
+
+Owner = Hashable
+"""Who holds a lease: a thread, or an asyncio task."""
+
+
+class Copy:
+    """One tier's copy of one block.
+
+    Attributes:
+        state: Where it stands in `residency.NEXT`.
+        offset: Its extent in the tier's arena, -1 without one.
+        readers: Transfers and host reads under way that read the extent. It is not overwritten, moved or freed meanwhile.
+        moving: The bytes are being moved to `offset` by a compaction.
+    """
+
+    __slots__ = ("moving", "offset", "readers", "state")
+
+    def __init__(self) -> None:
+        self.state = State.ABSENT
+        self.offset = -1
+        self.readers = 0
+        self.moving = False
+
+    def apply(self, event: Event) -> None:
+        self.state = step(self.state, event)
+
+    @property
+    def valid(self) -> bool:
+        return self.state in VALID
+
+    @property
+    def settled(self) -> bool:
+        """No transfer touches it."""
+        return self.readers == 0 and not self.moving and self.state is not State.LOADING
+
+
+class Record:
+    """All the scheduler knows of one block.
+
+    Attributes:
+        version: Counts the times the block was written; the newest content has this number.
+        nvme_version: Version of the shard's content, -1 without one.
+        nvme_writing: A write of this block to NVMe is under way.
+        readers: Read leases per owner. writer, writer_depth: the write lease.
+        born: Its `put` has finished.
+        locked: A `put`, `write` or `delete` works on the bytes from the host; no transfer may start.
+        hold: The tier it was ordered to stay on.
+        commit_pending: Must reach NVMe for a commit before it may be written again.
+        load_error, save_error: Why the last transfer failed; cleared when somebody asks again.
+    """
+
+    __slots__ = (
+        "block",
+        "born",
+        "commit_pending",
+        "gpu",
+        "hold",
+        "id",
+        "load_error",
+        "locked",
+        "nvme_version",
+        "nvme_writing",
+        "ram",
+        "read_for_load",
+        "readers",
+        "save_error",
+        "vacating",
+        "version",
+        "writer",
+        "writer_depth",
+    )
+
+    def __init__(self, number: BlockId, block: Block) -> None:
+        self.id = number
+        self.block = block
+        self.version = 0
+        self.nvme_version = -1
+        self.nvme_writing = False
+        self.gpu = Copy()
+        self.ram = Copy()
+        self.readers: dict[Owner, int] = {}
+        self.writer: Owner | None = None
+        self.writer_depth = 0
+        self.born = False
+        self.locked = False
+        self.hold: Tier | None = None
+        self.commit_pending = 0
+        self.load_error: BaseException | None = None
+        self.save_error: BaseException | None = None
+        self.read_for_load = False
+        self.vacating = False
+
+    def copy(self, tier: Tier) -> Copy:
+        return self.gpu if tier is Tier.GPU else self.ram
+
+    @property
+    def nbytes(self) -> int:
+        return self.block.nbytes
+
+    @property
+    def leased(self) -> bool:
+        return bool(self.readers) or self.writer is not None
+
+    @property
+    def tiers(self) -> tuple[Tier, ...]:
+        """Tiers that hold the newest content."""
+        found = [tier for tier in (Tier.GPU, Tier.RAM) if self.copy(tier).valid]
+        if self.nvme_version == self.version:
+            found.append(Tier.NVME)
+        return tuple(found)
+
+
+class Action(Enum):
+    """What an order has the engine do."""
+
+    H2D = "h2d"
+    D2H = "d2h"
+    READ = "nvme_read"
+    WRITE = "nvme_write"
+    COMPACT = "compact"
+
+
+LINK_OF = {Action.H2D: Link.H2D, Action.D2H: Link.D2H, Action.READ: Link.NVME_READ, Action.WRITE: Link.NVME_WRITE}
+
+
+@dataclass(eq=False, slots=True)
+class Order:
+    """One thing for the engine to carry out.
+
+    Attributes:
+        offset_gpu, offset_ram: Extents concerned, -1 where none.
+        version: Content that moves.
+        moves: For COMPACT: (record, source, target) in the order to carry them out.
+        hole: For COMPACT: the extent that becomes free at the end.
+    """
+
+    number: int
+    action: Action
+    kind: Kind
+    nbytes: int
+    queued_ns: int
+    record: Record | None = None
+    offset_gpu: int = -1
+    offset_ram: int = -1
+    version: int = -1
+    tier: Tier | None = None
+    moves: tuple[tuple[Record, int, int], ...] = ()
+    hole: int = -1
+
+
+@dataclass(eq=False)
+class Request:
+    """Something a caller waits for. The scheduler resolves it once: `error` is None for success.
+
+    Attributes:
+        sequence: Order of arrival.
+        owner: Who asked; the leases it already holds are fixed while it waits.
+        records: The blocks concerned.
+        cause: What it waited for last, as in `WaitEvent.cause`.
+    """
+
+    owner: Owner
+    records: tuple[Record, ...]
+    sequence: int = 0
+    cause: str = "space"
+    resolved: bool = False
+    error: BaseException | None = None
+    queued_ns: int = 0
+
+
+@dataclass(eq=False)
+class Use(Request):
+    """Lease blocks on the device, all or none."""
+
+    writes: frozenset[int] = frozenset()
+    lease: Lease | None = None
+
+
+@dataclass(eq=False)
+class Place(Request):
+    """Bring a block to a tier to be held there."""
+
+    tier: Tier = Tier.GPU
+
+
+@dataclass(eq=False)
+class Vacate(Request):
+    """Take a block off the device and out of RAM. In the background: given up as soon as somebody wants the block."""
+
+    background: bool = False
+
+
+@dataclass(eq=False)
+class Make(Request):
+    """An extent for a new block on `tier`; the caller fills it."""
+
+    tier: Tier = Tier.RAM
+
+
+@dataclass(eq=False)
+class HostAccess(Request):
+    """Read or replace a block's bytes from the host, where they are; or remove it."""
+
+    write: bool = False
+    lease: Lease | None = None
+
+
+@dataclass(eq=False)
+class Save(Request):
+    """Bring every dirty block to the lowest tier.
+
+    Attributes:
+        commit: It is a commit: the blocks are those of one instant at which nobody held a write lease.
+        started: That instant has come.
+        pending: Blocks still to be saved, and the version of each.
+    """
+
+    commit: bool = False
+    started: bool = False
+    pending: dict[Record, int] = field(default_factory=dict)
+
+
+@dataclass(eq=False, slots=True)
+class Lease:
+    """What a granted `Use` gave."""
+
+    owner: Owner
+    records: tuple[Record, ...]
+    writes: frozenset[int]

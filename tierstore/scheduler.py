@@ -1,0 +1,682 @@
+"""What to load, evict, move and write back next, and who may use what. Pure: no torch, no asyncio, no I/O.
+
+The scheduler is a function of its state and of events (requests, releases, the engine's reports) to orders and resolved
+requests. `advance` decides; it books every decision at once, so no order it hands out can be stale when it is carried out.
+
+[Note: Who goes first]
+Requests are served in order of arrival, except that owners who already hold leases come before those who hold none: others
+wait for what they hold. A request that lacks space keeps later ones from taking any. A later request for the same block
+never overtakes a conflicting earlier one, unless its owner already holds the block. When nothing is under way and nothing can
+be served although every holder of leases would release them when served, the holders wait for one another: the youngest of
+them fails with `DeadlockError`.
+
+[Note: Leases of one owner]
+Owners are threads, or asyncio tasks. Inside its own lease an owner may take any block again: reading inside reading, reading
+or writing inside writing. Writing inside one's own read lease raises, as two owners doing so would wait for each other.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Collection, Iterable
+
+from tierstore.catalog import Block, BlockId
+from tierstore.clock import Clock
+from tierstore.errors import BlockExistsError, BlockNotFoundError, CapacityError, DeadlockError, FrozenError, LeaseError
+from tierstore.placement import Placement
+from tierstore.requests import HostAccess, Lease, Make, Order, Owner, Place, Record, Request, Save, Use, Vacate
+from tierstore.residency import Event, State, Tier
+from tierstore.trace import Kind, Trace
+
+HINT_LIFE = 256
+"""Accesses for which a prefetched hint is kept from being evicted by later hints."""
+
+BURST = 64
+"""Blocks of a commit or flush looked at per call: bounds the time under the lock."""
+
+
+class Scheduler:
+    """Leases, requests and their order; `placement` decides about space.
+
+    Not thread-safe: every call comes from under the store's lock.
+    """
+
+    def __init__(self, placement: Placement, clock: Clock) -> None:
+        self.placement = placement
+        self.trace = Trace()
+        self.names: dict[str, Record] = {}
+        self.hits = 0
+        self.misses = 0
+        self.resolved: list[Request] = []
+        self.waiting: dict[int, Request] = {}
+        self._clock = clock
+        self._sequence = itertools.count()
+        self._ids = itertools.count()
+        self._owned: dict[Owner, dict[Record, int]] = {}
+        self._writes_of: dict[Owner, int] = {}
+        self._accesses: deque[tuple[BlockId, bool]] = deque()
+        self._hints: dict[Record, int] = {}
+        self._hinted: dict[Record, int] = {}
+        self._now = 0
+        self._starved = False
+        self._favourite = -1
+        self._locked: dict[Record, None] = {}
+        self._hosts = 0
+
+    # -- asking ----------------------------------------------------------------------------------------------------------
+
+    def find(self, name: str) -> Record:
+        try:
+            record = self.names[name]
+        except (KeyError, TypeError):
+            near = ", ".join(itertools.islice((repr(known) for known in self.names), 5)) or "no blocks at all"
+            raise BlockNotFoundError(f"no block {name!r}", have=near, remedy="put() it first", block=name) from None
+        return record
+
+    def try_use(self, owner: Owner, records: tuple[Record, ...], writes: frozenset[int]) -> Lease | None:
+        """The fast path: a lease if every block is ready and nobody waits for it; else None.
+
+        Raises:
+            LeaseError, FrozenError: The lease can never be given.
+        """
+        self.check_use(owner, records, writes)
+        if self._stalled and owner not in self._owned:
+            return None
+        for record in records:
+            write = record.id in writes
+            if not self._ready(record, owner, write) or self._conflict(record, owner, write):
+                return None
+        if self.waiting and any(self._contends(request, owner, records, writes) for request in self.waiting.values()):
+            return None
+        return self._grant(owner, records, writes)
+
+    def submit(self, request: Request) -> None:
+        """Queue a request; `advance` serves it.
+
+        Raises:
+            CapacityError: It can never be served.
+        """
+        request.sequence = next(self._sequence)
+        request.queued_ns = self._clock.now_ns()
+        if isinstance(request, Use | Place):
+            self._check_fits(request)
+        for record in request.records:
+            record.load_error = None
+        self.placement.forgive()
+        self.waiting[request.sequence] = request
+
+    def check_use(self, owner: Owner, records: tuple[Record, ...], writes: frozenset[int]) -> None:
+        for record in records:
+            if record.id not in writes:
+                continue
+            if record.block.frozen:
+                raise FrozenError(f"block {record.block.name!r} is frozen", remedy="use it without write=, or put it without frozen=", block=record.block.name)
+            if owner in record.readers and record.writer != owner:
+                raise LeaseError(
+                    f"block {record.block.name!r} is to be written inside a read lease of the same thread or task",
+                    remedy="take the outer lease with write=True",
+                    block=record.block.name,
+                )
+
+    def cancel(self, request: Request) -> None:
+        """Withdraw a request that was not resolved."""
+        if self.waiting.pop(request.sequence, None) is None:
+            return
+        if isinstance(request, Save):
+            self._end_save(request)
+        self._unreserve(request.records)
+        if isinstance(request, Make):
+            self.forget(request.records[0])
+
+    def release(self, lease: Lease) -> None:
+        """End a lease; what it could write is dirty from now on."""
+        owned = self._owned[lease.owner]
+        for record in lease.records:
+            if record.id in lease.writes:
+                record.writer_depth -= 1
+                self._writes_of[lease.owner] -= 1
+                if record.writer_depth == 0:
+                    record.writer = None
+                self._written(record)
+            else:
+                record.readers[lease.owner] -= 1
+                if record.readers[lease.owner] == 0:
+                    del record.readers[lease.owner]
+            if not record.leased:
+                del self.placement.leased[record.id]
+                if record.hold is Tier.NVME and not record.vacating:
+                    self.vacate_later(record)
+            owned[record] -= 1
+            if owned[record] == 0:
+                del owned[record]
+        if not owned:
+            del self._owned[lease.owner]
+        if not self._writes_of.get(lease.owner, 1):
+            del self._writes_of[lease.owner]
+
+    def _written(self, record: Record) -> None:
+        record.version += 1
+        record.gpu.apply(Event.WRITE)
+        self.placement.supersede_ram(record)
+
+    @property
+    def busy(self) -> bool:
+        """Somebody waits, or hints are to be followed."""
+        return bool(self.waiting or self._hints)
+
+    @property
+    def num_unlearned(self) -> int:
+        """Accesses the policy has not been told of."""
+        return len(self._accesses)
+
+    def holds_write(self, owner: Owner) -> bool:
+        return owner in self._writes_of
+
+    def hint(self, records: Iterable[Record]) -> None:
+        """A caller expects to use these soon."""
+        for record in records:
+            record.load_error = None
+            self._hints[record] = self.trace.num_accesses
+
+    def new_record(self, block: Block) -> Record:
+        """Book a name. The caller submits a `Make` next, and `forget`s the record if that fails.
+
+        Raises:
+            BlockExistsError: The name is taken.
+            CapacityError: The block is larger than a tier it must pass through.
+        """
+        if block.name in self.names:
+            raise BlockExistsError(f"block {block.name!r} is already in the store", remedy="delete() it first, or write() new values", block=block.name)
+        for tier, arena in self.placement.arenas.items():
+            held = sum(record.nbytes for record in self.placement.held.values() if record.hold is tier) if tier is Tier.RAM else 0
+            if block.nbytes + held > arena.capacity_bytes:
+                raise CapacityError(
+                    f"block {block.name!r} is larger than tier {tier.value!r}",
+                    need=f"{block.nbytes} bytes",
+                    have=f"{arena.capacity_bytes - held} bytes for blocks",
+                    remedy=f"use smaller blocks or raise {tier.value}=",
+                    block=block.name,
+                    tier=tier.value,
+                )
+        record = Record(BlockId(next(self._ids)), block)
+        record.locked = True
+        self.names[block.name] = record
+        self.placement.add(record)
+        return record
+
+    def recover(self, block: Block) -> Record:
+        """Book a block that the directory already holds."""
+        record = Record(BlockId(next(self._ids)), block)
+        record.born = True
+        record.nvme_version = record.version
+        self.names[block.name] = record
+        self.placement.add(record)
+        return record
+
+    def forget(self, record: Record) -> None:
+        """Remove a block on which nothing is under way."""
+        self.names.pop(record.block.name, None)
+        self._hints.pop(record, None)
+        self._hinted.pop(record, None)
+        self.placement.held.pop(record.id, None)
+        if record.id in self.placement.records:
+            self.placement.remove(record)
+
+    def set_hold(self, record: Record, tier: Tier | None) -> None:
+        record.hold = tier
+        if tier is None:
+            self.placement.held.pop(record.id, None)
+        else:
+            self.placement.held[record.id] = record
+
+    def vacate_later(self, record: Record) -> None:
+        """Empty the upper tiers of a block in the background."""
+        record.vacating = True
+        self.submit(Vacate(owner=("vacate", record.id), records=(record,), background=True))
+
+    # -- deciding --------------------------------------------------------------------------------------------------------
+
+    def advance(self) -> tuple[list[Order], bool]:
+        """Serve what can be served. Returns the orders to carry out, and whether to call again soon."""
+        self._learn()
+        protect = self._serve()
+        num_resolved = 0
+        while num_resolved != len(self.resolved):  # what was granted or refused may let others go on
+            num_resolved = len(self.resolved)
+            protect = self._serve()
+        again = self._serve_hints(protect)
+        if not self._starved:
+            again |= self.placement.look_ahead(self._now, protect)
+        orders, self.placement.orders = self.placement.orders, []
+        return orders, again
+
+    def _learn(self) -> None:
+        """Tell the policy of the accesses since the last call."""
+        policy = self.placement.policy
+        records = self.placement.records
+        while self._accesses:
+            number, write = self._accesses.popleft()
+            self._now += 1
+            policy.accessed(number, write)
+            if number in records:
+                policy.touched(number, Tier.GPU)
+
+    def _serve(self) -> set[Record]:
+        """One pass over the waiting requests. Returns the records they need, which nothing less urgent may evict."""
+        protect: set[Record] = set()
+        claims: list[tuple[Owner, frozenset[int], frozenset[int]]] = []
+        self._starved = False
+        order = sorted(
+            self.waiting.values(),
+            key=lambda request: (request.sequence != self._favourite, request.owner not in self._owned, request.sequence),
+        )
+        for request in order:
+            if isinstance(request, Save):
+                self._serve_save(request)
+                continue
+            reads, writes = _claim(request)
+            blocked = not isinstance(request, Make) and any(
+                self._conflict(record, request.owner, record.id in writes) for record in request.records
+            )
+            blocked = blocked or any(self._behind(request.owner, reads, writes, claim) for claim in claims)
+            claims.append((request.owner, reads, writes))
+            if blocked:
+                request.cause = "lease"
+            elif error := self._failure_of(request):
+                self._resolve(request, error)
+            elif self._stalled and request.owner not in self._owned and isinstance(request, Use):
+                request.cause = "space"
+            elif self._try_serve(request, protect):
+                self._resolve(request, None)
+            else:
+                protect.update(request.records)
+        if self.waiting and not self.placement.flying:
+            self._break_standstill([request for request in order if not request.resolved and not isinstance(request, Save)])
+        return protect
+
+    @property
+    def _stalled(self) -> bool:
+        """A request lacks space and only the release of leases can give it some: nobody new may take leases."""
+        return self._starved and not self.placement.flying
+
+    def _behind(self, owner: Owner, reads: frozenset[int], writes: frozenset[int], claim: tuple[Owner, frozenset[int], frozenset[int]]) -> bool:
+        """Whether an earlier request of somebody else has a claim to one of these blocks that the owner does not hold yet."""
+        other, other_reads, other_writes = claim
+        if other == owner:
+            return False
+        contended = (writes & (other_reads | other_writes)) | (reads & other_writes)
+        return bool(contended) and not self._owns(owner, contended)
+
+    def _failure_of(self, request: Request) -> BaseException | None:
+        for record in request.records:
+            if record.load_error is not None:
+                return record.load_error
+            if record.save_error is not None and isinstance(request, Vacate):
+                return record.save_error
+        return None
+
+    def _try_serve(self, request: Request, protect: set[Record]) -> bool:
+        """Serve a request without conflicts, or do what brings it nearer."""
+        if isinstance(request, Use):
+            if all(self._ready(record, request.owner, record.id in request.writes) for record in request.records):
+                return True
+            self._bring_all(request, protect)
+            return False
+        record = request.records[0]
+        if isinstance(request, Place):
+            return self._serve_place(request, record, protect)
+        if isinstance(request, Vacate):
+            return self._serve_vacate(request, record)
+        if isinstance(request, Make):
+            return self._serve_make(request, record, protect)
+        assert isinstance(request, HostAccess)
+        if request.write:
+            return record.gpu.settled and record.ram.settled and not record.nvme_writing
+        return any(tier is Tier.NVME or not record.copy(tier).moving for tier in record.tiers)
+
+    def _bring_all(self, request: Use, protect: set[Record]) -> None:
+        wanted = protect | set(request.records)
+        for record in request.records:
+            if record.gpu.valid or record.gpu.state is State.LOADING:
+                continue
+            if self._starved and record.gpu.state is State.ABSENT:
+                continue
+            if not record.ram.valid:
+                request.cause = "nvme"
+            if not self.placement.bring(record, Kind.DEMAND, protect=wanted):
+                self._starved = True
+                if request.cause != "nvme":
+                    request.cause = "space"
+
+    def _serve_place(self, request: Place, record: Record, protect: set[Record]) -> bool:
+        if request.tier is Tier.GPU:
+            if record.gpu.valid:
+                return True
+            if not self._starved or record.gpu.state is not State.ABSENT:
+                self._starved |= not self.placement.bring(record, Kind.DEMAND, protect=protect | {record})
+            return False
+        if record.ram.valid:
+            return True
+        if record.writer is None:
+            self.placement.fetch(record, Kind.DEMAND, protect=protect | {record})
+        return False
+
+    def _serve_vacate(self, request: Vacate, record: Record) -> bool:
+        if request.background and (record.leased or any(isinstance(other, Use) and record in other.records for other in self.waiting.values())):
+            return True
+        if record.leased or record.locked:
+            return False
+        placement = self.placement
+        if record.gpu.state is State.DIRTY:
+            placement.save(record, Tier.GPU, Kind.WRITE_BACK)
+        elif record.gpu.state in (State.CLEAN, State.RESERVED) and record.gpu.settled:
+            placement.drop(record, Tier.GPU)
+        if placement.has_nvme and record.gpu.state is State.ABSENT:
+            if record.ram.state is State.DIRTY:
+                placement.save(record, Tier.RAM, Kind.WRITE_BACK)
+            elif record.ram.state in (State.CLEAN, State.STALE, State.RESERVED) and record.ram.settled:
+                placement.drop(record, Tier.RAM)
+        return record.gpu.state is State.ABSENT and (not placement.has_nvme or record.ram.state is State.ABSENT)
+
+    def _serve_make(self, request: Make, record: Record, protect: set[Record]) -> bool:
+        tiers = [request.tier] if request.tier is not Tier.NVME else []
+        if not self.placement.has_nvme and Tier.RAM not in tiers:
+            tiers.append(Tier.RAM)  # without NVMe every block has its home in RAM
+        for tier in tiers:
+            if record.copy(tier).state is State.ABSENT:
+                offset = None if tier is Tier.GPU and self._starved else self.placement.room(tier, record.nbytes, protect=protect)
+                if offset is None:
+                    self._starved |= tier is Tier.GPU
+                    return False
+                self.placement.reserve(record, tier, offset)
+        return True
+
+    # -- commit and flush ------------------------------------------------------------------------------------------------
+
+    def _serve_save(self, request: Save) -> None:
+        if not request.started:
+            if request.commit and (self._locked or any(record.writer is not None for record in self.placement.leased.values())):
+                request.cause = "lease"
+                return
+            request.started = True
+            for record in self.placement.records.values():
+                if record.born and not self._saved(record):
+                    request.pending[record] = record.version
+                    record.commit_pending += request.commit
+        for record in list(itertools.islice(request.pending, BURST)):
+            if self._saved(record) or record.version != request.pending[record] or record.id not in self.placement.records:
+                self.saved_for(request, record)
+            elif record.save_error is not None or record.load_error is not None:
+                error = record.save_error or record.load_error
+                self._resolve(request, error)
+                return
+            elif not self.placement.save_down(record, Kind.WRITE_BACK):
+                break
+        if request.started and not request.pending:
+            self._resolve(request, None)
+
+    def saved_for(self, request: Save, record: Record) -> None:
+        if request.pending.pop(record, None) is not None and request.commit:
+            record.commit_pending -= 1
+
+    def _end_save(self, request: Save) -> None:
+        for record in list(request.pending):
+            self.saved_for(request, record)
+
+    def _saved(self, record: Record) -> bool:
+        """Whether the newest content is on the lowest tier."""
+        if self.placement.has_nvme:
+            return record.nvme_version == record.version
+        return record.gpu.state not in (State.DIRTY, State.SAVING) and record.ram.state is not State.LOADING
+
+    # -- hints -----------------------------------------------------------------------------------------------------------
+
+    def _serve_hints(self, protect: set[Record]) -> bool:
+        if not self._hints and not self._hinted:
+            return False
+        now = self.trace.num_accesses
+        for record in [record for record, position in self._hinted.items() if now - position > HINT_LIFE]:
+            del self._hinted[record]
+        for record in list(itertools.islice(self._hints, BURST)):
+            if record.gpu.valid or record.gpu.state is State.LOADING or record.locked or record.load_error is not None:
+                del self._hints[record]
+                continue
+            if self._starved or record.ram.moving:
+                break
+            self._hinted[record] = self._hints[record]
+            guarded = protect | self._hinted.keys()
+            moved = self.placement.bring(record, Kind.PREFETCH, protect=guarded)
+            if record.gpu.state is State.LOADING:
+                del self._hints[record]
+            elif not moved and not self.placement.flying:
+                del self._hints[record]  # no room beside what was asked for before: a hint may be ignored
+            elif not moved:
+                break
+        return bool(self._hints) and not self.placement.flying and not self._starved and any(
+            record.ram.valid and not record.ram.moving for record in self._hints
+        )
+
+    # -- leases ----------------------------------------------------------------------------------------------------------
+
+    def _ready(self, record: Record, owner: Owner, write: bool) -> bool:
+        gpu = record.gpu
+        if not gpu.valid or gpu.moving or record.locked:
+            return False
+        return not write or gpu.readers == 0 or record.writer == owner
+
+    def _conflict(self, record: Record, owner: Owner, write: bool) -> bool:
+        if record.writer is not None:
+            return record.writer != owner
+        if record.locked:
+            return True
+        if not write:
+            return False
+        if any(reader != owner for reader in record.readers) or record.commit_pending:
+            return True
+        if owner in self._writes_of:
+            return False
+        return any(isinstance(request, Save) and request.commit and not request.started for request in self.waiting.values())
+
+    def _contends(self, request: Request, owner: Owner, records: tuple[Record, ...], writes: frozenset[int]) -> bool:
+        """Whether a waiting request has an earlier claim to one of these blocks."""
+        if isinstance(request, Save) or request.owner == owner:
+            return False
+        _, claimed = _claim(request)
+        for record in records:
+            if (record.id in claimed or (record.id in writes and record in request.records)) and not self._owns(owner, (record.id,)):
+                return True
+        return False
+
+    def _owns(self, owner: Owner, numbers: Collection[int]) -> bool:
+        owned = self._owned.get(owner)
+        return owned is not None and all(self.placement.records[BlockId(number)] in owned for number in numbers)
+
+    def _grant(self, owner: Owner, records: tuple[Record, ...], writes: frozenset[int]) -> Lease:
+        owned = self._owned.setdefault(owner, {})
+        for record in records:
+            write = record.id in writes
+            if write:
+                record.writer = owner
+                record.writer_depth += 1
+                self._writes_of[owner] = self._writes_of.get(owner, 0) + 1
+            else:
+                record.readers[owner] = record.readers.get(owner, 0) + 1
+            self.placement.leased[record.id] = record
+            owned[record] = owned.get(record, 0) + 1
+            self._hinted.pop(record, None)
+        return Lease(owner, records, writes)
+
+    def note_use(self, records: tuple[Record, ...], writes: frozenset[int]) -> None:
+        """Record the accesses of a lease that is being asked for, and where its blocks were found."""
+        for record in records:
+            if record.gpu.valid or record.gpu.state is State.LOADING:
+                found = Tier.GPU
+                self.hits += 1
+            else:
+                found = Tier.RAM if record.ram.valid or record.ram.state is State.LOADING else Tier.NVME
+                self.misses += 1
+            self.trace.append(record.block.name, record.id in writes, found)
+            self._accesses.append((record.id, record.id in writes))
+
+    # -- the ends of requests --------------------------------------------------------------------------------------------
+
+    def _resolve(self, request: Request, error: BaseException | None) -> None:
+        del self.waiting[request.sequence]
+        request.resolved = True
+        request.error = error
+        self.resolved.append(request)
+        if isinstance(request, Vacate):
+            request.records[0].vacating = False
+        if isinstance(request, Save):
+            self._end_save(request)
+        if error is not None:
+            self._unreserve(request.records)
+            if isinstance(request, Make):
+                self.forget(request.records[0])
+        elif isinstance(request, Use):
+            request.lease = self._grant(request.owner, request.records, request.writes)
+        elif isinstance(request, HostAccess) and not request.write:
+            request.lease = self._grant(request.owner, request.records, frozenset())
+            self._hosts += 1
+        elif isinstance(request, HostAccess):
+            request.records[0].locked = True
+            self._locked[request.records[0]] = None
+        elif isinstance(request, Make):
+            self._hosts += 1
+
+    def _unreserve(self, records: Iterable[Record]) -> None:
+        for record in records:
+            for tier in (Tier.GPU, Tier.RAM):
+                copy = record.copy(tier)
+                if copy.state is State.RESERVED and copy.settled and not (tier is Tier.RAM and not self.placement.has_nvme):
+                    self.placement.drop(record, tier)
+
+    def host_read_ended(self, request: HostAccess) -> None:
+        """A `read` has copied what it wanted."""
+        assert request.lease is not None
+        self._hosts -= 1
+        self.release(request.lease)
+
+    def host_write_ended(self, record: Record) -> None:
+        """A `write` or `delete` let go of the block."""
+        record.locked = False
+        del self._locked[record]
+
+    def make_ended(self, record: Record, *, filled: bool, on_nvme: bool = False) -> None:
+        """A `put` has filled its extents, or failed to."""
+        self._hosts -= 1
+        record.locked = False
+        if not filled:
+            self.forget(record)
+            return
+        record.born = True
+        if on_nvme:
+            record.nvme_version = record.version
+
+    def _check_fits(self, request: Request) -> None:
+        """Refuse at once what can never be granted, with the caller's own leases and all held blocks as they are."""
+        owned = self._owned.get(request.owner, {})
+        for record in request.records:
+            if record.nbytes > self.placement.arenas[Tier.RAM].capacity_bytes:
+                raise CapacityError(
+                    f"block {record.block.name!r} is larger than tier 'ram', through which it has to pass",
+                    need=f"{record.nbytes} bytes",
+                    have=f"{self.placement.arenas[Tier.RAM].capacity_bytes} bytes for blocks",
+                    remedy="raise ram=",
+                    block=record.block.name,
+                    tier="ram",
+                )
+        capacity = self.placement.arenas[Tier.GPU].capacity_bytes
+        if isinstance(request, Place) and request.tier is not Tier.GPU:
+            return
+        need = sum(record.nbytes for record in request.records if record not in owned)
+        held = sum(record.nbytes for record in self.placement.held.values() if record.hold is Tier.GPU and record not in request.records and record not in owned)
+        if need + held <= capacity and not owned:
+            return
+        if self.placement.fits(request.records, lambda record: record in owned):
+            return
+        have = capacity - held - sum(record.nbytes for record in owned)
+        raise CapacityError(
+            f"tier 'gpu' can never give room to {_names(request.records)}",
+            need=f"{need} bytes" + (" in one piece each" if need <= have else ""),
+            have=f"{have} bytes beside held blocks ({held}) and the caller's own leases ({sum(record.nbytes for record in owned)})",
+            remedy="release a lease, unhold() blocks, use smaller blocks or raise gpu=",
+            tier="gpu",
+        )
+
+    def _break_standstill(self, stuck: list[Request]) -> None:
+        """Nothing is under way and requests wait: serve one out of turn, or fail one that no release of a lease can help."""
+        if not stuck or self.placement.flying:
+            return
+        lacking = next((request for request in stuck if request.cause in ("space", "nvme")), None)
+        if lacking is not None and self.placement.save_failed:
+            self._resolve(lacking, next(iter(self.placement.save_failed.values())).save_error)
+            return
+        holders = [request for request in stuck if request.owner in self._owned]
+        if not holders:
+            if lacking is not None and not self._owned and not self._locked and not self._hosts:
+                self._resolve(lacking, self._scattered(lacking))
+            return
+        now = next((request for request in holders if self._grantable(request, set())), None)
+        if now is not None:
+            if self._favourite != now.sequence:
+                for request in stuck:
+                    self._unreserve(request.records)
+                self._favourite = now.sequence
+                self._serve()
+            return
+        waiting = {request.owner for request in holders}
+        released = {owner for owner in self._owned if owner not in waiting}
+        while helped := next((request for request in holders if self._grantable(request, released)), None):
+            holders.remove(helped)
+            released.add(helped.owner)
+        if holders:
+            victim = max(holders, key=lambda request: request.sequence)
+            self._resolve(
+                victim,
+                DeadlockError(
+                    f"holders of leases wait for one another; the request for {_names(victim.records)} came last",
+                    have=f"{len(holders)} requests in the circle",
+                    remedy="take all blocks in one use(), or release one lease before asking for the next",
+                ),
+            )
+
+    def _scattered(self, request: Request) -> CapacityError:
+        return CapacityError(
+            f"no place for {_names(request.records)}: what is held or under way leaves no hole that is large enough",
+            need=f"{max(record.nbytes for record in request.records)} bytes in one piece",
+            have=", ".join(f"{arena.largest_hole} of {arena.free_bytes} free bytes on {tier.value}" for tier, arena in self.placement.arenas.items()),
+            remedy="unhold() blocks, use smaller blocks or raise the budget",
+        )
+
+    def _grantable(self, request: Request, released: set[Owner]) -> bool:
+        """Whether the request could be served once the owners in `released` hold nothing."""
+
+        def fixed(record: Record) -> bool:
+            return (record.writer is not None and record.writer not in released) or any(owner not in released for owner in record.readers)
+
+        _, writes = _claim(request)
+        for record in request.records:
+            others = {owner for owner in record.readers if owner not in released and owner != request.owner}
+            if record.writer is not None and record.writer not in released and record.writer != request.owner:
+                return False
+            if record.id in writes and others:
+                return False
+        return not isinstance(request, Use | Place) or self.placement.fits(request.records, fixed)
+
+
+def _names(records: tuple[Record, ...]) -> str:
+    return ", ".join(repr(record.block.name) for record in records[:3]) + (" and more" if len(records) > 3 else "")
+
+
+def _claim(request: Request) -> tuple[frozenset[int], frozenset[int]]:
+    """(block ids it reads, block ids it writes or takes exclusively)."""
+    numbers = frozenset(record.id for record in request.records)
+    if isinstance(request, Use):
+        return numbers - request.writes, request.writes
+    if isinstance(request, HostAccess):
+        return (frozenset(), numbers) if request.write else (numbers, frozenset())
+    if isinstance(request, Vacate) and not request.background:
+        return frozenset(), numbers
+    return frozenset(), frozenset()
