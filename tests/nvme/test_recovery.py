@@ -1,0 +1,465 @@
+"""Bad times: killed processes, forks, full and failing drives, damaged directories."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import random
+import signal
+import time
+import warnings
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from tierstore.errors import BusyError, DirectoryError, ShardError, TierFullError, TransferError
+from tierstore.nvme.directory import Directory
+from tierstore.nvme.files import LocalFiles, aligned_buffer
+from tierstore.nvme.shards import Entry, Shard
+
+T = TypeVar("T")
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+
+
+def with_directory(path: str, use: Callable[[Directory], Awaitable[T]], **options: Any) -> T:
+    directory = Directory.open(path, **options)
+
+    async def go() -> T:
+        try:
+            return await use(directory)
+        finally:
+            await directory.close()
+
+    return asyncio.run(go())
+
+
+async def contents(directory: Directory, shard: Shard) -> memoryview:
+    into = aligned_buffer(shard.payload_bytes)
+    await directory.read(shard, into)
+    return into
+
+
+def shard_files(path: str) -> set[str]:
+    return {name for name in os.listdir(path) if name.startswith("block-")}
+
+
+def leave_half_a_manifest(path: str) -> None:
+    Path(path, "manifest-00000099.json.tmp").write_bytes(b'{"format":1,"gen')
+
+
+def in_child(work: Callable[[], None]) -> int:
+    """Run `work` in a forked child and return its wait status."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # forking beside threads: that is what is tested
+        pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    return os.waitpid(pid, 0)[1]
+
+
+@needs_fork
+@pytest.mark.parametrize("portable", [False, True])
+def test_killed_between_commits(swap: str, block_of: Any, payload_of: Any, portable: bool) -> None:
+    block = block_of("w", 16 * 4096)
+
+    def one_life(first: int) -> Callable[[], None]:
+        async def live(directory: Directory) -> None:
+            shard = directory.entries["w"].shard if directory.entries else None
+            for step in range(first, first + 3):
+                old, shard = shard, await directory.write(block, payload_of(block, step), shard)
+                if old is not None and old is not shard:
+                    directory.discard(old)
+                await directory.commit([Entry(block, shard)], step)
+            await directory.write(block, payload_of(block, 99), shard)
+            leave_half_a_manifest(swap)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        return lambda: asyncio.run(live(Directory.open(swap, files=LocalFiles(portable=portable))))
+
+    async def check(directory: Directory) -> None:
+        assert directory.committed is not None
+        assert directory.committed.metadata == life * 10 + 2
+        assert await contents(directory, directory.entries["w"].shard) == payload_of(block, life * 10 + 2)
+        assert len(shard_files(swap)) == len(directory.generations), "left-overs are removed"
+        assert not [name for name in os.listdir(swap) if name.endswith(".tmp")]
+
+    for life in range(3):
+        status = in_child(one_life(life * 10))
+        assert os.WIFSIGNALED(status)
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        assert len(shard_files(swap)) >= 2
+        with_directory(swap, check, files=LocalFiles(portable=portable))
+
+
+@needs_fork
+def test_forked_children_are_harmless(swap: str, block_of: Any, payload_of: Any) -> None:
+    block = block_of()
+
+    async def use(directory: Directory) -> None:
+        shard = await directory.write(block, payload_of(block))
+
+        def child() -> None:
+            directory.forget_in_child()
+            asyncio.run(directory.close())
+            del directory._lock  # as when the object dies with the child
+
+        assert in_child(child) == 0
+        assert shard_files(swap) == {shard.file}
+
+        def intruder() -> None:
+            try:
+                Directory.open(swap)
+            except BusyError as error:
+                assert error.pid == os.getppid()
+                return
+            raise AssertionError("the parent's lock is gone")
+
+        assert in_child(intruder) == 0
+        assert await contents(directory, shard) == payload_of(block)
+        await directory.commit([Entry(block, shard)])
+
+    with_directory(swap, use)
+    with_directory(swap, lambda directory: contents(directory, directory.entries["w"].shard))
+
+
+def busy_life(swap: str, blocks: list[Any], payload_of: Any, said: int, seed: int, portable: bool) -> None:
+    """Write, commit and read at once, for ever; each commit that returned is said through the pipe. Metadata: block to seed."""
+    rng = random.Random(seed)
+
+    async def live(directory: Directory) -> None:
+        shards = {name: entry.shard for name, entry in directory.entries.items()}
+        seeds: dict[str, int] = dict(directory.committed.metadata) if directory.committed is not None else {}
+
+        async def write(block: Any) -> None:
+            value, old = rng.randrange(10**6), shards.get(block.name)
+            shards[block.name] = await directory.write(block, payload_of(block, value), old)
+            seeds[block.name] = value
+            if old is not None and old is not shards[block.name]:
+                directory.discard(old)
+
+        async def commit() -> None:
+            generation = await directory.commit([Entry(block, shards[block.name]) for block in blocks], dict(seeds))
+            os.write(said, b"%d\n" % generation)
+
+        await asyncio.gather(*(write(block) for block in blocks))
+        while True:
+            committing = asyncio.ensure_future(commit())
+            await asyncio.sleep(0)
+            for _ in range(2):
+                await asyncio.gather(*(write(block) for block in rng.sample(blocks, 3)))
+            await committing
+            assert directory.peak_bytes <= directory.limit_bytes
+
+    asyncio.run(live(Directory.open(swap, files=LocalFiles(portable=portable))))
+
+
+@needs_fork
+@pytest.mark.parametrize("portable", [False, True])
+def test_killed_at_any_moment(swap: str, block_of: Any, payload_of: Any, portable: bool) -> None:
+    """Reopening gives the last generation whose commit had returned, or the one in flight: complete, and nothing else."""
+    blocks = [block_of(f"b{number}", (number + 1) * 4096) for number in range(6)]
+    rng = random.Random(portable)
+    last = 0
+
+    async def check(directory: Directory) -> int:
+        if directory.committed is None:
+            return 0
+        for name, entry in directory.entries.items():
+            assert await contents(directory, entry.shard) == payload_of(entry.block, directory.committed.metadata[name])
+        assert len(shard_files(swap)) <= len(blocks) * len(directory.generations), "nothing accumulates"
+        return directory.committed.generation
+
+    for life in range(5):
+        hear, say = os.pipe()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            pid = os.fork()
+        if pid == 0:
+            os.close(hear)
+            try:
+                busy_life(swap, blocks, payload_of, say, life, portable)
+            finally:
+                os._exit(1)
+        os.close(say)
+        time.sleep(rng.uniform(0.02, 0.4))
+        os.kill(pid, signal.SIGKILL)
+        assert os.WIFSIGNALED(os.waitpid(pid, 0)[1]), "the child failed by itself"
+        with os.fdopen(hear) as heard:
+            last = max([last, *map(int, heard)])
+        found = with_directory(swap, check, files=LocalFiles(portable=portable))
+        assert found in (last, last + 1)
+        last = found
+    assert last > 5
+
+
+def filled(swap: str, block_of: Any, payload_of: Any, *, steps: int = 2, **options: Any) -> Any:
+    """A directory with `steps` commits of one block; the metadata is the step, and so is the payload's seed."""
+    block = block_of()
+
+    async def fill(directory: Directory) -> None:
+        shard: Shard | None = None
+        for step in range(steps):
+            old, shard = shard, await directory.write(block, payload_of(block, step), shard)
+            if old is not None:
+                directory.discard(old)
+            await directory.commit([Entry(block, shard)], step)
+
+    with_directory(swap, fill, **options)
+    return block
+
+
+def test_a_damaged_newest_manifest(swap: str, block_of: Any, payload_of: Any, caplog: pytest.LogCaptureFixture) -> None:
+    block = filled(swap, block_of, payload_of, keep=2)
+    newest = Path(swap, "manifest-00000002.json")
+    newest.write_bytes(newest.read_bytes().replace(b'"single":false', b'"single":true '))
+    before = shard_files(swap)
+
+    async def check(directory: Directory) -> None:
+        assert directory.committed is not None
+        assert directory.committed.metadata == 0
+        assert await contents(directory, directory.entries["w"].shard) == payload_of(block, 0)
+        assert directory.generations == (1,)
+
+    with_directory(swap, check)
+    assert "generation 2" in caplog.text
+    assert shard_files(swap) == before, "shards that a damaged manifest may name are not thrown away at once"
+    with pytest.raises(ShardError, match="generation 2 cannot be opened"):
+        Directory.open(swap, generation=2)
+
+    async def go_on(directory: Directory) -> int:
+        return await directory.commit(list(directory.entries.values()), "on")
+
+    assert with_directory(swap, go_on, keep=2) == 3
+    assert len(shard_files(swap)) == 1
+    assert not newest.exists()
+
+
+def test_nothing_but_damage(swap: str, block_of: Any, payload_of: Any) -> None:
+    filled(swap, block_of, payload_of)
+    manifest = Path(swap, "manifest-00000002.json")
+    whole = manifest.read_bytes()
+    files = set(os.listdir(swap))
+    for bad in (whole[:-5], b"", b"\0" * len(whole), whole.replace(b'"format":1', b'"format":2')):
+        manifest.write_bytes(bad)
+        with pytest.raises(ShardError, match="generation 2 cannot be opened"):
+            Directory.open(swap)
+        assert set(os.listdir(swap)) - {"tierstore.pid"} == files
+    manifest.unlink()
+    with pytest.raises(ShardError, match="manifest of generation 2 is missing"):
+        Directory.open(swap)
+    manifest.write_bytes(whole)
+    with_directory(swap, lambda directory: contents(directory, directory.entries["w"].shard))
+
+
+def test_missing_shortened_and_linked_shards(swap: str, tmp_path: Path, block_of: Any, payload_of: Any) -> None:
+    filled(swap, block_of, payload_of)
+    shard = Path(swap, *shard_files(swap))
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1])
+    with pytest.raises(ShardError, match="block 'w'") as caught:
+        Directory.open(swap)
+    assert caught.value.blocks == ("w",)
+    shard.unlink()
+    with pytest.raises(ShardError, match="is missing"):
+        Directory.open(swap)
+    (tmp_path / "elsewhere").write_bytes(whole)
+    shard.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DirectoryError, match="link"):
+        Directory.open(swap)
+    assert (tmp_path / "elsewhere").read_bytes() == whole
+
+
+def test_random_damage_is_never_served(swap: str, block_of: Any, payload_of: Any) -> None:
+    block = filled(swap, block_of, payload_of, steps=3, keep=2)
+    originals = {path: path.read_bytes() for path in Path(swap).iterdir()}
+    rng = random.Random(1)
+
+    async def read_all(directory: Directory) -> None:
+        assert directory.committed is not None
+        assert await contents(directory, directory.entries["w"].shard) == payload_of(block, directory.committed.metadata)
+
+    outcomes = set()
+    for _ in range(150):
+        path = rng.choice([path for path in originals if path.name not in ("tierstore.lock", "tierstore.pid")])
+        data = bytearray(originals[path])
+        if rng.random() < 0.7:
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        else:
+            del data[rng.randrange(len(data)) :]
+        path.write_bytes(data)
+        try:
+            with_directory(swap, read_all, keep=2)
+            outcomes.add("opened")
+        except (ShardError, DirectoryError) as error:
+            outcomes.add(type(error).__name__)
+        for original, content in originals.items():
+            assert original.exists(), f"{original.name} was deleted"
+            if original == path:
+                original.write_bytes(content)
+    assert outcomes >= {"opened", "ShardError"}
+
+
+def test_a_failed_sync_is_never_retried_on_the_same_file(files: Any, swap: str, block_of: Any, payload_of: Any) -> None:
+    block = block_of("w", 3 << 20)
+
+    async def use(directory: Directory) -> None:
+        shard = await directory.write(block, payload_of(block, 1))
+        first = shard.file
+        files.fail("file.sync")
+        with pytest.raises(TransferError, match="syncing block 'w'") as caught:
+            await directory.commit([Entry(block, shard)])
+        assert caught.value.block == "w"
+        assert directory.committed is None
+        assert shard.references == 0
+        assert await contents(directory, shard) == payload_of(block, 1)
+        await directory.commit([Entry(block, shard)])
+        assert shard.file != first
+        assert sum(entry == f"file.sync {first}" for entry in files.log) == 1
+        assert await contents(directory, shard) == payload_of(block, 1)
+        other = await directory.write(block, payload_of(block, 2), shard)
+        files.fail("file.sync")
+        with pytest.raises(TransferError):
+            await directory.commit([Entry(block, other)])
+        assert await directory.write(block, payload_of(block, 3), other) is not other
+
+    with_directory(swap, use, files=files)
+    assert with_directory(swap, lambda directory: contents(directory, directory.entries["w"].shard), files=files) == payload_of(block, 1)
+
+
+CALLS_OF_A_COMMIT = {"save": 2, "sync_directory": 3, "replace": 2}
+
+
+@pytest.mark.parametrize(("operation", "nth"), [(operation, nth) for operation, calls in CALLS_OF_A_COMMIT.items() for nth in range(calls)])
+def test_commits_that_fail_halfway(files: Any, swap: str, block_of: Any, payload_of: Any, operation: str, nth: int) -> None:
+    """Whatever fails, the store goes on, and what recovery finds is a committed state whose shards are intact."""
+    block = block_of()
+
+    async def use(directory: Directory) -> int:
+        shard = await directory.write(block, payload_of(block, 0))
+        await directory.commit([Entry(block, shard)], 0)
+        newest = 0
+        for step in range(1, 5):
+            old, shard = shard, await directory.write(block, payload_of(block, step), shard)
+            if old is not shard:
+                directory.discard(old)
+            if step == 2:
+                fail_later(files, operation, nth)
+            try:
+                await directory.commit([Entry(block, shard)], step)
+                newest = step
+            except TransferError:
+                assert step == 2
+        return newest
+
+    assert with_directory(swap, use, files=files) == 4
+
+    async def check(directory: Directory) -> None:
+        assert directory.committed is not None
+        assert directory.committed.metadata == 4
+        assert await contents(directory, directory.entries["w"].shard) == payload_of(block, 4)
+
+    with_directory(swap, check, files=files)
+    assert len(shard_files(swap)) == (1 if files.syncs_directories else 2)
+
+
+def fail_later(files: Any, operation: str, nth: int) -> None:
+    """Let `operation` fail once, after `nth` further calls."""
+    pass_by = type(files).pass_by
+    left = nth
+
+    def counting(name: str, path: str) -> None:
+        nonlocal left
+        if name == operation:
+            left -= 1
+            if left == -1:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+        pass_by(files, name, path)
+
+    files.pass_by = counting
+
+
+def test_failed_writes_in_place_are_not_trusted(files: Any, swap: str, block_of: Any, payload_of: Any) -> None:
+    block = block_of()
+
+    async def use(directory: Directory) -> None:
+        shard = await directory.write(block, payload_of(block, 1))
+        files.fail("file.write")
+        with pytest.raises(TransferError, match="writing block 'w'"):
+            await directory.write(block, payload_of(block, 2), shard)
+        assert shard.broken
+        newer = await directory.write(block, payload_of(block, 2), shard)
+        assert newer is not shard
+        directory.discard(shard)
+        used = directory.used_bytes
+        files.fail("file.write", errno.ENOSPC)
+        with pytest.raises(TierFullError, match="drive ran full"):
+            await directory.write(block, payload_of(block, 3))
+        await directory.commit([Entry(block, newer)])
+        assert directory.used_bytes <= used
+        files.fail("file.read")
+        with pytest.raises(TransferError, match="reading block 'w'") as caught:
+            await contents(directory, newer)
+        assert caught.value.path == directory.path_of(newer)
+        assert await contents(directory, newer) == payload_of(block, 2)
+
+    with_directory(swap, use, files=files)
+
+
+def test_a_full_drive_costs_only_the_pool(files: Any, swap: str, block_of: Any, payload_of: Any) -> None:
+    block, other = block_of(), block_of("other", 8 * 4096)
+
+    async def use(directory: Directory) -> None:
+        kept = await directory.write(block, payload_of(block))
+        directory.discard(await directory.write(block, payload_of(block)))
+        used = directory.used_bytes
+        files.fail("file.create", errno.ENOSPC)
+        shard = await directory.write(other, payload_of(other))  # after giving up the pooled file
+        assert await contents(directory, shard) == payload_of(other)
+        assert len(shard_files(swap)) == 2
+        files.fail("file.create", errno.ENOSPC)
+        used = directory.used_bytes
+        with pytest.raises(TierFullError) as caught:
+            await directory.write(other, payload_of(other))
+        assert caught.value.remedy
+        assert directory.used_bytes == used
+        await directory.commit([Entry(block, kept), Entry(other, shard)])
+
+    with_directory(swap, use, files=files)
+
+
+def test_the_order_of_a_commit(swap: str, block_of: Any, payload_of: Any, files: Any) -> None:
+    if files.portable:
+        pytest.skip("directories are not synced there")
+    block = block_of()
+
+    async def use(directory: Directory) -> None:
+        shard = await directory.write(block, payload_of(block, 0))
+        await directory.commit([Entry(block, shard)])
+        newer = await directory.write(block, payload_of(block, 1), shard)
+        directory.discard(shard)
+        files.log.clear()
+        await directory.commit([Entry(block, newer)])
+        assert files.log == [
+            f"file.sync {newer.file}",
+            "save manifest-00000002.json.tmp",
+            "sync_directory swap",
+            "replace manifest-00000002.json",
+            "sync_directory swap",
+            "save CURRENT.tmp",
+            "replace CURRENT",
+            "unlink manifest-00000001.json",
+            "unlink manifest-00000001.json.tmp",
+            "sync_directory swap",
+        ]
+        files.log.clear()
+        await directory.commit([Entry(block, newer)])
+        assert not [entry for entry in files.log if entry.startswith("file.")], "what did not change is not synced again"
+
+    with_directory(swap, use, files=files)

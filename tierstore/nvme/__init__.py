@@ -1,0 +1,1 @@
+"""The NVMe tier: a directory of shards that is also the checkpoint."""

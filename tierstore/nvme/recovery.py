@@ -1,0 +1,242 @@
+"""What a directory holds when it is opened, and which generation to go on from.
+
+[Note: Which generation counts]
+The highest whose manifest is there and matches its checksum. `CURRENT` is a hint, used only to say that a commit is missing.
+A manifest appears under its name only after the shards it names are durable, and disappears durably before the first of them
+is rewritten; so a valid manifest means intact shards, however the last process ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from tierstore.errors import DirectoryError, ShardError
+from tierstore.nvme import names
+from tierstore.nvme.files import Files, FileStat
+from tierstore.nvme.manifest import MAX_MANIFEST_BYTES, Manifest, Record, decode_manifest
+from tierstore.nvme.shards import Entry, Shard, io_error
+
+log = logging.getLogger(__name__)
+
+_AT_ONCE = 64
+"""File operations ordered together while surveying."""
+
+
+@dataclass(slots=True)
+class Found:
+    """A directory's contents.
+
+    Attributes:
+        files: Every file and what it is.
+        manifests: The valid ones by generation.
+        damaged: Why each other one cannot be used.
+        manifest_bytes: Length of each manifest file, valid or not.
+        hint: The generation `CURRENT` names.
+    """
+
+    files: dict[str, FileStat] = field(default_factory=dict)
+    manifests: dict[int, Manifest] = field(default_factory=dict)
+    damaged: dict[int, ShardError] = field(default_factory=dict)
+    manifest_bytes: dict[int, int] = field(default_factory=dict)
+    hint: int | None = None
+
+
+async def check_place(files: Files, path: str) -> None:
+    """Make the directory if it is absent; refuse what is not a store's.
+
+    Raises:
+        DirectoryError: Not a directory, not accessible, or with foreign files in it.
+    """
+    try:
+        status = await files.stat(path)
+    except FileNotFoundError:
+        status = None
+    except OSError as error:
+        raise unusable(path, error) from error
+    try:
+        if status is None:
+            await files.make_directory(path)
+        elif not status.directory:
+            raise DirectoryError(f"{path} is not a directory", remedy="name a directory of the store's own", path=path)
+        present = await files.listdir(path)
+    except OSError as error:
+        raise unusable(path, error) from error
+    foreign = sorted(name for name in present if not names.is_ours(name))
+    if not foreign and not any(name == names.LOCK or names.manifest_generation(name) is not None for name in present):
+        foreign = sorted(name for name in present if names.shard_number(name) is not None)
+    if foreign:
+        raise DirectoryError(
+            f"{path} holds files that are not the store's",
+            need="an empty directory, or one that a store made",
+            have=some(foreign, ", "),
+            remedy="name another directory, or move these files away",
+            path=path,
+            foreign=tuple(foreign),
+        )
+
+
+def some(items: Sequence[str], separator: str) -> str:
+    """The first few of a list that may be long."""
+    return separator.join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")
+
+
+def unusable(path: str, error: OSError) -> DirectoryError:
+    problem = f"{path} cannot be used as a directory ({error.strerror or error})"
+    return DirectoryError(problem, remedy="make it readable and writable", path=path)
+
+
+async def survey(files: Files, path: str) -> Found:
+    """Read and check all manifests, and stat every file. The lock is held.
+
+    Raises:
+        DirectoryError: Something that is not a plain file, or a manifest of a newer format.
+        TransferError: A read failed.
+    """
+    found = Found()
+    present = await files.listdir(path)
+    for start in range(0, len(present), _AT_ONCE):
+        part = present[start : start + _AT_ONCE]
+        statuses = await asyncio.gather(*(files.stat(os.path.join(path, name)) for name in part))
+        found.files.update(zip(part, statuses, strict=True))
+    odd = sorted(name for name, status in found.files.items() if not status.regular)
+    if odd:
+        raise DirectoryError(
+            f"{path} holds a link or a directory under a name of the store's",
+            have=odd[0],
+            remedy="remove it",
+            path=path,
+            foreign=tuple(odd),
+        )
+    for name, status in sorted(found.files.items()):
+        generation = names.manifest_generation(name)
+        if generation is not None:
+            found.manifest_bytes[generation] = status.nbytes
+            await _read_manifest(files, path, name, generation, status, found)
+    found.hint = await _read_hint(files, path, found)
+    return found
+
+
+async def _read_manifest(files: Files, path: str, name: str, generation: int, status: FileStat, found: Found) -> None:
+    where = os.path.join(path, name)
+    try:
+        if status.nbytes > MAX_MANIFEST_BYTES:
+            raise ShardError("the manifest is too long", need=f"at most {MAX_MANIFEST_BYTES} bytes", have=status.nbytes)
+        manifest = await files.work(decode_manifest, await files.load(where, status.nbytes))
+        if manifest.generation != generation:
+            raise ShardError("the manifest is another generation's", need=generation, have=manifest.generation)
+        found.manifests[generation] = manifest
+    except ShardError as error:
+        found.damaged[generation] = ShardError(
+            f"generation {generation} cannot be opened ({where}): {error}",
+            remedy="open an older generation (generation=), or restore the file from a backup",
+            path=where,
+            generation=generation,
+            block=None,
+        )
+    except OSError as error:
+        raise io_error(error, "reading the manifest", path=where) from error
+
+
+async def _read_hint(files: Files, path: str, found: Found) -> int | None:
+    if names.CURRENT not in found.files:
+        return None
+    try:
+        hint = json.loads(await files.load(os.path.join(path, names.CURRENT), 256))["generation"]
+        return hint if type(hint) is int else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def encode_hint(generation: int) -> bytes:
+    return json.dumps({"generation": generation}).encode("ascii") + b"\n"
+
+
+def choose(found: Found, path: str, generation: int | None) -> Manifest | None:
+    """The manifest to go on from; None for an empty directory. See [Note: Which generation counts].
+
+    Raises:
+        DirectoryError: `generation` is not there.
+        ShardError: It is damaged, or all are.
+    """
+    if generation is not None:
+        if generation in found.damaged:
+            raise found.damaged[generation]
+        if generation not in found.manifests:
+            raise DirectoryError(
+                f"generation {generation} is not in {path}",
+                need=f"generation {generation}",
+                have=f"generations {', '.join(map(str, sorted(found.manifests)))}" if found.manifests else "no commit",
+                remedy="choose one of those, or leave generation= out",
+                path=path,
+                available=tuple(sorted(found.manifests)),
+            )
+        return found.manifests[generation]
+    if not found.manifests:
+        if found.damaged:
+            raise found.damaged[max(found.damaged)]
+        if found.hint is not None:
+            problem = f"the manifest of generation {found.hint} is missing from {path}"
+            raise ShardError(problem, remedy="restore it from a backup", path=path, block=None)
+        return None
+    newest = max(found.manifests)
+    lost = max([*found.damaged, found.hint or 0])
+    if lost > newest:
+        log.warning("generation %d of %s is damaged or missing: going on from generation %d", lost, path, newest)
+    return found.manifests[newest]
+
+
+def check_shards(found: Found, path: str, manifest: Manifest) -> None:
+    """Every shard of the manifest must be there with its length; its bytes are checked when they are read.
+
+    Raises:
+        ShardError: Naming the blocks whose shards are not.
+    """
+    bad: list[str] = []
+    bad_blocks: list[str] = []
+    for record in manifest.records:
+        status = found.files.get(record.shard.file)
+        if status is not None and status.nbytes == record.shard.file_bytes:
+            continue
+        what = "is missing" if status is None else f"has {status.nbytes} bytes instead of {record.shard.file_bytes}"
+        bad.append(f"block {record.block.name!r}: {record.shard.file} {what}")
+        bad_blocks.append(record.block.name)
+    if bad:
+        others = sorted(set(found.manifests) - {manifest.generation})
+        raise ShardError(
+            f"generation {manifest.generation} of {path} is damaged: {some(bad, '; ')}",
+            remedy=f"open an older generation (generation={others[-1]})" if others else "restore the files from a backup",
+            path=path,
+            generation=manifest.generation,
+            block=bad_blocks[0],
+            blocks=tuple(bad_blocks),
+            available=tuple(others),
+        )
+
+
+def link_shards(manifests: Sequence[Manifest], found: Found) -> tuple[dict[str, Shard], dict[int, list[Entry]]]:
+    """One `Shard` per file, however many generations share it: (by file name, entries per generation).
+
+    Raises:
+        ShardError: Two generations disagree about one file.
+    """
+    shards: dict[str, Shard] = {}
+    described: dict[str, Record] = {}
+    entries: dict[int, list[Entry]] = {}
+    for manifest in manifests:
+        entries[manifest.generation] = []
+        for record in manifest.records:
+            file = record.shard.file
+            if file not in found.files:
+                continue  # of a generation nobody opened; `check_shards` has seen to the one that is
+            if described.setdefault(file, record) != record:
+                problem = f"two generations disagree about shard {file!r}"
+                raise ShardError(problem, remedy="restore the directory from a backup", block=record.block.name)
+            shard = shards.get(file) or shards.setdefault(file, Shard.from_record(record.block, record.shard))
+            shard.references += 1
+            entries[manifest.generation].append(Entry(record.block, shard))
+    return shards, entries

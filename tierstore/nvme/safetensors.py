@@ -1,0 +1,173 @@
+"""Headers of shards: built from a block, and parsed without trusting a byte.
+
+A safetensors file is 8 bytes of header length (little-endian), a JSON header, and the data. Readers refuse holes, so the gaps
+that alignment leaves between tensors, and the tail, are tensors too: U8, named `FILLER_PREFIX` and a number. The header is
+padded with spaces so that data begins at a multiple of 4096.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from tierstore.catalog import FILLER_PREFIX, ITEM_BYTES, PAGE, Block, round_up
+from tierstore.errors import ShardError
+
+LENGTH_BYTES = 8
+MAX_HEADER_BYTES = 100_000_000
+"""What the format allows; other readers refuse more."""
+
+MAX_DIMENSIONS = 64
+BLOCK_KEY = "tierstore_block"
+"""Key of the block's name in the header's metadata, so that a shard explains itself without a manifest."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor as a header places it; offsets in bytes from the start of the data."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A checked header.
+
+    Attributes:
+        metadata: Text to text.
+        tensors: Ascending by place, without holes, fillers included.
+        data_start: Bytes from the file's start to the data.
+        data_bytes: Length of the data; the file ends there.
+    """
+
+    metadata: dict[str, str]
+    tensors: tuple[StoredTensor, ...]
+    data_start: int
+    data_bytes: int
+
+
+def build_header(block: Block) -> bytes:
+    """The bytes of a shard before its payload: a multiple of 4096. Pure; any thread."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", BLOCK_KEY: block.name}}
+    fillers = 0
+    end = 0
+    for spec in block.tensors:
+        if spec.offset > end:
+            header[f"{FILLER_PREFIX}{fillers}"] = _entry("U8", (spec.offset - end,), end)
+            fillers += 1
+        header[spec.name] = _entry(spec.dtype, spec.shape, spec.offset)
+        end = spec.offset + spec.nbytes
+    if block.nbytes > end:
+        header[f"{FILLER_PREFIX}{fillers}"] = _entry("U8", (block.nbytes - end,), end)
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    data_start = round_up(LENGTH_BYTES + len(text), PAGE)
+    return (data_start - LENGTH_BYTES).to_bytes(LENGTH_BYTES, "little") + text.ljust(data_start - LENGTH_BYTES)
+
+
+def _entry(dtype: str, shape: tuple[int, ...], begin: int) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": (begin, begin + math.prod(shape) * ITEM_BYTES[dtype])}
+
+
+def header_length(start: bytes, file_bytes: int) -> int:
+    """Length of the JSON, from a file's first 8 bytes: checked before anything of that size is read.
+
+    Raises:
+        ShardError: Too short a file, or a length no valid file can have.
+    """
+    if len(start) < LENGTH_BYTES or file_bytes < LENGTH_BYTES:
+        raise ShardError("the file is too short for a safetensors header", need=f"{LENGTH_BYTES} bytes", have=min(len(start), file_bytes))
+    length = int.from_bytes(start[:LENGTH_BYTES], "little")
+    allowed = min(MAX_HEADER_BYTES, file_bytes - LENGTH_BYTES)
+    if not 2 <= length <= allowed:
+        raise ShardError("the safetensors header has an impossible length", need=f"2 to {allowed} bytes", have=length)
+    return length
+
+
+def parse_header(header: bytes, file_bytes: int) -> Header:
+    """Check a header in full: types, known dtypes, sizes, and that the tensors cover the data exactly once.
+
+    Args:
+        header: The file's first `LENGTH_BYTES + header_length(...)` bytes.
+        file_bytes: The file's length.
+
+    Raises:
+        ShardError: What is wrong, and with which tensor.
+    """
+    length = header_length(header, file_bytes)
+    data_start = LENGTH_BYTES + length
+    if len(header) != data_start:
+        raise ShardError("the safetensors header is cut off", need=data_start, have=len(header))
+    fields = read_object(header[LENGTH_BYTES:], what="safetensors header")
+    metadata = fields.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ShardError("the safetensors header's metadata is not text to text", have=type(metadata).__name__)
+    tensors = sorted((_stored(name, entry) for name, entry in fields.items()), key=lambda tensor: (tensor.begin, tensor.end))
+    data_bytes = file_bytes - data_start
+    for tensor, expected in _with_expected_begin(tensors):
+        if tensor.begin != expected:
+            what = "overlaps the tensor before it" if tensor.begin < expected else "leaves a hole before it"
+            raise ShardError(f"tensor {tensor.name!r} {what}", need=f"data offset {expected}", have=tensor.begin, tensor=tensor.name)
+    end = tensors[-1].end if tensors else 0
+    if end != data_bytes:
+        raise ShardError("the tensors do not end where the file does", need=f"{end} bytes of data", have=data_bytes)
+    return Header(metadata, tuple(tensors), data_start, data_bytes)
+
+
+def _with_expected_begin(tensors: list[StoredTensor]) -> Iterator[tuple[StoredTensor, int]]:
+    end = 0
+    for tensor in tensors:
+        yield tensor, end
+        end = tensor.end
+
+
+def _stored(name: str, entry: object) -> StoredTensor:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise ShardError(f"tensor {name!r} is not described by dtype, shape and data_offsets", tensor=name)
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        known = ", ".join(ITEM_BYTES)
+        raise ShardError(f"tensor {name!r} has a dtype the store does not know", need=f"one of {known}", have=dtype, tensor=name)
+    if not _naturals(shape) or len(shape) > MAX_DIMENSIONS or not _naturals(offsets) or len(offsets) != 2:
+        raise ShardError(f"tensor {name!r} has a shape or offsets that are not non-negative whole numbers", tensor=name)
+    begin, end = offsets
+    nbytes = math.prod(shape) * ITEM_BYTES[dtype]
+    if end - begin != nbytes:
+        raise ShardError(f"tensor {name!r} does not fill its range", need=f"{nbytes} bytes", have=end - begin, tensor=name)
+    return StoredTensor(name, dtype, tuple(shape), begin, end)
+
+
+def _naturals(value: object) -> bool:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
+
+
+def read_object(text: bytes, *, what: str) -> dict[str, Any]:
+    """Parse a JSON object strictly: valid UTF-8, no key twice, no NaN, bounded depth.
+
+    Raises:
+        ShardError: `what` is not such an object.
+    """
+    try:
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise ShardError(f"the {what} is not valid JSON", have=str(error)[:200]) from None
+    if not isinstance(value, dict):
+        raise ShardError(f"the {what} is not a JSON object", have=type(value).__name__)
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return fields
+
+
+def _no_constant(text: str) -> object:
+    raise ValueError(f"{text} is not JSON")

@@ -1,0 +1,286 @@
+"""One shard: its state, and how its payload is read and written.
+
+[Note: What a shard may be used for]
+A shard that a kept or in-flight commit refers to (`references`), or whose file has another name elsewhere, is never touched.
+A *working* shard, which nothing refers to, is rewritten in place. A write in place that failed leaves it `broken`: its bytes
+are undefined. A sync that failed leaves it `suspect`: the system may have dropped what it could not write and claim success
+the next time, so the file is never synced again; its bytes are copied, against their checksums, into a new file.
+
+[Note: When checksums are verified]
+Each whole chunk is verified at its first read after opening the directory or after it was written, in the I/O thread that
+read it, and not again: what was read right once is taken to stay right while the store is open. Reads of part of a chunk
+cannot be verified.
+"""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import xxhash
+
+from tierstore.catalog import PAGE, Block
+from tierstore.errors import ShardError, TierFullError, TierstoreError, TransferError
+from tierstore.nvme.checksums import CHUNK_BYTES, checksum, num_chunks, shard_checksum, split_chunks
+from tierstore.nvme.files import File, Files, Then, land_all, move_all
+from tierstore.nvme.manifest import ShardRecord
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@dataclass(eq=False, slots=True)
+class Shard:
+    """The NVMe copy of one block. Changed only on the engine's loop, by the directory.
+
+    Attributes:
+        block: The block it holds.
+        file: Its name in the directory; changes if the bytes have to move to a new file.
+        number: The running number in that name.
+        file_bytes: Length of the file.
+        data_start: Bytes before the payload.
+        header_sum: xxh3_64 of the header, where this process wrote it.
+        chunks: xxh3_64 per 16 MiB of payload, None when written without.
+        digest: xxh3_64 over those and the header's.
+        references: Kept generations and in-flight commits that need it.
+        synced: What was written is durable.
+        broken: A write in place failed; the bytes are undefined.
+        suspect: A sync failed; see [Note: What a shard may be used for].
+        discarded: No block uses it as its current copy any more.
+        writing: A write is under way.
+        unverified: Chunks whose next whole read is checked.
+        header_unverified: The header is checked at the next read.
+        handle: What it was last written through, kept until it is synced.
+    """
+
+    block: Block
+    file: str
+    number: int
+    file_bytes: int
+    data_start: int
+    header_sum: int = 0
+    chunks: tuple[int, ...] | None = None
+    digest: int = 0
+    references: int = 0
+    synced: bool = False
+    broken: bool = False
+    suspect: bool = False
+    discarded: bool = False
+    writing: bool = False
+    unverified: set[int] = field(default_factory=set)
+    header_unverified: bool = False
+    handle: File | None = None
+
+    @property
+    def payload_bytes(self) -> int:
+        return self.block.nbytes
+
+    @property
+    def whole(self) -> bool:
+        """Holds a complete payload."""
+        return not (self.broken or self.writing)
+
+    @property
+    def working(self) -> bool:
+        """May be rewritten in place, as far as the store alone knows."""
+        return self.whole and not (self.references or self.suspect or self.discarded)
+
+    def record(self) -> ShardRecord:
+        return ShardRecord(self.file, self.number, self.file_bytes, self.data_start, self.chunks, self.digest)
+
+    @classmethod
+    def from_record(cls, block: Block, record: ShardRecord) -> Shard:
+        """A shard that a manifest describes: durable, and not verified yet."""
+        return cls(
+            block=block,
+            file=record.file,
+            number=record.number,
+            file_bytes=record.file_bytes,
+            data_start=record.data_start,
+            chunks=record.chunks,
+            digest=record.digest,
+            synced=True,
+            unverified=set(range(num_chunks(block.nbytes))) if record.chunks is not None else set(),
+            header_unverified=True,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A block and the shard that holds its newest or committed bytes."""
+
+    block: Block
+    shard: Shard
+
+
+def io_error(error: OSError, doing: str, *, path: str, block: str | None = None) -> TierstoreError:
+    """The tree's error for one of the system's. `doing` completes "failed while ...", and names the block if there is one."""
+    if error.errno in _FULL:
+        return TierFullError(
+            f"the drive ran full while {doing} ({path}: {error.strerror})",
+            remedy="free space on the drive, or lower nvme_limit=; the last commit is intact",
+            tier="nvme",
+            path=path,
+            block=block,
+        )
+    return TransferError(
+        f"{doing} failed ({path}: {error.strerror or error})",
+        remedy="check the drive; the newest copy is where it was, so the call may be repeated",
+        path=path,
+        block=block,
+    )
+
+
+def damage(shard: Shard, path: str, what: str, **details: object) -> ShardError:
+    return ShardError(
+        f"the shard of block {shard.block.name!r} is damaged: {what} in {path}",
+        remedy="open an older generation (generation=), or restore the file from a backup",
+        block=shard.block.name,
+        path=path,
+        **details,
+    )
+
+
+async def check_header(files: Files, path: str, shard: Shard) -> None:
+    """Verify a recovered shard's header and digest.
+
+    Raises:
+        ShardError: They are not what was written.
+        OSError: The read failed.
+    """
+    header = await files.load(path, shard.data_start)
+    if len(header) != shard.data_start or shard_checksum(checksum(header), shard.chunks or ()) != shard.digest:
+        raise damage(shard, path, "the header does not match its checksum", chunk=None)
+
+
+async def read_payload(files: Files, path: str, shard: Shard, into: memoryview, offset: int, *, verify: bool) -> None:
+    """Fill `into` from the payload, in requests that end at chunk boundaries, all in flight together.
+
+    Raises:
+        ShardError: A chunk does not match its checksum.
+        OSError: A read failed.
+    """
+    file = files.file(path)
+    checked: list[int] = []
+
+    def request(start: int, stop: int) -> Then | None:
+        chunk = start // CHUNK_BYTES
+        whole = start % CHUNK_BYTES == 0 and stop == min(start + CHUNK_BYTES, shard.payload_bytes)
+        if not (verify and whole and shard.chunks is not None and chunk in shard.unverified):
+            return None
+        expected = shard.chunks[chunk]
+
+        def check(buffer: memoryview) -> None:
+            if checksum(buffer) != expected:
+                raise damage(shard, path, f"chunk {chunk} (16 MiB each) does not match its checksum", chunk=chunk)
+            checked.append(chunk)
+
+        return check
+
+    try:
+        await land_all(
+            [
+                move_all(files, file.read, shard.data_start + start, into[start - offset : stop - offset], request(start, stop))
+                for start, stop in split_chunks(offset, len(into))
+            ]
+        )
+        shard.unverified.difference_update(checked)
+    finally:
+        await file.close()
+
+
+class Owner(Protocol):
+    """What a writer needs of the directory."""
+
+    files: Files
+    checksum: bool
+
+    def path_of(self, shard: Shard) -> str: ...
+    def written(self, shard: Shard) -> None: ...
+    async def unwritten(self, shard: Shard, *, in_place: bool) -> None: ...
+
+
+class ShardWriter:
+    """Writes a payload piece by piece. End it with `finish` or `abort`. Engine loop only.
+
+    Pieces are multiples of 4096 bytes. Those of one 16 MiB chunk come in order, each after the one before has been written;
+    different chunks may be in flight together.
+    """
+
+    def __init__(self, owner: Owner, shard: Shard, file: File, *, in_place: bool) -> None:
+        self.shard = shard
+        self._owner = owner
+        self._file = file
+        self._in_place = in_place
+        self._reached: dict[int, int] = {}  # chunk to bytes of it that were handed in
+        self._written_bytes = 0
+        self._sums: dict[int, int] = {}
+        self._partial: dict[int, xxhash.xxh3_64] = {}
+        self._busy = 0
+
+    async def write(self, offset: int, source: memoryview) -> None:
+        """Write `source` at `offset` bytes of the payload. `source` must not change meanwhile.
+
+        Raises:
+            ValueError: Not page multiples, beyond the payload, or out of order within a chunk.
+            TierFullError, TransferError: The write failed; call `abort`.
+        """
+        source = source.cast("B")
+        if offset % PAGE or len(source) % PAGE or offset + len(source) > self.shard.payload_bytes:
+            raise ValueError(f"a piece of {len(source)} bytes at {offset} is not whole pages of a payload of {self.shard.payload_bytes}")
+        pieces = list(split_chunks(offset, len(source)))
+        for start, _ in pieces:
+            if self._reached.get(start // CHUNK_BYTES, 0) != start % CHUNK_BYTES:
+                raise ValueError(f"the piece at {start} does not continue its chunk of {CHUNK_BYTES} bytes")
+        for start, stop in pieces:
+            self._reached[start // CHUNK_BYTES] = stop - start // CHUNK_BYTES * CHUNK_BYTES
+        self._busy += 1
+        try:
+            await land_all([self._piece(start, source[start - offset : stop - offset]) for start, stop in pieces])
+        except OSError as error:
+            path = self._owner.path_of(self.shard)
+            raise io_error(error, f"writing block {self.shard.block.name!r}", path=path, block=self.shard.block.name) from error
+        finally:
+            self._busy -= 1
+
+    async def finish(self) -> Shard:
+        """Declare the payload complete. Not synced: `commit` does that.
+
+        Raises:
+            ValueError: Bytes are missing.
+        """
+        if self._busy or self._written_bytes != self.shard.payload_bytes:
+            raise ValueError(f"{self._written_bytes} of {self.shard.payload_bytes} bytes are written")
+        shard = self.shard
+        if self._owner.checksum:
+            self._sums.update((chunk, partial.intdigest()) for chunk, partial in self._partial.items())
+            shard.chunks = tuple(self._sums[chunk] for chunk in range(num_chunks(shard.payload_bytes)))
+            shard.unverified = set(range(len(shard.chunks)))
+        else:
+            shard.chunks = None
+            shard.unverified = set()
+        shard.digest = shard_checksum(shard.header_sum, shard.chunks or ())
+        shard.writing = False
+        self._owner.written(shard)
+        return shard
+
+    async def abort(self) -> None:
+        """Drop what was written. A shard that was being rewritten in place is broken from here on."""
+        self.shard.writing = False
+        await self._owner.unwritten(self.shard, in_place=self._in_place)
+
+    async def _piece(self, start: int, source: memoryview) -> None:
+        await move_all(self._owner.files, self._file.write, self.shard.data_start + start, source, self._summing(start, len(source)))
+        self._written_bytes += len(source)
+
+    def _summing(self, start: int, nbytes: int) -> Then | None:
+        if not self._owner.checksum:
+            return None
+        chunk = start // CHUNK_BYTES
+        if nbytes == min(CHUNK_BYTES, self.shard.payload_bytes - chunk * CHUNK_BYTES):
+
+            def whole(buffer: memoryview) -> None:
+                self._sums[chunk] = checksum(buffer)
+
+            return whole
+        return self._partial.setdefault(chunk, xxhash.xxh3_64()).update

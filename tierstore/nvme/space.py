@@ -1,0 +1,140 @@
+"""What the directory's files take of the drive, against a hard limit; and freed files, kept to be rewritten.
+
+[Note: Counting files]
+A file counts as its length rounded up to pages, and one page more for its directory entry and extent map, so that the sum is
+no less than what `du` shows. Space is counted before a file grows and given back after it is gone, so the sum is never behind.
+
+[Note: The pool]
+Copy on write frees, at each commit, as many bytes as it wrote, in files of just the sizes that will be written next. They wait
+here, at most as many bytes as live shards take, and are deleted at once when anything else needs the space.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+
+from tierstore.catalog import PAGE, round_up
+from tierstore.errors import TierFullError
+from tierstore.nvme.files import Files, land
+
+log = logging.getLogger(__name__)
+
+FIXED_BYTES = 6 * PAGE
+"""The directory itself, lock, holder's process id, CURRENT and its temporary, the probe for direct I/O."""
+
+
+def footprint(file_bytes: int) -> int:
+    """Bytes of drive that a file of this length is counted as."""
+    return round_up(file_bytes, PAGE) + PAGE
+
+
+class Space:
+    """Counts and reserves. Engine loop only.
+
+    Attributes:
+        limit_bytes: Never exceeded.
+        used_bytes: Counted now.
+        peak_bytes: The most since opening.
+        pool_bytes: Lengths of the pooled files.
+    """
+
+    def __init__(self, files: Files, path: str, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self.used_bytes = FIXED_BYTES
+        self.peak_bytes = FIXED_BYTES
+        self._files = files
+        self._path = path
+        self._pool: dict[str, int] = {}  # file name to length, oldest first
+        self._by_length: dict[int, dict[str, None]] = {}  # the same files, to be found by length
+        self.pool_bytes = 0
+        self._doomed: dict[str, int] = {}  # likewise, never to be rewritten
+        self._deleting = asyncio.Lock()
+
+    def count(self, file_bytes: int) -> None:
+        """Count a file that was there before."""
+        self.used_bytes += footprint(file_bytes)
+        self.peak_bytes = max(self.peak_bytes, self.used_bytes)
+
+    def give_back(self, file_bytes: int) -> None:
+        """Stop counting a file that is gone."""
+        self.used_bytes -= footprint(file_bytes)
+
+    async def reserve(self, file_bytes: int, *, what: str, block: str | None = None) -> None:
+        """Count a file about to be made, deleting pooled files as needed.
+
+        Raises:
+            TierFullError: It does not fit. Nothing was written.
+        """
+        need = footprint(file_bytes)
+        async with self._deleting:
+            while self.used_bytes + need > self.limit_bytes:
+                if not await self._delete_one():
+                    raise TierFullError(
+                        f"tier 'nvme' is full: no room for {what} in {self._path}",
+                        need=f"{need} bytes",
+                        have=f"{max(0, self.limit_bytes - self.used_bytes)} bytes of a limit of {self.limit_bytes}",
+                        remedy="raise nvme_limit=, delete blocks, or keep fewer generations",
+                        tier="nvme",
+                        path=self._path,
+                        block=block,
+                    )
+            self.used_bytes += need
+            self.peak_bytes = max(self.peak_bytes, self.used_bytes)
+
+    def offer(self, name: str, file_bytes: int) -> None:
+        """Put a file nobody refers to into the pool."""
+        self._pool[name] = file_bytes
+        self._by_length.setdefault(file_bytes, {})[name] = None
+        self.pool_bytes += file_bytes
+
+    def doom(self, name: str, file_bytes: int) -> None:
+        """Let a file be deleted at the next occasion."""
+        self._doomed[name] = file_bytes
+
+    def take(self, file_bytes: int) -> str | None:
+        """A pooled file of exactly this length, the most recently freed; it stays counted."""
+        alike = self._by_length.get(file_bytes)
+        if not alike:
+            return None
+        name = next(reversed(alike))
+        self._unpool(name)
+        return name
+
+    async def trim(self, pool_bytes: int = 0) -> None:
+        """Delete doomed files, and pooled ones beyond `pool_bytes`."""
+        async with self._deleting:
+            while self._doomed or self.pool_bytes > pool_bytes:
+                await self._delete_one()
+
+    def _unpool(self, name: str) -> int:
+        file_bytes = self._pool.pop(name)
+        alike = self._by_length[file_bytes]
+        del alike[name]
+        if not alike:
+            del self._by_length[file_bytes]
+        self.pool_bytes -= file_bytes
+        return file_bytes
+
+    async def _delete_one(self) -> bool:
+        if self._doomed:
+            name = next(iter(self._doomed))
+            file_bytes = self._doomed.pop(name)
+        elif self._pool:
+            name = next(iter(self._pool))
+            file_bytes = self._unpool(name)
+        else:
+            return False
+        await land(self._delete(name, file_bytes))
+        return True
+
+    async def _delete(self, name: str, file_bytes: int) -> None:
+        try:
+            await self._files.unlink(os.path.join(self._path, name))
+        except FileNotFoundError:
+            pass
+        except OSError as error:  # it stays on the drive, so it stays counted; the next opening removes it
+            log.warning("could not delete %s in %s: %s", name, self._path, error)
+            return
+        self.give_back(file_bytes)
