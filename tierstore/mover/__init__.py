@@ -1,0 +1,1 @@
+"""Carrying out what the scheduler decides: copies between arenas, and the engine that ties them to files and callers."""

@@ -1,0 +1,494 @@
+"""The engine: one thread with an event loop that carries out what the scheduler orders, and answers those who wait.
+
+[Note: Threads and the lock]
+The scheduler's state is changed only under `lock`, in short bursts: by the engine's thread (`_pump` and the reports of finished
+orders), and on callers' threads where they take or release a lease or submit a request. Orders are decided and booked
+in one burst, so none can be stale when it is carried out. Nothing waits under the lock, and futures are resolved outside it.
+
+[Note: Abandoned requests]
+A waiter can leave at any time: time-out, cancellation, Ctrl-C. `abandon` then withdraws the request, or gives back what it was
+granted meanwhile; the lease is stored in the ticket under the lock, so there is no moment at which it is granted and unknown.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+
+from tierstore.clock import Clock
+from tierstore.counters import LinkStats, WaitStats
+from tierstore.errors import ClosedError, ForkedError, TierstoreError, TransferError
+from tierstore.mover.budget import Slots
+from tierstore.mover.critical import CriticalLock
+from tierstore.mover.streams import Copies
+from tierstore.nvme.directory import Directory
+from tierstore.nvme.shards import Shard
+from tierstore.requests import LINK_OF, Action, Lease, Order, Owner, Record, Request, Save, Use
+from tierstore.scheduler import Scheduler
+from tierstore.tiers.device import DeviceArena
+from tierstore.tiers.ram import HostArena
+from tierstore.trace import Link, Timeline, TransferEvent, WaitEvent
+
+log = logging.getLogger("tierstore")
+T = TypeVar("T")
+
+ACCESS_BATCH = 64
+"""Accesses the policy may lag behind while there is nothing to decide."""
+
+
+@dataclass(eq=False)
+class Ticket:
+    """One `use()`: what it asks for and what it was given."""
+
+    owner: Owner
+    records: tuple[Record, ...] = ()
+    writes: frozenset[int] = frozenset()
+    request: Use | None = None
+    lease: Lease | None = None
+
+
+@dataclass(eq=False)
+class Capture:
+    """What a commit in flight needs: shards already there, and versions still to be written."""
+
+    request: Save
+    taken: bool = False
+    shards: dict[Record, Shard] = field(default_factory=dict)
+    needs: dict[Record, int] = field(default_factory=dict)
+    versions: dict[Record, int] = field(default_factory=dict)
+
+
+class Engine:
+    """Owns the loop, the lock and all that moves. Made and closed by the store."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        *,
+        device: DeviceArena,
+        host: HostArena,
+        copies: Copies,
+        directory: Directory | None,
+        transfer: HostArena,
+        slot_bytes: int,
+        clock: Clock,
+    ) -> None:
+        self.scheduler = scheduler
+        self.placement = scheduler.placement
+        self.device = device
+        self.host = host
+        self.transfer = transfer
+        self.copies = copies
+        self.directory = directory
+        self.clock = clock
+        self.lock = CriticalLock()
+        self.timeline = Timeline()
+        self.links = {link: LinkStats() for link in Link}
+        self.waits: dict[str, WaitStats] = {}
+        self.shards: dict[Record, Shard] = {}
+        self.captures: list[Capture] = []
+        self.committed_versions: dict[Record, int] = {}
+        self.commits = 0
+        self.total_bytes = 0
+        self.closed = False
+        self.forked = False
+        self.failure: BaseException | None = None
+        self._futures: dict[Request, Future[None]] = {}
+        self._started_ns: dict[int, int] = {}
+        self._woken = False
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._hosts = ThreadPoolExecutor(2, thread_name_prefix="tierstore-host")
+        self.loop = asyncio.new_event_loop()
+        started = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(started, slot_bytes), name="tierstore-engine", daemon=True)
+        self._thread.start()
+        started.wait()
+        _LIVE.add(self)
+
+    def _run(self, started: threading.Event, slot_bytes: int) -> None:
+        asyncio.set_event_loop(self.loop)
+        if self.device.device.type == "cuda":
+            torch.cuda.set_device(self.device.device)
+        self.slots = Slots(slot_bytes)
+        started.set()
+        try:
+            self.loop.run_forever()
+        finally:
+            self.loop.close()
+
+    # -- callers' threads --------------------------------------------------------------------------------------------------
+
+    def check_open(self) -> None:
+        if self.forked:
+            raise ForkedError("this store belongs to the parent process", remedy="open data in the child, use the store in the parent")
+        if self.closed:
+            raise ClosedError("the store is closed", remedy="open a new TierStore")
+        if self.failure is not None:
+            raise ClosedError(
+                f"the store's engine failed: {self.failure!r}", remedy="open the directory again; the last commit is intact"
+            ) from self.failure
+
+    def begin_use(self, ticket: Ticket, names: tuple[str, ...], write: bool | frozenset[str]) -> Future[None] | None:
+        """Lease at once if the blocks are ready, else queue the request. Short; any thread.
+
+        Returns:
+            None when `ticket.lease` is set, else what to wait for.
+        """
+        with self.lock:
+            self.check_open()
+            scheduler = self.scheduler
+            ticket.records = tuple(dict.fromkeys(scheduler.find(name) for name in names))
+            if write is True:
+                ticket.writes = frozenset(record.id for record in ticket.records)
+            elif write:
+                ticket.writes = frozenset(scheduler.find(name).id for name in write)
+            ticket.lease = scheduler.try_use(ticket.owner, ticket.records, ticket.writes)
+            future: Future[None] | None = None
+            if ticket.lease is None:
+                request = Use(ticket.owner, ticket.records, writes=ticket.writes)
+                future = self.submit(request)
+                ticket.request = request
+            scheduler.note_use(ticket.records, ticket.writes)
+            wake = future is not None or self._has_work()
+        if wake:
+            self.wake()
+        return future
+
+    def finish_wait(self, ticket: Ticket) -> None:
+        """The future of `begin_use` has resolved: take the lease over, and note the wait."""
+        request = ticket.request
+        assert request is not None
+        end_ns = self.clock.now_ns()
+        with self.lock:
+            ticket.lease, request.lease = request.lease, None
+            ticket.request = None
+        self.note_wait(request.cause, request.queued_ns, end_ns, tuple(record.block.name for record in ticket.records))
+
+    def tensors(self, ticket: Ticket) -> dict[Record, tuple[torch.Tensor, ...]]:
+        """The leased tensors, usable on the caller's current stream from here on."""
+        records = ticket.records
+        self.copies.lease([(record.gpu.offset, record.nbytes) for record in records], bool(ticket.writes))
+        return {record: self.device.tensors(record.id, record.block, record.gpu.offset) for record in records}
+
+    def end_use(self, ticket: Ticket) -> None:
+        """Release the lease. What was queued on the caller's current stream counts as part of it."""
+        if ticket.lease is None or self.forked:
+            return
+        start_ns = self.clock.now_ns()
+        waited = self.copies.release([(record.gpu.offset, record.nbytes) for record in ticket.records])
+        with self.lock:
+            lease, ticket.lease = ticket.lease, None
+            if lease is None:
+                return
+            self.scheduler.release(lease)
+            wake = self._has_work()
+        if waited:
+            self.note_wait("run-ahead", start_ns, start_ns + waited, tuple(record.block.name for record in ticket.records))
+        if wake:
+            self.wake()
+
+    def abandon(self, ticket: Ticket) -> None:
+        """Whatever became of the ticket, nothing of it remains. See [Note: Abandoned requests]."""
+        if self.forked:
+            return
+        with self.lock:
+            request, ticket.request = ticket.request, None
+            lease, ticket.lease = ticket.lease, None
+            if request is not None:
+                if request.lease is not None:
+                    lease, request.lease = request.lease, None
+                elif not request.resolved:
+                    self.scheduler.cancel(request)
+                    self._futures.pop(request, None)
+            if lease is not None:
+                self.scheduler.release(lease)
+        self.wake()
+
+    def abandon_later(self, ticket: Ticket) -> None:
+        """As `abandon`, from a finaliser, which may run under the lock."""
+        if not self.forked and not self.closed:
+            self.loop.call_soon_threadsafe(self.abandon, Ticket(ticket.owner, ticket.records, ticket.writes, ticket.request, ticket.lease))
+
+    def call(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        """Run a coroutine on the engine's loop. Any thread."""
+        try:
+            self.check_open()
+        except BaseException:
+            coroutine.close()
+            raise
+        return asyncio.run_coroutine_threadsafe(self._tracked(coroutine), self.loop)
+
+    async def _tracked(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        try:
+            return await coroutine
+        finally:
+            self._tasks.discard(task)
+
+    def wake(self) -> None:
+        """Have the scheduler looked at soon. Any thread; cheap when already asked for."""
+        if not self._woken and not self.forked:
+            self._woken = True
+            try:
+                self.loop.call_soon_threadsafe(self._pump)
+            except RuntimeError:  # the loop is closed, and so is the store
+                self._woken = False
+
+    def note_wait(self, cause: str, start_ns: int, end_ns: int, blocks: tuple[str, ...]) -> None:
+        self.waits.setdefault(cause, WaitStats()).add(end_ns - start_ns)
+        self.timeline.waits.append(WaitEvent(blocks, cause, start_ns, end_ns, threading.current_thread().name))
+
+    def _has_work(self) -> bool:
+        """Whether the engine should look at once: blocks are missing on the device, or somebody waits."""
+        scheduler = self.scheduler
+        return scheduler.busy or self.placement.gpu_bytes != self.total_bytes or scheduler.num_unlearned >= ACCESS_BATCH
+
+    # -- the engine's thread -------------------------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> Future[None]:
+        """Queue a request. Under the lock."""
+        self.scheduler.submit(request)
+        future = self._futures[request] = Future()
+        return future
+
+    async def request(self, request: Request) -> None:
+        """Queue a request and wait until it is served. On the loop; cancelling withdraws it.
+
+        If the cancellation comes after the request was served, it returns: the caller gives back what it got, and stops at
+        its next await.
+        """
+        with self.lock:
+            future = self.submit(request)
+        self.wake()
+        await self.served(request, future)
+
+    async def served(self, request: Request, future: Future[None]) -> None:
+        try:
+            await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            with self.lock:
+                if request.resolved:
+                    if request.error is None:
+                        return
+                else:
+                    self.scheduler.cancel(request)
+                self._futures.pop(request, None)
+            self.wake()
+            raise
+
+    def _pump(self) -> None:
+        """Let the scheduler decide, carry out its orders, answer those who wait."""
+        self._woken = False
+        try:
+            with self.lock:
+                orders, again = self.scheduler.advance()
+                self._capture()
+                resolved, self.scheduler.resolved = self.scheduler.resolved, []
+                answers = [(request, self._futures.pop(request, None)) for request in resolved]
+            for request, future in answers:
+                if future is None:
+                    if request.error is not None:
+                        log.warning("in the background: %s", request.error)
+                elif future.set_running_or_notify_cancel():
+                    if request.error is None:
+                        future.set_result(None)
+                    else:
+                        future.set_exception(request.error)
+            for order in orders:
+                self._start(order)
+            if again:
+                self.wake()
+        except BaseException as error:
+            self._fail(error)
+            raise
+
+    def _fail(self, error: BaseException) -> None:
+        """A bug of ours: nobody may wait for ever."""
+        self.failure = error
+        log.critical("the engine failed", exc_info=error)
+        futures, self._futures = self._futures, {}
+        for future in futures.values():
+            if not future.done():
+                future.set_exception(ClosedError(f"the store's engine failed: {error!r}", remedy="open the directory again"))
+
+    def _start(self, order: Order) -> None:
+        self._started_ns[order.number] = self.clock.now_ns()
+        if order.action is Action.READ:
+            self._spawn(self._read(order))
+        elif order.action is Action.WRITE:
+            self._spawn(self._write(order))
+        else:
+            self.copies.start(order, self._ordered, self._done)
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = self.loop.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _ordered(self, order: Order, _: BaseException | None) -> None:
+        if threading.current_thread() is not self._thread:
+            self.loop.call_soon_threadsafe(self._ordered, order, None)
+            return
+        with self.lock:
+            self.placement.ordered(order)
+        self.wake()
+
+    def _done(self, order: Order, error: BaseException | None) -> None:
+        if threading.current_thread() is not self._thread:
+            self.loop.call_soon_threadsafe(self._done, order, error)
+            return
+        with self.lock:
+            if error is None:
+                self.placement.done(order)
+            else:
+                self.placement.failed(order, _explained(order, error))
+        self._count(order, error)
+        self.wake()
+
+    async def _read(self, order: Order) -> None:
+        record, directory = order.record, self.directory
+        assert record is not None and directory is not None
+        error: BaseException | None = None
+        try:
+            with self.host.memory[order.offset_ram : order.offset_ram + order.nbytes] as target:
+                await directory.read(self.shards[record], target)
+        except BaseException as failure:  # also cancellation: the order must be answered whatever happens
+            error = failure
+        self._done(order, error)
+
+    async def _write(self, order: Order) -> None:
+        record, directory = order.record, self.directory
+        assert record is not None and directory is not None
+        old = self.shards.get(record)
+        error: BaseException | None = None
+        try:
+            with self.host.memory[order.offset_ram : order.offset_ram + order.nbytes] as source:
+                shard = await directory.write(record.block, source, old)
+        except BaseException as failure:
+            error = failure
+        else:
+            with self.lock:
+                self.replace_shard(record, shard, order.version)
+        self._done(order, error)
+
+    def replace_shard(self, record: Record, shard: Shard, version: int) -> None:
+        """A shard was written with this version of the block. Under the lock, on the loop."""
+        assert self.directory is not None
+        old = self.shards.get(record)
+        if old is not None and old is not shard:
+            self.directory.discard(old)
+        self.shards[record] = shard
+        for capture in self.captures:
+            if capture.needs.get(record) == version:
+                del capture.needs[record]
+                self.directory.retain(shard)
+                capture.shards[record] = shard
+
+    def _capture(self) -> None:
+        """Take hold of the shards that a commit needs, at the instant at which its state was fixed. Under the lock."""
+        for capture in self.captures:
+            if capture.taken or not capture.request.started:
+                continue
+            assert self.directory is not None
+            capture.taken = True
+            for record in self.placement.records.values():
+                if not record.born:
+                    continue
+                capture.versions[record] = record.version
+                if record.nvme_version == record.version:
+                    self.directory.retain(self.shards[record])
+                    capture.shards[record] = self.shards[record]
+                else:
+                    capture.needs[record] = record.version
+
+    def _count(self, order: Order, error: BaseException | None) -> None:
+        end_ns = self.clock.now_ns()
+        start_ns = self._started_ns.pop(order.number, end_ns)
+        link = LINK_OF.get(order.action)
+        if link is None or order.record is None:
+            return
+        if error is not None:
+            self.links[link].failures += 1
+        else:
+            self.links[link].add(order.nbytes, str(order.kind), end_ns - start_ns)
+        self.timeline.transfers.append(
+            TransferEvent(link, order.record.block.name, order.kind, order.nbytes, order.queued_ns, start_ns, end_ns, error is not None)
+        )
+
+    async def offload(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Run blocking host work in a thread. If cancelled, it is waited for first: nothing stays in flight."""
+        future = self.loop.run_in_executor(self._hosts, function, *arguments)
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            while not future.done():
+                await asyncio.wait([future])
+            raise
+
+    # -- the end ---------------------------------------------------------------------------------------------------------------
+
+    async def drain(self) -> None:
+        """Refuse who waits, let transfers under way end. The store is closed from here on."""
+        self.closed = True
+        with self.lock:
+            for request in list(self.scheduler.waiting.values()):
+                self.scheduler.cancel(request)
+                future = self._futures.pop(request, None)
+                if future is not None and future.set_running_or_notify_cancel():
+                    future.set_exception(ClosedError("the store was closed", remedy="open a new TierStore"))
+        while self.placement.flying or self._tasks - {asyncio.current_task()}:
+            await asyncio.sleep(0.001)
+
+    def shut_down(self) -> None:
+        """Stop the loop and free the arenas. After `drain`, from any other thread."""
+        _LIVE.discard(self)
+        self.copies.close()
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+        self._hosts.shutdown()
+        self.host.close()
+        self.transfer.close()
+        self.device.close()
+
+    def forget_in_child(self) -> None:
+        self.forked = True
+        if self.directory is not None:
+            self.directory.forget_in_child()
+
+
+def _explained(order: Order, error: BaseException) -> BaseException:
+    if isinstance(error, TierstoreError) or order.record is None:
+        return error
+    wrapped = TransferError(
+        f"copying block {order.record.block.name!r} ({order.action.value}) failed: {error!r}",
+        remedy="repeat the call; the newest copy is where it was",
+        block=order.record.block.name,
+        tier=order.action.value,
+    )
+    wrapped.__cause__ = error
+    return wrapped
+
+
+# Forked children (data-loader workers) inherit the store's memory but none of its threads: they must never touch it.
+_LIVE: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for engine in list(_LIVE):
+        engine.forget_in_child()
+
+
+if sys.platform != "win32":
+    os.register_at_fork(after_in_child=_after_fork)

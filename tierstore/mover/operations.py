@@ -1,0 +1,385 @@
+"""What the store's calls do beyond leases: coroutines on the engine's loop that move bytes between the user's tensors and tiers.
+
+Each takes the block from the scheduler, copies on a host thread, and books the result. Cancelled at any await, it gives
+back what it took and leaves the block as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import torch
+
+from tierstore.catalog import Block, TensorSpec
+from tierstore.errors import FrozenError, LeaseError, NoDirectoryError, TensorError
+from tierstore.mover.engine import Capture, Engine
+from tierstore.nvme.directory import Directory
+from tierstore.nvme.shards import Entry
+from tierstore.requests import HostAccess, Make, Owner, Place, Record, Save, Vacate
+from tierstore.residency import Event, State, Tier
+from tierstore.tiers.device import DTYPES, view_of
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Tensors of a caller, and the event behind which a CUDA stream has made them."""
+
+    tensors: Tensors
+    made: torch.cuda.Event | None = None
+
+    def wait(self) -> None:
+        if self.made is not None:
+            self.made.synchronize()
+
+
+async def put(engine: Engine, block: Block, source: Source, tier: Tier, owner: Owner) -> None:
+    """Add a block. See `TierStore.put`."""
+    with engine.lock:
+        engine.check_open()
+        record = engine.scheduler.new_record(block)
+    request = Make(owner, (record,), tier=tier)
+    await engine.request(request)
+    filled = False
+    try:
+        if tier is Tier.NVME:
+            await _make_on_nvme(engine, record, source)
+        else:
+            with engine.lock:
+                engine.placement.start_load(record, tier)
+            if tier is Tier.RAM:
+                await engine.offload(_fill_host, engine, record, source)
+            else:
+                await engine.offload(_fill_device, engine, record.gpu.offset, block, source)
+            with engine.lock:
+                engine.placement.finish_make(record, tier)
+        filled = True
+    finally:
+        with engine.lock:
+            if not filled and record.copy(tier).state is State.LOADING:
+                engine.placement.finish_make(record, tier)
+            engine.scheduler.make_ended(record, filled=filled, on_nvme=tier is Tier.NVME)
+            if filled:
+                engine.total_bytes += record.nbytes
+            elif record in engine.shards and engine.directory is not None:
+                engine.directory.discard(engine.shards.pop(record))
+        engine.wake()
+
+
+def _fill_host(engine: Engine, record: Record, source: Source) -> None:
+    source.wait()
+    storage, cpu = engine.host.tensor.untyped_storage(), torch.device("cpu")
+    for spec in record.block.tensors:
+        if spec.name in source.tensors:
+            view_of(storage, cpu, record.ram.offset, spec).copy_(source.tensors[spec.name])
+
+
+def _fill_device(engine: Engine, offset: int, block: Block, source: Source) -> None:
+    source.wait()
+    for spec in block.tensors:
+        if spec.name in source.tensors and spec.nbytes:
+            engine.copies.write(offset + spec.offset, flat_bytes(source.tensors[spec.name]))
+
+
+async def _make_on_nvme(engine: Engine, record: Record, source: Source) -> None:
+    directory = need_directory(engine)
+    await engine.offload(source.wait)
+    await _write_shard(engine, directory, record, source, keep=False)
+
+
+async def _write_shard(engine: Engine, directory: Directory, record: Record, source: Source, *, keep: bool) -> None:
+    """Write a new shard piece by piece through transfer space.
+
+    Args:
+        keep: Bytes that `source` does not cover are taken from the present shard.
+    """
+    writer = await directory.create(record.block)
+    try:
+        async with engine.slots.take() as slot:
+            for start in range(0, record.nbytes, engine.slots.nbytes):
+                length = min(engine.slots.nbytes, record.nbytes - start)
+                with engine.transfer.memory[slot : slot + length] as piece:
+                    if keep:
+                        await directory.read(engine.shards[record], piece, offset=start)
+                    target = engine.transfer.tensor[slot : slot + length]
+                    await engine.offload(_gather, record.block, source.tensors, start, target)
+                    await writer.write(start, piece)
+        shard = await writer.finish()
+    except BaseException:
+        await writer.abort()
+        raise
+    with engine.lock:
+        engine.replace_shard(record, shard, record.version)
+
+
+def _gather(block: Block, tensors: Tensors, start: int, target: torch.Tensor) -> None:
+    """Copy payload bytes [start, start + len(target)) from the tensors that make them up."""
+    for spec, inside, outside, length in _overlaps(block, start, target.numel()):
+        if spec.name in tensors:
+            target[outside : outside + length].copy_(flat_bytes(tensors[spec.name])[inside : inside + length])
+
+
+def _overlaps(block: Block, start: int, nbytes: int) -> Iterator[tuple[TensorSpec, int, int, int]]:
+    """(tensor, offset in it, offset in the range, bytes) of the parts of tensors within a range of the payload."""
+    for spec in block.tensors:
+        low, high = max(spec.offset, start), min(spec.offset + spec.nbytes, start + nbytes)
+        if low < high:
+            yield spec, low - spec.offset, low - start, high - low
+
+
+def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's elements in row-major order, as uint8 in one dimension."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+@asynccontextmanager
+async def _host_access(engine: Engine, record: Record, owner: Owner, *, write: bool, doing: str) -> AsyncIterator[None]:
+    """Have the block's bytes to oneself (write) or steady (read), wherever they are."""
+    with engine.lock:
+        refuse_own_lease(record, owner, doing=doing, write=write)
+    request = HostAccess(owner, (record,), write=write)
+    await engine.request(request)
+    try:
+        yield
+    finally:
+        with engine.lock:
+            if not write:
+                engine.scheduler.host_read_ended(request)
+            elif record.locked:
+                engine.scheduler.host_write_ended(record)
+        engine.wake()
+
+
+def refuse_own_lease(record: Record, owner: Owner, *, doing: str, write: bool) -> None:
+    """Under the lock.
+
+    Raises:
+        LeaseError: The caller itself holds a lease that the call would wait for.
+    """
+    if record.writer == owner or (write and owner in record.readers):
+        raise LeaseError(
+            f"{doing} of block {record.block.name!r} inside one's own lease of it would never end",
+            remedy="leave the lease first",
+            block=record.block.name,
+        )
+
+
+async def read(engine: Engine, record: Record, owner: Owner) -> dict[str, torch.Tensor]:
+    """Copy the newest values. See `TierStore.read`."""
+    async with _host_access(engine, record, owner, write=False, doing="read()"):
+        with engine.lock:
+            tier = next(tier for tier in (Tier.RAM, Tier.GPU, Tier.NVME) if tier in record.tiers and not (tier is not Tier.NVME and record.copy(tier).moving))
+            if tier is not Tier.NVME:
+                record.copy(tier).readers += 1
+        flat = {spec.name: torch.empty(spec.nbytes, dtype=torch.uint8) for spec in record.block.tensors}
+        try:
+            if tier is Tier.NVME:
+                await _read_shard(engine, record, flat)
+            else:
+                await engine.offload(_copy_out, engine, record, tier, flat)
+        finally:
+            with engine.lock:
+                if tier is not Tier.NVME:
+                    record.copy(tier).readers -= 1
+    return {spec.name: flat[spec.name].view(DTYPES[spec.dtype]).reshape(spec.shape) for spec in record.block.tensors}
+
+
+def _copy_out(engine: Engine, record: Record, tier: Tier, flat: dict[str, torch.Tensor]) -> None:
+    for spec in record.block.tensors:
+        if tier is Tier.RAM:
+            begin = record.ram.offset + spec.offset
+            flat[spec.name].copy_(engine.host.tensor[begin : begin + spec.nbytes])
+        elif spec.nbytes:
+            engine.copies.read(record.gpu.offset + spec.offset, flat[spec.name])
+
+
+async def _read_shard(engine: Engine, record: Record, flat: dict[str, torch.Tensor]) -> None:
+    directory, shard = need_directory(engine), engine.shards[record]
+    directory.retain(shard)
+    try:
+        async with engine.slots.take() as slot:
+            for start in range(0, record.nbytes, engine.slots.nbytes):
+                length = min(engine.slots.nbytes, record.nbytes - start)
+                with engine.transfer.memory[slot : slot + length] as piece:
+                    await directory.read(shard, piece, offset=start)
+                await engine.offload(_scatter, record.block, engine.transfer.tensor[slot : slot + length], start, flat)
+    finally:
+        directory.release(shard)
+
+
+def _scatter(block: Block, piece: torch.Tensor, start: int, flat: dict[str, torch.Tensor]) -> None:
+    for spec, inside, outside, length in _overlaps(block, start, piece.numel()):
+        flat[spec.name][inside : inside + length].copy_(piece[outside : outside + length])
+
+
+async def write(engine: Engine, record: Record, source: Source, owner: Owner) -> None:
+    """Replace values in place, in the fastest host-side place that has them. See `TierStore.write`."""
+    if record.block.frozen:
+        raise FrozenError(f"block {record.block.name!r} is frozen", remedy="put it without frozen=", block=record.block.name)
+    async with _host_access(engine, record, owner, write=True, doing="write()"):
+        placement = engine.placement
+        if record.ram.valid and not (record.gpu.valid and record.hold is Tier.GPU):
+            await engine.offload(_fill_host, engine, record, source)
+            with engine.lock:
+                record.version += 1
+                if record.gpu.state is not State.ABSENT:
+                    placement.discard(record, Tier.GPU)
+                if placement.has_nvme:
+                    placement.revive_ram(record, Event.WRITE)
+        elif record.gpu.valid:
+            await engine.offload(_fill_device, engine, record.gpu.offset, record.block, source)
+            with engine.lock:
+                record.version += 1
+                record.gpu.apply(Event.WRITE)
+                placement.supersede_ram(record)
+        else:
+            await engine.offload(source.wait)
+            with engine.lock:
+                record.version += 1
+            try:
+                await _write_shard(engine, need_directory(engine), record, source, keep=True)
+            except BaseException:
+                with engine.lock:
+                    record.version -= 1
+                raise
+            with engine.lock:
+                record.nvme_version = record.version
+                if record.ram.state is State.STALE and record.ram.settled:
+                    placement.drop(record, Tier.RAM)
+
+
+async def delete(engine: Engine, record: Record, owner: Owner) -> None:
+    async with _host_access(engine, record, owner, write=True, doing="delete()"):
+        with engine.lock:
+            engine.scheduler.host_write_ended(record)
+            engine.scheduler.forget(record)
+            engine.device.forget(record.id)
+            engine.total_bytes -= record.nbytes
+            engine.committed_versions.pop(record, None)
+            shard = engine.shards.pop(record, None)
+            if shard is not None and engine.directory is not None:
+                engine.directory.discard(shard)
+
+
+async def hold(engine: Engine, record: Record, tier: Tier, owner: Owner) -> None:
+    """Order a block to stay on a tier, and wait until it is there."""
+    if tier is Tier.NVME:
+        need_directory(engine)
+    with engine.lock:
+        refuse_own_lease(record, owner, doing="hold()", write=tier is Tier.NVME)
+        engine.placement.check_hold(record, tier)
+        before = record.hold
+        engine.scheduler.set_hold(record, tier)
+    request = Vacate(owner, (record,)) if tier is Tier.NVME else Place(owner, (record,), tier=tier)
+    try:
+        await engine.request(request)
+    except BaseException:
+        with engine.lock:
+            engine.scheduler.set_hold(record, before)
+        raise
+
+
+async def evict(engine: Engine, record: Record, owner: Owner) -> None:
+    with engine.lock:
+        refuse_own_lease(record, owner, doing="evict()", write=True)
+        if record.hold in (Tier.GPU, Tier.RAM):
+            raise LeaseError(
+                f"block {record.block.name!r} is held on tier {record.hold.value!r}", remedy="unhold() it first", block=record.block.name
+            )
+    await engine.request(Vacate(owner, (record,)))
+
+
+async def flush(engine: Engine, owner: Owner) -> None:
+    with engine.lock:
+        refuse_own_writes(engine, owner, "flush()")
+    await engine.request(Save(owner, ()))
+
+
+def refuse_own_writes(engine: Engine, owner: Owner, doing: str) -> None:
+    """Under the lock.
+
+    Raises:
+        LeaseError: The caller holds a write lease, which the call would wait for.
+    """
+    if engine.scheduler.holds_write(owner):
+        raise LeaseError(f"{doing} inside one's own write lease would never end", remedy="leave the lease first")
+
+
+def begin_commit(engine: Engine, owner: Owner) -> tuple[Capture, Future[None]]:
+    """Fix the state to commit: from here on nobody begins to write before it is taken. Any thread.
+
+    Raises:
+        NoDirectoryError: There is nowhere to commit to.
+        LeaseError: Inside one's own write lease.
+    """
+    need_directory(engine)
+    with engine.lock:
+        engine.check_open()
+        refuse_own_writes(engine, owner, "commit()")
+        capture = Capture(Save(owner, (), commit=True))
+        future = engine.submit(capture.request)
+        engine.captures.append(capture)
+    engine.wake()
+    return capture, future
+
+
+async def finish_commit(engine: Engine, capture: Capture, future: Future[None], metadata: object) -> int:
+    """Save what is dirty, then make it durable. Returns the generation."""
+    directory = need_directory(engine)
+    try:
+        await engine.served(capture.request, future)
+        entries = [Entry(record.block, shard) for record, shard in capture.shards.items()]
+        generation = await directory.commit(entries, metadata)
+        engine.committed_versions.update(capture.versions)
+        engine.commits += 1
+        return generation
+    finally:
+        with engine.lock:
+            engine.captures.remove(capture)
+        for shard in capture.shards.values():
+            directory.release(shard)
+
+
+async def close(engine: Engine) -> int:
+    """End cleanly. Returns how many blocks hold something that was never committed."""
+    await engine.drain()
+    lost = 0
+    if engine.directory is not None:
+        lost = sum(engine.committed_versions.get(record) != record.version for record in engine.placement.records.values() if record.born)
+        await engine.directory.close()
+    return lost
+
+
+def need_directory(engine: Engine) -> Directory:
+    if engine.directory is None:
+        raise NoDirectoryError("the store has no NVMe tier", remedy="open it with nvme=DIRECTORY")
+    return engine.directory
+
+
+def check_tensors(block: Block, tensors: Tensors) -> None:
+    """Refuse values that do not fit the block they should replace.
+
+    Raises:
+        TensorError: An unknown name, another shape or another dtype.
+    """
+    specs = {spec.name: spec for spec in block.tensors}
+    for name, tensor in tensors.items():
+        spec = specs.get(name)
+        if spec is None:
+            raise TensorError(
+                f"block {block.name!r} has no tensor {name!r}", have=", ".join(map(repr, specs)), remedy="write only what it has", block=block.name
+            )
+        if tensor.dtype != DTYPES[spec.dtype] or tuple(tensor.shape) != spec.shape:
+            raise TensorError(
+                f"tensor {name!r} of block {block.name!r} cannot be replaced by one of another shape or dtype",
+                need=f"{DTYPES[spec.dtype]} of shape {spec.shape}",
+                have=f"{tensor.dtype} of shape {tuple(tensor.shape)}",
+                remedy="convert it, or delete() the block and put() a new one",
+                block=block.name,
+                tensor=name,
+            )
+

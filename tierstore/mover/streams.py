@@ -1,0 +1,384 @@
+"""Copies between the host arena and the device arena.
+
+Two kinds with one interface: CUDA side streams ordered by events, and threads where the device is the CPU. An order is
+reported twice: `ordered`, when device work issued from now on will see it done, and `done`, when the bytes have landed and the
+host may reuse the source. On the CPU both come together.
+
+[Note: Reusing an extent]
+A copy out of an extent, or a kernel that reads it, may still be queued when Python returns. Behind each such use an event is
+recorded and kept by the range it concerns (`_uses`); whoever writes into the range later has its stream wait for all events that
+overlap it. Nothing waits on the host. `_ready` holds, by offset, the event behind the copy that filled an extent: a lease has
+the compute stream wait for it, and the copy back waits for both. An event is never recorded twice, so it cannot be reused
+while somebody may still wait for it.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from ctypes import memmove
+from typing import Any, Protocol
+
+import torch
+
+from tierstore.requests import Action, Order
+from tierstore.residency import Tier
+from tierstore.tiers.device import DeviceArena
+from tierstore.tiers.ram import HostArena
+
+Report = Callable[[Order, BaseException | None], None]
+
+RUN_AHEAD = 256
+"""Leases released by the host whose device work may still be queued."""
+
+PRUNE_AT = 256
+"""Extents with noted uses above which finished ones are looked for."""
+
+
+class Copies(Protocol):
+    """Carries out H2D, D2H and COMPACT orders."""
+
+    asynchronous: bool
+    """Whether copies are ordered by events, so that `ordered` comes before `done`."""
+
+    def start(self, order: Order, ordered: Report, done: Report) -> None:
+        """Carry the order out. Called on the engine's thread; `done` may come from any thread, `ordered` before it."""
+        ...
+
+    def lease(self, offsets: Iterable[tuple[int, int]], write: bool) -> None:
+        """Have the caller's current stream wait for what is under way on extents (offset, bytes)."""
+        ...
+
+    def release(self, offsets: Iterable[tuple[int, int]]) -> int:
+        """Note that the caller's current stream uses the extents up to here. Returns nanoseconds spent at the run-ahead cap."""
+        ...
+
+    def read(self, offset: int, target: torch.Tensor) -> None:
+        """Copy device bytes at `offset` to a host tensor (uint8), and wait for it. Any thread but the training loop's."""
+        ...
+
+    def write(self, offset: int, source: torch.Tensor) -> None:
+        """Copy a tensor's bytes to the device at `offset`, and wait for it."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class ThreadCopies:
+    """The device is the CPU: one thread per direction copies."""
+
+    asynchronous = False
+
+    def __init__(self, device: DeviceArena, host: HostArena) -> None:
+        self._device = device
+        self._host = host
+        self._pools = {
+            Action.H2D: ThreadPoolExecutor(1, thread_name_prefix="tierstore-h2d"),
+            Action.D2H: ThreadPoolExecutor(1, thread_name_prefix="tierstore-d2h"),
+        }
+
+    def start(self, order: Order, ordered: Report, done: Report) -> None:
+        pool = self._pools[Action.D2H if order.action is Action.D2H else Action.H2D]
+        future = pool.submit(self._carry_out, order)
+
+        def report(future: Future[None]) -> None:
+            error = future.exception()
+            if error is None:
+                ordered(order, None)
+            done(order, error)
+
+        future.add_done_callback(report)
+
+    def _carry_out(self, order: Order) -> None:
+        if order.action is Action.COMPACT:
+            arena = self._device.tensor if order.tier is Tier.GPU else self._host.tensor
+            move_on_host(arena, order)
+            return
+        gpu = self._device.tensor[order.offset_gpu : order.offset_gpu + order.nbytes]
+        ram = self._host.tensor[order.offset_ram : order.offset_ram + order.nbytes]
+        if order.action is Action.H2D:
+            gpu.copy_(ram)
+        else:
+            ram.copy_(gpu)
+
+    def lease(self, offsets: Iterable[tuple[int, int]], write: bool) -> None:
+        pass
+
+    def release(self, offsets: Iterable[tuple[int, int]]) -> int:
+        return 0
+
+    def read(self, offset: int, target: torch.Tensor) -> None:
+        target.copy_(self._device.tensor[offset : offset + target.numel()])
+
+    def write(self, offset: int, source: torch.Tensor) -> None:
+        self._device.tensor[offset : offset + source.numel()].copy_(source)
+
+    def close(self) -> None:
+        for pool in self._pools.values():
+            pool.shutdown()
+
+
+def move_on_host(arena: torch.Tensor, order: Order) -> None:
+    """Carry out a compaction in host memory; `memmove` allows ranges to overlap, and releases the GIL."""
+    base = arena.data_ptr()
+    for record, source, target in order.moves:
+        memmove(base + target, base + source, record.nbytes)
+
+
+class CudaCopies:
+    """Two fixed side streams, one per direction, and one waiter thread behind each."""
+
+    asynchronous = True
+
+    def __init__(self, device: DeviceArena, host: HostArena, transfer: HostArena, ring: tuple[int, int]) -> None:
+        """Start the streams and their threads.
+
+        Args:
+            device, host: The arenas.
+            transfer: Page-locked transfer space.
+            ring: (offset, bytes of one slot) in it: four slots through which extents that are not page-locked are copied.
+        """
+        self._device = device
+        self._host = host
+        self._at = device.device
+        self._h2d = torch.cuda.Stream(self._at)
+        self._d2h = torch.cuda.Stream(self._at)
+        self._transfer = transfer
+        self._ring = ring
+        self._ready: dict[int, torch.cuda.Event] = {}
+        self._uses: dict[int, dict[int, tuple[int, torch.cuda.Event]]] = {}  # offset -> stream -> (end, event)
+        self._pruned_to = 0
+        self._lock = threading.Lock()
+        self._run_ahead: deque[torch.cuda.Event] = deque()
+        self._waiters = {Action.H2D: _Waiter("tierstore-h2d-done", self._at), Action.D2H: _Waiter("tierstore-d2h-done", self._at)}
+        self._host_moves = ThreadPoolExecutor(1, thread_name_prefix="tierstore-move")
+        self._staged = {
+            Action.H2D: ThreadPoolExecutor(1, thread_name_prefix="tierstore-ring-h2d"),
+            Action.D2H: ThreadPoolExecutor(1, thread_name_prefix="tierstore-ring-d2h"),
+        }
+
+    def start(self, order: Order, ordered: Report, done: Report) -> None:
+        if order.action is Action.COMPACT:
+            self._compact(order, ordered, done)
+            return
+        stream = self._h2d if order.action is Action.H2D else self._d2h
+        pieces = list(self._host.pieces(order.offset_ram, order.nbytes))
+        if not all(locked for _, _, locked in pieces):
+            self._stage(order, ordered, done)
+            return
+        with torch.cuda.device(self._at), torch.cuda.stream(stream):
+            self._order_before(order, stream)
+            for offset, nbytes, _ in pieces:
+                self._copy(order, self._host.tensor[offset : offset + nbytes], offset - order.offset_ram)
+            event = self._record_behind(order, stream)
+        ordered(order, None)
+        self._waiters[order.action].wait_for(event, lambda: done(order, None))
+
+    # -- one copy ----------------------------------------------------------------------------------------------------------
+
+    def _order_before(self, order: Order, stream: torch.cuda.Stream) -> None:
+        start, end = order.offset_gpu, order.offset_gpu + order.nbytes
+        self._wait_for_uses(stream, start, end, writes=order.action is Action.H2D)
+        ready = self._ready.get(start)
+        if order.action is Action.D2H and ready is not None:
+            stream.wait_event(ready)
+
+    def _record_behind(self, order: Order, stream: torch.cuda.Stream) -> torch.cuda.Event:
+        event = torch.cuda.Event(blocking=True)
+        event.record(stream)
+        if order.action is Action.H2D:
+            self._ready[order.offset_gpu] = event
+        else:
+            with self._lock:
+                self._note_use(order.offset_gpu, order.nbytes, stream, event)
+        return event
+
+    def _copy(self, order: Order, ram: torch.Tensor, skip: int) -> None:
+        """Queue the copy between `ram` (uint8) and the device extent from its byte `skip` on, on the current stream."""
+        gpu = self._device.tensor[order.offset_gpu + skip : order.offset_gpu + skip + ram.numel()]
+        if order.action is Action.H2D:
+            gpu.copy_(ram, non_blocking=True)
+        else:
+            ram.copy_(gpu, non_blocking=True)
+
+    def _wait_for_uses(self, stream: torch.cuda.Stream, start: int, end: int, *, writes: bool) -> None:
+        """Have `stream` wait for every unfinished use that overlaps [start, end).
+
+        Args:
+            writes: The stream fills the range next, so that whoever waits for it need not wait for these uses again.
+        """
+        with self._lock:
+            for offset, uses in list(self._uses.items()):
+                if offset >= end:
+                    continue
+                for key, (stop, event) in list(uses.items()):
+                    if start < stop:
+                        if not event.query():
+                            stream.wait_event(event)
+                        if writes and start <= offset and stop <= end:
+                            del uses[key]
+                if not uses:
+                    del self._uses[offset]
+
+    def _note_use(self, offset: int, nbytes: int, stream: torch.cuda.Stream, event: torch.cuda.Event) -> None:
+        """Under `_lock`."""
+        self._uses.setdefault(offset, {})[stream.cuda_stream] = (offset + nbytes, event)
+        if len(self._uses) > PRUNE_AT and len(self._uses) > 2 * self._pruned_to:
+            for other, uses in list(self._uses.items()):
+                for key, (_, use) in list(uses.items()):
+                    if use.query():
+                        del uses[key]
+                if not uses:
+                    del self._uses[other]
+            self._pruned_to = len(self._uses)
+
+    # -- extents that are not page-locked -----------------------------------------------------------------------------------
+
+    def _stage(self, order: Order, ordered: Report, done: Report) -> None:
+        """Copy through the page-locked ring, on a thread of its own: the host has to wait between the two hops."""
+
+        def carry_out() -> None:
+            torch.cuda.set_device(self._at)
+            stream = self._h2d if order.action is Action.H2D else self._d2h
+            start, size = self._ring
+            start += 0 if order.action is Action.H2D else 2 * size
+            slots = [self._transfer.tensor[start + turn * size : start + (turn + 1) * size] for turn in range(2)]
+            under_way: deque[tuple[torch.cuda.Event, torch.Tensor, torch.Tensor]] = deque()
+            with torch.cuda.stream(stream):
+                self._order_before(order, stream)
+                for number, skip in enumerate(range(0, order.nbytes, size)):
+                    if len(under_way) == len(slots):
+                        self._finish_hop(order, *under_way.popleft())
+                    length = min(size, order.nbytes - skip)
+                    slot = slots[number % 2][:length]
+                    extent = self._host.tensor[order.offset_ram + skip : order.offset_ram + skip + length]
+                    if order.action is Action.H2D:
+                        slot.copy_(extent)
+                    self._copy(order, slot, skip)
+                    event = torch.cuda.Event(blocking=True)
+                    event.record(stream)
+                    under_way.append((event, slot, extent))
+                while under_way:
+                    self._finish_hop(order, *under_way.popleft())
+                self._record_behind(order, stream)
+
+        def report(future: Future[None]) -> None:
+            error = future.exception()
+            if error is None:
+                ordered(order, None)
+            done(order, error)
+
+        self._staged[order.action].submit(carry_out).add_done_callback(report)
+
+    @staticmethod
+    def _finish_hop(order: Order, event: torch.cuda.Event, slot: torch.Tensor, extent: torch.Tensor) -> None:
+        event.synchronize()
+        if order.action is Action.D2H:
+            extent.copy_(slot)
+
+    # -- moves -----------------------------------------------------------------------------------------------------------------
+
+    def _compact(self, order: Order, ordered: Report, done: Report) -> None:
+        if order.tier is Tier.RAM:
+            future = self._host_moves.submit(move_on_host, self._host.tensor, order)
+            future.add_done_callback(lambda future: done(order, future.exception()))
+            return
+        stream, arena = self._h2d, self._device.tensor
+        with torch.cuda.device(self._at), torch.cuda.stream(stream):
+            for record, source, target in order.moves:
+                nbytes = record.nbytes
+                self._wait_for_uses(stream, source, source + nbytes, writes=False)
+                self._wait_for_uses(stream, target, target + nbytes, writes=True)
+                self._ready.pop(source, None)  # filled on this same stream
+                step = min(nbytes, abs(source - target))
+                starts = range(0, nbytes, step) if target < source else reversed(range(0, nbytes, step))
+                for start in starts:
+                    length = min(step, nbytes - start)
+                    arena[target + start : target + start + length].copy_(arena[source + start : source + start + length])
+                event = torch.cuda.Event(blocking=True)
+                event.record(stream)
+                self._ready[target] = event
+        ordered(order, None)
+        done(order, None)
+
+    # -- leases -----------------------------------------------------------------------------------------------------------------
+
+    def lease(self, offsets: Iterable[tuple[int, int]], write: bool) -> None:
+        stream = torch.cuda.current_stream(self._at)
+        for offset, nbytes in offsets:
+            ready = self._ready.get(offset)
+            if ready is not None:
+                if ready.query():
+                    if self._ready.get(offset) is ready:
+                        self._ready.pop(offset, None)
+                else:
+                    stream.wait_event(ready)
+            with self._lock:
+                for key, (_, event) in self._uses.get(offset, {}).items():
+                    if key != stream.cuda_stream and not event.query():
+                        stream.wait_event(event)
+
+    def release(self, offsets: Iterable[tuple[int, int]]) -> int:
+        stream = torch.cuda.current_stream(self._at)
+        event = torch.cuda.Event(blocking=True)
+        event.record(stream)
+        with self._lock:
+            for offset, nbytes in offsets:
+                self._note_use(offset, nbytes, stream, event)
+            self._run_ahead.append(event)
+            oldest = self._run_ahead.popleft() if len(self._run_ahead) > RUN_AHEAD else None
+        if oldest is not None and not oldest.query():
+            start = time.perf_counter_ns()
+            oldest.synchronize()
+            return time.perf_counter_ns() - start
+        return 0
+
+    # -- the host's own reads and writes ---------------------------------------------------------------------------------------
+
+    def read(self, offset: int, target: torch.Tensor) -> None:
+        with torch.cuda.device(self._at), torch.cuda.stream(self._d2h):
+            self._wait_for_uses(self._d2h, offset, offset + target.numel(), writes=False)
+            self._d2h.wait_stream(self._h2d)
+            target.copy_(self._device.tensor[offset : offset + target.numel()])
+            self._d2h.synchronize()
+
+    def write(self, offset: int, source: torch.Tensor) -> None:
+        with torch.cuda.device(self._at), torch.cuda.stream(self._h2d):
+            self._wait_for_uses(self._h2d, offset, offset + source.numel(), writes=False)
+            self._device.tensor[offset : offset + source.numel()].copy_(source)
+            self._h2d.synchronize()
+
+    def close(self) -> None:
+        torch.cuda.synchronize(self._at)
+        for waiter in self._waiters.values():
+            waiter.close()
+        for pool in (self._host_moves, *self._staged.values()):
+            pool.shutdown()
+
+
+class _Waiter:
+    """A thread that sleeps until events have happened, in order, and calls back."""
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        self._queue: queue.SimpleQueue[tuple[torch.cuda.Event, Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._device = device
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def wait_for(self, event: torch.cuda.Event, then: Callable[[], Any]) -> None:
+        self._queue.put((event, then))
+
+    def close(self) -> None:
+        self._queue.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        torch.cuda.set_device(self._device)
+        while (item := self._queue.get()) is not None:
+            event, then = item
+            event.synchronize()
+            then()

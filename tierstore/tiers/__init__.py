@@ -1,0 +1,1 @@
+"""The memory tiers: arenas of bytes, and the tensors that lie in them."""

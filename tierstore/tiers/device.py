@@ -1,0 +1,102 @@
+"""The device tier: one allocation, and the tensors that blocks have in it."""
+
+from __future__ import annotations
+
+import mmap
+import sys
+
+import torch
+
+from tierstore.catalog import Block, TensorSpec
+from tierstore.errors import CapacityError
+
+DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F32": torch.float32,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "F64": torch.float64,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Row-major strides, in elements."""
+    result: list[int] = []
+    step = 1
+    for size in reversed(shape):
+        result.append(step)
+        step *= max(1, size)
+    return tuple(reversed(result))
+
+
+def view_of(storage: torch.UntypedStorage, device: torch.device, start: int, spec: TensorSpec) -> torch.Tensor:
+    """The tensor `spec` of the block whose payload begins at byte `start` of `storage`.
+
+    [Note: Tensors of one arena]
+    Each is set on the storage by itself rather than sliced from one tensor: views of one base share a version counter, and a
+    write to one block would then invalidate what autograd saved of another.
+    """
+    dtype = DTYPES[spec.dtype]
+    tensor = torch.empty(0, dtype=dtype, device=device)
+    begin = (start + spec.offset) // dtype.itemsize
+    return tensor.set_(storage, begin, spec.shape, strides(spec.shape))  # type: ignore[no-untyped-call, no-any-return]
+
+
+class DeviceArena:
+    """`nbytes` on the compute device; ordinary memory when that is the CPU.
+
+    Attributes:
+        tensor: All of it, uint8.
+    """
+
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        self.nbytes = nbytes
+        self.device = device
+        self._views: dict[int, tuple[int, tuple[torch.Tensor, ...]]] = {}
+        try:
+            if device.type == "cpu":
+                self._map = mmap.mmap(-1, nbytes)  # page-aligned, which torch's own allocator is not
+                if sys.platform == "linux":
+                    self._map.madvise(mmap.MADV_DONTFORK)
+                self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)
+                self.tensor.zero_()
+            else:
+                self.tensor = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+                torch.cuda.synchronize(device)
+        except (torch.OutOfMemoryError, OSError, OverflowError, RuntimeError) as error:
+            raise CapacityError(
+                "the device tier could not be reserved", need=f"{nbytes} bytes", have=str(error).split("\n")[0], remedy="lower gpu=", tier="gpu"
+            ) from error
+        if self.tensor.data_ptr() % 256:
+            raise AssertionError("the device arena is not aligned to 256 bytes")
+        self._storage = self.tensor.untyped_storage()
+
+    def tensors(self, number: int, block: Block, offset: int) -> tuple[torch.Tensor, ...]:
+        """The block's tensors at `offset`, fresh objects on every call (so that no `.grad` outlives a lease). Under the lock."""
+        cached = self._views.get(number)
+        if cached is None or cached[0] != offset:
+            views = tuple(view_of(self._storage, self.device, offset, spec) for spec in block.tensors)
+            cached = self._views[number] = (offset, views)
+        return tuple([view.detach() for view in cached[1]])
+
+    def forget(self, number: int) -> None:
+        """The block is gone."""
+        self._views.pop(number, None)
+
+    def close(self) -> None:
+        self._views.clear()
+        del self.tensor, self._storage
