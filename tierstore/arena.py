@@ -73,11 +73,12 @@ class Arena:
         if nbytes > self.largest_hole:
             return None
         if low:
-            offset = next(start for start, length in self._holes.items() if length >= nbytes)
+            offset: int = next(start for start, length in self._holes.items() if length >= nbytes)
             hole_bytes = self._take_hole(offset)
             if hole_bytes > nbytes:
                 self._add_hole(offset + nbytes, hole_bytes - nbytes)
         else:
+            start: int
             hole_bytes, start = self._by_size[self._by_size.bisect_left((nbytes, 0))]
             self._take_hole(start)
             offset = start + hole_bytes - nbytes
@@ -176,7 +177,8 @@ class Arena:
         for number in order:
             region = regions[number]
             missing = nbytes - sum(piece.nbytes for piece in region if not piece.taken)
-            holes = [(piece.nbytes, piece.offset) for other, pieces in enumerate(regions) if other != number for piece in pieces if not piece.taken]
+            elsewhere = [piece for other, pieces in enumerate(regions) if other != number for piece in pieces]
+            holes = [(piece.nbytes, piece.offset) for piece in elsewhere if not piece.taken]
             out: list[Move] = []
             for piece in sorted((piece for piece in region if piece.taken), key=lambda piece: -piece.nbytes):
                 if missing <= 0:

@@ -101,6 +101,8 @@ def lay_out(name: str, tensors: Iterable[tuple[str, str, tuple[int, ...]]], *, s
     Args:
         name: The block's name.
         tensors: (name, safetensors dtype, shape) of each, in the order to keep.
+        single: It was given as one bare tensor.
+        frozen: It is never written.
 
     Raises:
         TensorError: A name no shard can hold, or a dtype that is not known.
@@ -112,7 +114,10 @@ def lay_out(name: str, tensors: Iterable[tuple[str, str, tuple[int, ...]]], *, s
         check_text(tensor, what="tensor name", block=name)
         if tensor.startswith(FILLER_PREFIX) or tensor == "__metadata__":
             raise TensorError(
-                f"tensor name {tensor!r} of block {name!r} is reserved by the file format", remedy="choose another name", block=name, tensor=tensor
+                f"tensor name {tensor!r} of block {name!r} is reserved by the file format",
+                remedy="choose another name",
+                block=name,
+                tensor=tensor,
             )
         if dtype not in ITEM_BYTES:
             raise TensorError(

@@ -353,7 +353,7 @@ class Placement:
     def fetch(self, record: Record, kind: Kind, *, protect: Collection[Record] = (), before: float | None = None) -> bool:
         """Order the block from NVMe into RAM, if it is not there. False: room or a place on the link is missing."""
         ram = record.ram
-        if ram.valid or ram.state is State.LOADING:
+        if ram.valid or ram.loading:
             return True
         if record.gpu.valid and record.nvme_version != record.version:
             return self.save(record, Tier.GPU, kind)
@@ -559,14 +559,14 @@ class Placement:
 
     def _prefetch(self, record: Record, tier: Tier, position: int, protect: Collection[Record]) -> bool:
         """Bring what is missing on `tier`; False: not now."""
-        if record.gpu.valid or record.gpu.state is State.LOADING or record.locked or record.vacating:
+        if record.gpu.valid or record.gpu.loading or record.locked or record.vacating:
             return True
         if record.load_error is not None:
             return True
         if tier is Tier.GPU:
             if not record.ram.valid or record.ram.moving:
                 return False
-            return self.bring(record, Kind.PREFETCH, protect=protect, before=position) and record.gpu.state is State.LOADING
+            return self.bring(record, Kind.PREFETCH, protect=protect, before=position) and record.gpu.loading
         return self.fetch(record, Kind.PREFETCH, protect=protect, before=position)
 
     # -- what fits -------------------------------------------------------------------------------------------------------

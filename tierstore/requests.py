@@ -40,6 +40,10 @@ class Copy:
         return self.state in VALID
 
     @property
+    def loading(self) -> bool:
+        return self.state is State.LOADING
+
+    @property
     def settled(self) -> bool:
         """No transfer touches it."""
         return self.readers == 0 and not self.moving and self.state is not State.LOADING

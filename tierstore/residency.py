@@ -5,17 +5,15 @@ Pure: the scheduler applies events, the table says what they lead to, and a pair
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import Enum, StrEnum
 
 
-class Tier(str, Enum):
+class Tier(StrEnum):
     """Where bytes live. Ordered from fast to large."""
 
     GPU = "gpu"
     RAM = "ram"
     NVME = "nvme"
-
-    __str__ = str.__str__
 
 
 class State(Enum):

@@ -111,7 +111,8 @@ class Scheduler:
             if record.id not in writes:
                 continue
             if record.block.frozen:
-                raise FrozenError(f"block {record.block.name!r} is frozen", remedy="use it without write=, or put it without frozen=", block=record.block.name)
+                remedy = "use it without write=, or put it without frozen="
+                raise FrozenError(f"block {record.block.name!r} is frozen", remedy=remedy, block=record.block.name)
             if owner in record.readers and record.writer != owner:
                 raise LeaseError(
                     f"block {record.block.name!r} is to be written inside a read lease of the same thread or task",
@@ -187,7 +188,8 @@ class Scheduler:
             CapacityError: The block is larger than a tier it must pass through.
         """
         if block.name in self.names:
-            raise BlockExistsError(f"block {block.name!r} is already in the store", remedy="delete() it first, or write() new values", block=block.name)
+            remedy = "delete() it first, or write() new values"
+            raise BlockExistsError(f"block {block.name!r} is already in the store", remedy=remedy, block=block.name)
         for tier, arena in self.placement.arenas.items():
             held = sum(record.nbytes for record in self.placement.held.values() if record.hold is tier) if tier is Tier.RAM else 0
             if block.nbytes + held > arena.capacity_bytes:
@@ -300,7 +302,9 @@ class Scheduler:
         """A request lacks space and only the release of leases can give it some: nobody new may take leases."""
         return self._starved and not self.placement.flying
 
-    def _behind(self, owner: Owner, reads: frozenset[int], writes: frozenset[int], claim: tuple[Owner, frozenset[int], frozenset[int]]) -> bool:
+    def _behind(
+        self, owner: Owner, reads: frozenset[int], writes: frozenset[int], claim: tuple[Owner, frozenset[int], frozenset[int]]
+    ) -> bool:
         """Whether an earlier request of somebody else has a claim to one of these blocks that the owner does not hold yet."""
         other, other_reads, other_writes = claim
         if other == owner:
@@ -338,7 +342,7 @@ class Scheduler:
     def _bring_all(self, request: Use, protect: set[Record]) -> None:
         wanted = protect | set(request.records)
         for record in request.records:
-            if record.gpu.valid or record.gpu.state is State.LOADING:
+            if record.gpu.valid or record.gpu.loading:
                 continue
             if self._starved and record.gpu.state is State.ABSENT:
                 continue
@@ -363,7 +367,9 @@ class Scheduler:
         return False
 
     def _serve_vacate(self, request: Vacate, record: Record) -> bool:
-        if request.background and (record.leased or any(isinstance(other, Use) and record in other.records for other in self.waiting.values())):
+        if request.background and (
+            record.leased or any(isinstance(other, Use) and record in other.records for other in self.waiting.values())
+        ):
             return True
         if record.leased or record.locked:
             return False
@@ -439,7 +445,7 @@ class Scheduler:
         for record in [record for record, position in self._hinted.items() if now - position > HINT_LIFE]:
             del self._hinted[record]
         for record in list(itertools.islice(self._hints, BURST)):
-            if record.gpu.valid or record.gpu.state is State.LOADING or record.locked or record.load_error is not None:
+            if record.gpu.valid or record.gpu.loading or record.locked or record.load_error is not None:
                 del self._hints[record]
                 continue
             if self._starved or record.ram.moving:
@@ -447,14 +453,17 @@ class Scheduler:
             self._hinted[record] = self._hints[record]
             guarded = protect | self._hinted.keys()
             moved = self.placement.bring(record, Kind.PREFETCH, protect=guarded)
-            if record.gpu.state is State.LOADING:
+            if record.gpu.loading:
                 del self._hints[record]
             elif not moved and not self.placement.flying:
                 del self._hints[record]  # no room beside what was asked for before: a hint may be ignored
             elif not moved:
                 break
-        return bool(self._hints) and not self.placement.flying and not self._starved and any(
-            record.ram.valid and not record.ram.moving for record in self._hints
+        return (
+            bool(self._hints)
+            and not self.placement.flying
+            and not self._starved
+            and any(record.ram.valid and not record.ram.moving for record in self._hints)
         )
 
     # -- leases ----------------------------------------------------------------------------------------------------------
@@ -510,11 +519,11 @@ class Scheduler:
     def note_use(self, records: tuple[Record, ...], writes: frozenset[int]) -> None:
         """Record the accesses of a lease that is being asked for, and where its blocks were found."""
         for record in records:
-            if record.gpu.valid or record.gpu.state is State.LOADING:
+            if record.gpu.valid or record.gpu.loading:
                 found = Tier.GPU
                 self.hits += 1
             else:
-                found = Tier.RAM if record.ram.valid or record.ram.state is State.LOADING else Tier.NVME
+                found = Tier.RAM if record.ram.valid or record.ram.loading else Tier.NVME
                 self.misses += 1
             self.trace.append(record.block.name, record.id in writes, found)
             self._accesses.append((record.id, record.id in writes))
@@ -591,16 +600,18 @@ class Scheduler:
         if isinstance(request, Place) and request.tier is not Tier.GPU:
             return
         need = sum(record.nbytes for record in request.records if record not in owned)
-        held = sum(record.nbytes for record in self.placement.held.values() if record.hold is Tier.GPU and record not in request.records and record not in owned)
+        own_bytes = sum(record.nbytes for record in owned)
+        others = (record for record in self.placement.held.values() if record.hold is Tier.GPU)
+        held = sum(record.nbytes for record in others if record not in request.records and record not in owned)
         if need + held <= capacity and not owned:
             return
         if self.placement.fits(request.records, lambda record: record in owned):
             return
-        have = capacity - held - sum(record.nbytes for record in owned)
+        have = capacity - held - own_bytes
         raise CapacityError(
             f"tier 'gpu' can never give room to {_names(request.records)}",
             need=f"{need} bytes" + (" in one piece each" if need <= have else ""),
-            have=f"{have} bytes beside held blocks ({held}) and the caller's own leases ({sum(record.nbytes for record in owned)})",
+            have=f"{have} bytes beside held blocks ({held}) and the caller's own leases ({own_bytes})",
             remedy="release a lease, unhold() blocks, use smaller blocks or raise gpu=",
             tier="gpu",
         )
@@ -643,10 +654,11 @@ class Scheduler:
             )
 
     def _scattered(self, request: Request) -> CapacityError:
+        arenas = self.placement.arenas.items()
         return CapacityError(
             f"no place for {_names(request.records)}: what is held or under way leaves no hole that is large enough",
             need=f"{max(record.nbytes for record in request.records)} bytes in one piece",
-            have=", ".join(f"{arena.largest_hole} of {arena.free_bytes} free bytes on {tier.value}" for tier, arena in self.placement.arenas.items()),
+            have=", ".join(f"{arena.largest_hole} of {arena.free_bytes} free bytes on {tier.value}" for tier, arena in arenas),
             remedy="unhold() blocks, use smaller blocks or raise the budget",
         )
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import threading
 from collections.abc import Collection, Coroutine, Generator, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import torch
 from tierstore.catalog import Block, lay_out
 from tierstore.clock import RealClock
 from tierstore.counters import Stats, TierStats
-from tierstore.errors import ClosedError, LeaseError, LeaseTimeoutError, OptionError, TensorError, TierstoreError
+from tierstore.errors import ClosedError, LeaseError, LeaseTimeoutError, OptionError, TensorError
 from tierstore.hardware import measure_hardware, resolve_budgets, resolve_device
 from tierstore.mover import operations
 from tierstore.mover.budget import NUM_SLOTS, RING_SLOTS, slot_bytes
@@ -163,9 +162,8 @@ def _assemble(
     if options.page_locked is True and cuda and host.page_lock_error is not None:
         host.close()
         transfer.close()
-        raise OptionError(
-            "the RAM tier could not be page-locked", need=f"{host.nbytes} bytes", have=host.page_lock_error, remedy='lower ram= or use page_locked="auto"'
-        )
+        remedy = 'lower ram= or use page_locked="auto"'
+        raise OptionError("the RAM tier could not be page-locked", need=f"{host.nbytes} bytes", have=host.page_lock_error, remedy=remedy)
     copies: Copies = CudaCopies(arena, host, transfer, (slot * NUM_SLOTS, slot)) if cuda else ThreadCopies(arena, host)
     engine = Engine(
         Scheduler(placement, clock),
@@ -244,10 +242,8 @@ class StoreBase:
         with engine.lock:
             record = engine.scheduler.find(name)
             tensors = {spec.name: TensorInfo(spec.shape, DTYPES[spec.dtype], spec.nbytes) for spec in record.block.tensors}
-            if engine.placement.has_nvme:
-                dirty = record.nvme_version != record.version
-            else:
-                dirty = record.gpu.state in (State.DIRTY, State.SAVING)
+            lowest_is_ram = not engine.placement.has_nvme
+            dirty = record.gpu.state in (State.DIRTY, State.SAVING) if lowest_is_ram else record.nvme_version != record.version
             return BlockInfo(
                 name=name,
                 tensors=tensors,
@@ -270,7 +266,9 @@ class StoreBase:
             for tier in (Tier.GPU, Tier.RAM):
                 arena = placement.arenas[tier]
                 extra = engine.transfer.nbytes if tier is Tier.RAM else 0
-                hits, misses = (engine.scheduler.hits, engine.scheduler.misses) if tier is Tier.GPU else (placement.ram_hits, placement.ram_misses)
+                hits, misses = placement.ram_hits, placement.ram_misses
+                if tier is Tier.GPU:
+                    hits, misses = engine.scheduler.hits, engine.scheduler.misses
                 tiers[str(tier)] = TierStats(
                     capacity_bytes=arena.capacity_bytes + extra,
                     used_bytes=arena.used_bytes + extra,
@@ -617,5 +615,3 @@ def start_commit(engine: Engine, owner: Owner, metadata: object) -> Future[int]:
 
 def unwrap(record: Record, tensors: dict[str, torch.Tensor]) -> torch.Tensor | dict[str, torch.Tensor]:
     return next(iter(tensors.values())) if record.block.single else tensors
-
-

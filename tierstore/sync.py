@@ -138,9 +138,7 @@ class TierStore(StoreBase):
     ) -> None:
         """Open the store; see the class."""
         self._engine = None
-        self._engine = open_engine(
-            Options(gpu, ram, nvme, device, nvme_limit, page_locked, policy, direct_io, checksum, keep, generation)
-        )
+        self._engine = open_engine(Options(gpu, ram, nvme, device, nvme_limit, page_locked, policy, direct_io, checksum, keep, generation))
 
     def __enter__(self) -> TierStore:
         return self

@@ -6,7 +6,7 @@ import json
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,7 +14,7 @@ from tierstore.monitor.perfetto import write_perfetto
 from tierstore.residency import Tier
 
 
-class Link(str, Enum):
+class Link(StrEnum):
     """A path bytes take."""
 
     H2D = "h2d"
@@ -22,17 +22,13 @@ class Link(str, Enum):
     NVME_READ = "nvme_read"
     NVME_WRITE = "nvme_write"
 
-    __str__ = str.__str__
 
-
-class Kind(str, Enum):
+class Kind(StrEnum):
     """Why a transfer happens: somebody waits, space is needed or a commit, or ahead of need."""
 
     DEMAND = "demand"
     WRITE_BACK = "write-back"
     PREFETCH = "prefetch"
-
-    __str__ = str.__str__
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +100,7 @@ class Trace:
     def save(self, path: str | Path) -> None:
         """Write one JSON object per line, to be read back by `load`."""
         with open(path, "w", encoding="utf-8") as file:
-            for access in self:
-                file.write(json.dumps(asdict(access)) + "\n")
+            file.writelines(json.dumps(asdict(access)) + "\n" for access in self)
 
     @classmethod
     def load(cls, path: str | Path) -> Trace:
@@ -128,7 +123,8 @@ class Timeline:
 
     def save(self, path: str | Path) -> None:
         """Write the timeline as a trace that https://ui.perfetto.dev opens."""
-        write_perfetto(path, _snapshot(self.transfers), _snapshot(self.waits))
+        transfers, waits = _snapshot(self.transfers), _snapshot(self.waits)
+        write_perfetto(path, transfers, waits)
 
     def events(self) -> list[TransferEvent | WaitEvent]:
         """A snapshot, transfers first, each by time of completion."""

@@ -107,6 +107,7 @@ class Engine:
         self._started_ns: dict[int, int] = {}
         self._woken = False
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._landed = asyncio.Event()
         self._hosts = ThreadPoolExecutor(2, thread_name_prefix="tierstore-host")
         self.loop = asyncio.new_event_loop()
         started = threading.Event()
@@ -291,6 +292,8 @@ class Engine:
     def _pump(self) -> None:
         """Let the scheduler decide, carry out its orders, answer those who wait."""
         self._woken = False
+        if self.closed:
+            return
         try:
             with self.lock:
                 orders, again = self.scheduler.advance()
@@ -355,11 +358,13 @@ class Engine:
             else:
                 self.placement.failed(order, _explained(order, error))
         self._count(order, error)
+        self._landed.set()
         self.wake()
 
     async def _read(self, order: Order) -> None:
         record, directory = order.record, self.directory
-        assert record is not None and directory is not None
+        assert record is not None
+        assert directory is not None
         error: BaseException | None = None
         try:
             with self.host.memory[order.offset_ram : order.offset_ram + order.nbytes] as target:
@@ -370,7 +375,8 @@ class Engine:
 
     async def _write(self, order: Order) -> None:
         record, directory = order.record, self.directory
-        assert record is not None and directory is not None
+        assert record is not None
+        assert directory is not None
         old = self.shards.get(record)
         error: BaseException | None = None
         try:
@@ -448,8 +454,11 @@ class Engine:
                 future = self._futures.pop(request, None)
                 if future is not None and future.set_running_or_notify_cancel():
                     future.set_exception(ClosedError("the store was closed", remedy="open a new TierStore"))
-        while self.placement.flying or self._tasks - {asyncio.current_task()}:
-            await asyncio.sleep(0.001)
+        while others := self._tasks - {asyncio.current_task()}:
+            await asyncio.wait(others)
+        while self.placement.flying:
+            self._landed.clear()
+            await self._landed.wait()
 
     def shut_down(self) -> None:
         """Stop the loop and free the arenas. After `drain`, from any other thread."""

@@ -168,11 +168,14 @@ def refuse_own_lease(record: Record, owner: Owner, *, doing: str, write: bool) -
         )
 
 
+_READ_ORDER = (Tier.RAM, Tier.GPU, Tier.NVME)
+
+
 async def read(engine: Engine, record: Record, owner: Owner) -> dict[str, torch.Tensor]:
     """Copy the newest values. See `TierStore.read`."""
     async with _host_access(engine, record, owner, write=False, doing="read()"):
         with engine.lock:
-            tier = next(tier for tier in (Tier.RAM, Tier.GPU, Tier.NVME) if tier in record.tiers and not (tier is not Tier.NVME and record.copy(tier).moving))
+            tier = min((tier for tier in record.tiers if tier is Tier.NVME or not record.copy(tier).moving), key=_READ_ORDER.index)
             if tier is not Tier.NVME:
                 record.copy(tier).readers += 1
         flat = {spec.name: torch.empty(spec.nbytes, dtype=torch.uint8) for spec in record.block.tensors}
@@ -370,9 +373,8 @@ def check_tensors(block: Block, tensors: Tensors) -> None:
     for name, tensor in tensors.items():
         spec = specs.get(name)
         if spec is None:
-            raise TensorError(
-                f"block {block.name!r} has no tensor {name!r}", have=", ".join(map(repr, specs)), remedy="write only what it has", block=block.name
-            )
+            known = ", ".join(map(repr, specs))
+            raise TensorError(f"block {block.name!r} has no tensor {name!r}", have=known, remedy="write only what it has", block=block.name)
         if tensor.dtype != DTYPES[spec.dtype] or tuple(tensor.shape) != spec.shape:
             raise TensorError(
                 f"tensor {name!r} of block {block.name!r} cannot be replaced by one of another shape or dtype",
@@ -382,4 +384,3 @@ def check_tensors(block: Block, tensors: Tensors) -> None:
                 block=block.name,
                 tensor=name,
             )
-

@@ -309,7 +309,7 @@ class CudaCopies:
 
     def lease(self, offsets: Iterable[tuple[int, int]], write: bool) -> None:
         stream = torch.cuda.current_stream(self._at)
-        for offset, nbytes in offsets:
+        for offset, _ in offsets:
             ready = self._ready.get(offset)
             if ready is not None:
                 if ready.query():

@@ -36,13 +36,13 @@ def resolve(policy: str | Policy | type) -> Policy:
         for point in entry_points(group=GROUP):
             if point.name == policy:
                 return resolve(point.load())
-        raise OptionError(f"unknown policy {policy!r}", need=f"one of {', '.join(available())}", remedy="name one of these, or pass an object")
+        known = ", ".join(available())
+        raise OptionError(f"unknown policy {policy!r}", need=f"one of {known}", remedy="name one of these, or pass an object")
     made = policy() if isinstance(policy, type) else policy
     if not isinstance(made, Policy):
         missing = [name for name in _PROTOCOL if not hasattr(made, name)]
-        raise OptionError(
-            f"policy {made!r} does not have the policy protocol", need=", ".join(missing), remedy="inherit from tierstore.policies.PolicyBase"
-        )
+        remedy = "inherit from tierstore.policies.PolicyBase"
+        raise OptionError(f"policy {made!r} does not have the policy protocol", need=", ".join(missing), remedy=remedy)
     return made
 
 

@@ -53,7 +53,7 @@ def view_of(storage: torch.UntypedStorage, device: torch.device, start: int, spe
     dtype = DTYPES[spec.dtype]
     tensor = torch.empty(0, dtype=dtype, device=device)
     begin = (start + spec.offset) // dtype.itemsize
-    return tensor.set_(storage, begin, spec.shape, strides(spec.shape))  # type: ignore[no-untyped-call, no-any-return]
+    return tensor.set_(storage, begin, spec.shape, strides(spec.shape))
 
 
 class DeviceArena:
@@ -79,7 +79,11 @@ class DeviceArena:
                 torch.cuda.synchronize(device)
         except (torch.OutOfMemoryError, OSError, OverflowError, RuntimeError) as error:
             raise CapacityError(
-                "the device tier could not be reserved", need=f"{nbytes} bytes", have=str(error).split("\n")[0], remedy="lower gpu=", tier="gpu"
+                "the device tier could not be reserved",
+                need=f"{nbytes} bytes",
+                have=str(error).split("\n")[0],
+                remedy="lower gpu=",
+                tier="gpu",
             ) from error
         if self.tensor.data_ptr() % 256:
             raise AssertionError("the device arena is not aligned to 256 bytes")
