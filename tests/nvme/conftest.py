@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from tierstore.catalog import Block, lay_out
-from tierstore.nvme.files import File, FileStat, LocalFiles, Then, aligned_buffer
+from tierstore.nvme.files import File, FileStat, Operation, Outcome, Request, aligned_buffer
+from tierstore.nvme.local import LocalFiles
 
 MIB = 1 << 20
 
@@ -72,20 +73,24 @@ class FailingFile:
         self._files.pass_by("file.create", self._path)
         await self._file.create(nbytes)
 
-    async def read(self, offset: int, into: memoryview, then: Then | None = None) -> int:
-        return await self._move("file.read", self._file.read, offset, into, then)
+    async def read(self, requests: Sequence[Request]) -> list[Outcome]:
+        return await self._move("file.read", self._file.read, requests)
 
-    async def write(self, offset: int, source: memoryview, then: Then | None = None) -> int:
-        return await self._move("file.write", self._file.write, offset, source, then)
+    async def write(self, requests: Sequence[Request]) -> list[Outcome]:
+        return await self._move("file.write", self._file.write, requests)
 
-    async def _move(self, operation: str, move: Callable[..., object], offset: int, buffer: memoryview, then: Then | None) -> int:
-        self._files.pass_by(operation, self._path)
+    async def _move(self, operation: str, move: Operation, requests: Sequence[Request]) -> list[Outcome]:
+        try:
+            self._files.pass_by(operation, self._path)
+        except OSError as error:
+            return [error] * len(requests)
         self._calls += 1
         if self._files.interrupt and self._calls % 2:
-            raise InterruptedError
-        if self._files.short is not None and len(buffer) > self._files.short:
-            return await move(offset, buffer[: self._files.short], None)  # type: ignore[misc,no-any-return]
-        return await move(offset, buffer, then)  # type: ignore[misc,no-any-return]
+            return [InterruptedError()] * len(requests)
+        short = self._files.short
+        if short is not None:
+            requests = [Request(r.offset, r.buffer[:short], r.then if len(r.buffer) <= short else None) for r in requests]
+        return await move(requests)
 
     async def stat(self) -> FileStat:
         return await self._file.stat()

@@ -6,13 +6,16 @@ import asyncio
 import errno
 import os
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tierstore.errors import OptionError
-from tierstore.nvme.files import LocalFiles, aligned_buffer, is_aligned, land, land_all, move_all
+from tierstore.nvme.files import Request, aligned_buffer, is_aligned, land, move_all
+from tierstore.nvme.local import LocalFiles
 
 PAGE = 4096
 
@@ -37,13 +40,13 @@ def test_unaligned_requests_go_another_way(files: Any, tmp_path: Path, first: in
         source[:] = os.urandom(4 * PAGE)
         file = files.file(str(tmp_path / "x"), write=True)
         await file.create(4 * PAGE)
-        await move_all(files, file.write, 0, source)
+        await move_all(files, file.write, [Request(0, source)])
         odd = aligned_buffer(4 * PAGE)[first : first + 2 * PAGE + 3]
-        await move_all(files, file.read, PAGE + 5, odd)
+        await move_all(files, file.read, [Request(PAGE + 5, odd)])
         assert odd == source[PAGE + 5 : 3 * PAGE + 8]
-        await move_all(files, file.write, 7, memoryview(b"read-only bytes"))
+        await move_all(files, file.write, [Request(7, memoryview(b"read-only bytes"))])
         even = aligned_buffer(PAGE)
-        await move_all(files, file.read, 0, even)
+        await move_all(files, file.read, [Request(0, even)])
         assert bytes(even[:22]) == bytes(source[:7]) + b"read-only bytes"
         await file.close()
 
@@ -59,12 +62,12 @@ def test_short_counts_and_interruptions_are_repeated(files: Any, tmp_path: Path)
         data = memoryview(bytearray(os.urandom(3 * PAGE)))
         file = files.file(str(tmp_path / "x"), write=True)
         await file.create(3 * PAGE)
-        await move_all(files, file.write, 0, data, lambda buffer: seen.append(len(buffer)))
+        await move_all(files, file.write, [Request(0, data, lambda buffer: seen.append(len(buffer)))])
         back = memoryview(bytearray(3 * PAGE))
-        await move_all(files, file.read, 0, back, lambda buffer: seen.append(len(buffer)))
+        await move_all(files, file.read, [Request(0, back, lambda buffer: seen.append(len(buffer)))])
         assert back == data
-        with pytest.raises(OSError, match="ended after 4096 of 8192"):
-            await move_all(files, file.read, 2 * PAGE, memoryview(bytearray(2 * PAGE)))
+        with pytest.raises(OSError, match="4096 bytes early"):
+            await move_all(files, file.read, [Request(2 * PAGE, memoryview(bytearray(2 * PAGE)))])
         await file.close()
 
     asyncio.run(go())
@@ -88,8 +91,8 @@ def test_direct_io_is_probed(tmp_path: Path, caplog: pytest.LogCaptureFixture, m
     def refuse(*args: object) -> int:
         raise OSError(errno.EINVAL, "Invalid argument")
 
-    monkeypatch.setattr("tierstore.nvme.files._PWRITEV", refuse)
-    monkeypatch.setattr("tierstore.nvme.files._PREADV", refuse)
+    monkeypatch.setattr("tierstore.nvme.local._PWRITEV", refuse)
+    monkeypatch.setattr("tierstore.nvme.local._PREADV", refuse)
     asyncio.run(files.probe(str(tmp_path), "auto"))
     assert not files.direct
     assert "direct I/O is not available" in caplog.text
@@ -108,13 +111,13 @@ def test_links_are_not_followed(files: Any, tmp_path: Path) -> None:
     async def go() -> None:
         file = files.file(str(link), write=True)
         for call in (
-            lambda: file.write(0, memoryview(b"x" * PAGE)),
-            lambda: file.read(0, memoryview(bytearray(PAGE))),
+            lambda: move_all(files, file.write, [Request(0, memoryview(b"x" * PAGE))]),
+            lambda: move_all(files, file.read, [Request(0, memoryview(bytearray(PAGE)))]),
             lambda: files.save(str(link), b"x", sync=False),
             lambda: files.load(str(link), 10),
             lambda: file.create(PAGE),
         ):
-            with pytest.raises(OSError, match="link|exists"):
+            with pytest.raises(OSError, match=r"link|exists"):
                 await call()
         assert not (await files.stat(str(link))).regular
 
@@ -150,7 +153,7 @@ def test_cancelling_waits_for_the_thread() -> None:
         done.set()
 
     async def go() -> None:
-        task = asyncio.ensure_future(land_all([files.work(slow), asyncio.sleep(0)]))
+        task = asyncio.ensure_future(files.work(slow))
         await asyncio.to_thread(started.wait, 10)
         for _ in range(3):  # insisting changes nothing
             task.cancel()
@@ -165,35 +168,46 @@ def test_cancelling_waits_for_the_thread() -> None:
     files.close()
 
 
-def test_all_end_before_the_first_failure_is_raised() -> None:
+def test_all_requests_end_before_the_first_failure_is_raised(files: Any, tmp_path: Path) -> None:
     ended: list[int] = []
 
-    async def one(number: int) -> None:
-        await asyncio.sleep(0.01 * number)
-        ended.append(number)
-        if number < 2:
-            raise OSError(number, "failed")
+    def slowly(number: int) -> Callable[[memoryview], None]:
+        def then(buffer: memoryview) -> None:
+            time.sleep(0.01 * number)
+            ended.append(number)
+            if number < 2:
+                raise ValueError(number)
+
+        return then
 
     async def go() -> None:
-        with pytest.raises(OSError, match="failed") as caught:
-            await land_all([one(0), one(1), one(2)])
-        assert caught.value.errno == 0
-        assert ended == [0, 1, 2]
+        file = files.file(str(tmp_path / "x"), write=True)
+        await file.create(3 * PAGE)
+        for move in (file.write, file.read):
+            requests = [Request(number * PAGE, aligned_buffer(PAGE), slowly(number)) for number in range(3)]
+            with pytest.raises(ValueError, match="0"):
+                await move_all(files, move, requests)
+        assert ended == [0, 1, 2, 0, 1, 2]
+        await file.close()
         with pytest.raises(ZeroDivisionError):
-            await land(asyncio.to_thread(lambda: 1 // 0))
+            await land(files.work(lambda: 1 // 0))
 
     asyncio.run(go())
+    files.close()
 
 
-def test_reads_do_not_queue_behind_writes() -> None:
+def test_reads_queue_behind_nothing_else() -> None:
     files = LocalFiles(threads=1)
     gate = threading.Event()
 
     async def go() -> None:
-        writing = asyncio.ensure_future(files.on_thread("write", gate.wait, 10))
-        assert await files.on_thread("read", lambda: "read") == "read"
+        writing = asyncio.ensure_future(files.on_threads("write", [lambda: gate.wait(10)]))
+        syncing = asyncio.ensure_future(files.work(gate.wait, 10))
+        await asyncio.sleep(0)
+        assert await files.on_threads("read", [lambda: 7]) == [7]
         gate.set()
-        assert await writing
+        assert await writing == [True]
+        assert await syncing
 
     asyncio.run(go())
     files.close()

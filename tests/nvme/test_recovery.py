@@ -17,7 +17,8 @@ import pytest
 
 from tierstore.errors import BusyError, DirectoryError, ShardError, TierFullError, TransferError
 from tierstore.nvme.directory import Directory
-from tierstore.nvme.files import LocalFiles, aligned_buffer
+from tierstore.nvme.files import aligned_buffer
+from tierstore.nvme.local import LocalFiles
 from tierstore.nvme.shards import Entry, Shard
 
 T = TypeVar("T")
@@ -114,12 +115,9 @@ def test_forked_children_are_harmless(swap: str, block_of: Any, payload_of: Any)
         assert shard_files(swap) == {shard.file}
 
         def intruder() -> None:
-            try:
+            with pytest.raises(BusyError) as caught:
                 Directory.open(swap)
-            except BusyError as error:
-                assert error.pid == os.getppid()
-                return
-            raise AssertionError("the parent's lock is gone")
+            assert caught.value.pid == os.getppid()
 
         assert in_child(intruder) == 0
         assert await contents(directory, shard) == payload_of(block)
@@ -328,6 +326,10 @@ def test_a_failed_sync_is_never_retried_on_the_same_file(files: Any, swap: str, 
         with pytest.raises(TransferError):
             await directory.commit([Entry(block, other)])
         assert await directory.write(block, payload_of(block, 3), other) is not other
+        directory.discard(other)
+        reused = directory.reused_files
+        await directory.write(block, payload_of(block, 4))
+        assert directory.reused_files == reused, "nor is the file written again"
 
     with_directory(swap, use, files=files)
     assert with_directory(swap, lambda directory: contents(directory, directory.entries["w"].shard), files=files) == payload_of(block, 1)
@@ -367,6 +369,35 @@ def test_commits_that_fail_halfway(files: Any, swap: str, block_of: Any, payload
 
     with_directory(swap, check, files=files)
     assert len(shard_files(swap)) == (1 if files.syncs_directories else 2)
+
+
+def test_a_commit_in_doubt_takes_no_good_ones_place(files: Any, swap: str, block_of: Any, payload_of: Any) -> None:
+    block = block_of()
+
+    async def use(directory: Directory) -> tuple[int, ...]:
+        shard: Shard | None = None
+        for step in range(1, 5):
+            old, shard = shard, await directory.write(block, payload_of(block, step), shard)
+            if old is not None and old is not shard:
+                directory.discard(old)
+            if step == 3:
+                files.fail("replace")
+                with pytest.raises(TransferError, match="naming the manifest"):
+                    await directory.commit([Entry(block, shard)], step)
+                assert 3 not in directory.generations
+            else:
+                await directory.commit([Entry(block, shard)], step)
+        return directory.generations
+
+    async def check(directory: Directory) -> None:
+        assert directory.committed is not None
+        assert directory.committed.metadata == directory.committed.generation
+        assert await contents(directory, directory.entries["w"].shard) == payload_of(block, directory.committed.metadata)
+
+    generations = with_directory(swap, use, keep=2, files=files)
+    assert generations[-2:] == (2, 4)
+    for generation in generations:
+        with_directory(swap, check, generation=generation, files=files)
 
 
 def fail_later(files: Any, operation: str, nth: int) -> None:

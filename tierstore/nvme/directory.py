@@ -25,7 +25,8 @@ from typing import Any, Literal
 
 from tierstore.errors import BusyError, OptionError, TierFullError
 from tierstore.nvme import names, recovery
-from tierstore.nvme.files import Files, LocalFiles, Lock, land
+from tierstore.nvme.files import Files, Lock, land
+from tierstore.nvme.local import LocalFiles
 from tierstore.nvme.manifest import Record, encode_manifest, encode_metadata, encode_record
 from tierstore.nvme.shards import Entry, Shard, io_error
 from tierstore.nvme.shelf import Shelf

@@ -77,7 +77,10 @@ def encode_metadata(metadata: object) -> str:
         return json.dumps(metadata, allow_nan=False, separators=(",", ":"))
     except (TypeError, ValueError, RecursionError) as error:
         raise OptionError(
-            "commit metadata must be JSON", need="dicts with text keys, lists, text, finite numbers, bools, None", have=str(error)[:200]
+            "commit metadata must be JSON",
+            need="dicts with text keys, lists, text, finite numbers, bools, None",
+            have=str(error)[:200],
+            remedy="convert what is not, e.g. tensors with .tolist()",
         ) from None
 
 

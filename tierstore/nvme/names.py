@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import re
 
-from tierstore.nvme.files import PROBE_NAME
-
 LOCK = "tierstore.lock"
 HOLDER = "tierstore.pid"
 CURRENT = "CURRENT"
+PROBE_NAME = "tierstore.probe"
 TEMPORARY = ".tmp"
 FIXED = frozenset({LOCK, HOLDER, CURRENT, CURRENT + TEMPORARY, PROBE_NAME})
 

@@ -7,9 +7,9 @@ are undefined. A sync that failed leaves it `suspect`: the system may have dropp
 the next time, so the file is never synced again; its bytes are copied, against their checksums, into a new file.
 
 [Note: When checksums are verified]
-Each whole chunk is verified at its first read after opening the directory or after it was written, in the I/O thread that
-read it, and not again: what was read right once is taken to stay right while the store is open. Reads of part of a chunk
-cannot be verified.
+Each chunk is verified at its first read after opening the directory or after it was written, in the I/O thread that read it,
+and not again: what was read right once is taken to stay right while the store is open. Before part of an unverified chunk is
+read, the whole chunk is streamed through the caller's buffer once, so that no byte is served unverified and no memory is taken.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ import xxhash
 from tierstore.catalog import PAGE, Block
 from tierstore.errors import ShardError, TierFullError, TierstoreError, TransferError
 from tierstore.nvme.checksums import CHUNK_BYTES, checksum, num_chunks, shard_checksum, split_chunks
-from tierstore.nvme.files import File, Files, Then, land_all, move_all
+from tierstore.nvme.files import File, Files, Request, Then, aligned_buffer, move_all
 from tierstore.nvme.manifest import ShardRecord
 
+MIN_SCRATCH_BYTES = 1 << 18
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -153,6 +154,35 @@ async def check_header(files: Files, path: str, shard: Shard) -> None:
         raise damage(shard, path, "the header does not match its checksum", chunk=None)
 
 
+def chunk_range(shard: Shard, chunk: int) -> tuple[int, int]:
+    """Where a chunk begins and ends, in bytes from the payload's start."""
+    return chunk * CHUNK_BYTES, min((chunk + 1) * CHUNK_BYTES, shard.payload_bytes)
+
+
+def check_chunk(shard: Shard, path: str, chunk: int, found: int) -> None:
+    assert shard.chunks is not None
+    if found != shard.chunks[chunk]:
+        raise damage(shard, path, f"chunk {chunk} (16 MiB each) does not match its checksum", chunk=chunk)
+
+
+async def verify_chunk(files: Files, file: File, path: str, shard: Shard, chunk: int, scratch: memoryview) -> None:
+    """Stream one chunk through `scratch` and check its sum.
+
+    Raises:
+        ShardError: It does not match.
+        OSError: A read failed.
+    """
+    if len(scratch) < MIN_SCRATCH_BYTES:
+        scratch = aligned_buffer(MIN_SCRATCH_BYTES)
+    running = xxhash.xxh3_64()
+    start, stop = chunk_range(shard, chunk)
+    for offset in range(start, stop, len(scratch)):
+        piece = scratch[: min(len(scratch), stop - offset)]
+        await move_all(files, file.read, [Request(shard.data_start + offset, piece, running.update)])
+    check_chunk(shard, path, chunk, running.intdigest())
+    shard.unverified.discard(chunk)
+
+
 async def read_payload(files: Files, path: str, shard: Shard, into: memoryview, offset: int, *, verify: bool) -> None:
     """Fill `into` from the payload, in requests that end at chunk boundaries, all in flight together.
 
@@ -163,27 +193,24 @@ async def read_payload(files: Files, path: str, shard: Shard, into: memoryview, 
     file = files.file(path)
     checked: list[int] = []
 
-    def request(start: int, stop: int) -> Then | None:
-        chunk = start // CHUNK_BYTES
-        whole = start % CHUNK_BYTES == 0 and stop == min(start + CHUNK_BYTES, shard.payload_bytes)
-        if not (verify and whole and shard.chunks is not None and chunk in shard.unverified):
-            return None
-        expected = shard.chunks[chunk]
-
+    def then(chunk: int) -> Then:
         def check(buffer: memoryview) -> None:
-            if checksum(buffer) != expected:
-                raise damage(shard, path, f"chunk {chunk} (16 MiB each) does not match its checksum", chunk=chunk)
+            check_chunk(shard, path, chunk, checksum(buffer))
             checked.append(chunk)
 
         return check
 
+    requests = []
     try:
-        await land_all(
-            [
-                move_all(files, file.read, shard.data_start + start, into[start - offset : stop - offset], request(start, stop))
-                for start, stop in split_chunks(offset, len(into))
-            ]
-        )
+        for start, stop in split_chunks(offset, len(into)):
+            chunk = start // CHUNK_BYTES
+            unverified = verify and shard.chunks is not None and chunk in shard.unverified
+            whole = (start, stop) == chunk_range(shard, chunk)
+            if unverified and not whole:
+                await verify_chunk(files, file, path, shard, chunk, into)
+            buffer = into[start - offset : stop - offset]
+            requests.append(Request(shard.data_start + start, buffer, then(chunk) if unverified and whole else None))
+        await move_all(files, file.read, requests)
         shard.unverified.difference_update(checked)
     finally:
         await file.close()
@@ -236,7 +263,15 @@ class ShardWriter:
             self._reached[start // CHUNK_BYTES] = stop - start // CHUNK_BYTES * CHUNK_BYTES
         self._busy += 1
         try:
-            await land_all([self._piece(start, source[start - offset : stop - offset]) for start, stop in pieces])
+            await move_all(
+                self._owner.files,
+                self._file.write,
+                [
+                    Request(self.shard.data_start + start, source[start - offset : stop - offset], self._summing(start, stop))
+                    for start, stop in pieces
+                ],
+            )
+            self._written_bytes += len(source)
         except OSError as error:
             path = self._owner.path_of(self.shard)
             raise io_error(error, f"writing block {self.shard.block.name!r}", path=path, block=self.shard.block.name) from error
@@ -265,19 +300,17 @@ class ShardWriter:
         return shard
 
     async def abort(self) -> None:
-        """Drop what was written. A shard that was being rewritten in place is broken from here on."""
+        """Drop what was written. A shard that was being rewritten in place is broken from here on. Nothing after `finish`."""
+        if not self.shard.writing:
+            return
         self.shard.writing = False
         await self._owner.unwritten(self.shard, in_place=self._in_place)
 
-    async def _piece(self, start: int, source: memoryview) -> None:
-        await move_all(self._owner.files, self._file.write, self.shard.data_start + start, source, self._summing(start, len(source)))
-        self._written_bytes += len(source)
-
-    def _summing(self, start: int, nbytes: int) -> Then | None:
+    def _summing(self, start: int, stop: int) -> Then | None:
         if not self._owner.checksum:
             return None
         chunk = start // CHUNK_BYTES
-        if nbytes == min(CHUNK_BYTES, self.shard.payload_bytes - chunk * CHUNK_BYTES):
+        if stop - start == min(CHUNK_BYTES, self.shard.payload_bytes - chunk * CHUNK_BYTES):
 
             def whole(buffer: memoryview) -> None:
                 self._sums[chunk] = checksum(buffer)

@@ -17,7 +17,7 @@ from tierstore.catalog import Block
 from tierstore.errors import ClosedError, TierFullError, TierstoreError
 from tierstore.nvme import names
 from tierstore.nvme.checksums import checksum as sum_of
-from tierstore.nvme.files import File, Files, aligned_buffer, land, land_all, move_all
+from tierstore.nvme.files import File, Files, Request, aligned_buffer, land, move_all
 from tierstore.nvme.safetensors import build_header
 from tierstore.nvme.shards import Shard, ShardWriter, check_header, damage, io_error, read_payload
 from tierstore.nvme.space import FIXED_BYTES, Space
@@ -200,7 +200,7 @@ class Shelf:
         try:
             buffer = aligned_buffer(len(header))
             buffer[:] = header
-            await move_all(self.files, shard.handle.write, 0, buffer)
+            await move_all(self.files, shard.handle.write, [Request(0, buffer)])
         except OSError as error:
             await self.unwritten(shard, in_place=False)
             raise io_error(error, f"writing block {block.name!r}", path=self.path_of(shard), block=block.name) from error
@@ -312,13 +312,20 @@ class Shelf:
     # -- durability -----------------------------------------------------------------------------------------------------
 
     async def _sync_all(self, shards: Iterable[Shard]) -> None:
+        """Sync all, a few at once, each however the others fare; then raise the first failure."""
         waiting = iter(shards)
+        failures: list[TierstoreError] = []
 
         async def some() -> None:
             for shard in waiting:
-                await self._sync(shard)
+                try:
+                    await self._sync(shard)
+                except TierstoreError as error:
+                    failures.append(error)
 
-        await land_all([some() for _ in range(SYNCS_AT_ONCE)])
+        await asyncio.gather(*(some() for _ in range(SYNCS_AT_ONCE)))
+        if failures:
+            raise failures[0]
 
     async def _sync(self, shard: Shard) -> None:
         """Make a shard's bytes durable, and close its handle. A failure makes it suspect.
@@ -356,7 +363,7 @@ class Shelf:
         try:
             for offset in range(0, shard.payload_bytes, RELOCATE_BYTES):
                 piece = buffer[: min(RELOCATE_BYTES, shard.payload_bytes - offset)]
-                await move_all(self.files, old.read, shard.data_start + offset, piece)
+                await move_all(self.files, old.read, [Request(shard.data_start + offset, piece)])
                 await writer.write(offset, piece)
             copy = await writer.finish()
         except OSError as error:

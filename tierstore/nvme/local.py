@@ -1,0 +1,368 @@
+"""The machine's own file system.
+
+[Note: Two ways to move bytes]
+Where the system has positional reads and writes, payloads go straight between the drive and the caller's memory, with
+O_DIRECT when the directory accepts it, from a small pool of threads per direction; the calls release the GIL. Elsewhere (and
+when asked, so that Linux can test what Windows gets) each request opens a handle of its own through aiofiles. Small files go
+through aiofiles on every system.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import shutil
+import stat as stat_flags
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import aiofiles
+import filelock
+
+from tierstore.catalog import PAGE
+from tierstore.errors import OptionError
+from tierstore.nvme.files import File, FileStat, Lock, Outcome, Request, aligned_buffer, is_aligned, land
+from tierstore.nvme.names import PROBE_NAME
+
+if TYPE_CHECKING:
+    from aiofiles.base import AiofilesContextManager
+    from aiofiles.threadpool.binary import AsyncFileIO
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+FILE_MODE = 0o600
+DIRECTORY_MODE = 0o700
+_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
+_DIRECT: int | None = getattr(os, "O_DIRECT", None)
+_PREADV: Any = getattr(os, "preadv", None)
+_PWRITEV: Any = getattr(os, "pwritev", None)
+_REFUSED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+"""What a file system answers to a request it does not know."""
+
+
+def _open_no_follow(path: str, flags: int) -> int:
+    return os.open(path, flags | _NO_FOLLOW, FILE_MODE)
+
+
+def _file_stat(status: os.stat_result) -> FileStat:
+    return FileStat(status.st_size, status.st_nlink, stat_flags.S_ISREG(status.st_mode), stat_flags.S_ISDIR(status.st_mode))
+
+
+class _FileLock:
+    """A held `filelock` lock. filelock itself closes a forked child's copy without unlocking the parent's."""
+
+    def __init__(self, held: filelock.BaseFileLock) -> None:
+        self._held: filelock.BaseFileLock | None = held
+
+    def release(self) -> None:
+        if self._held is not None:
+            self._held.release()
+            self._held = None
+
+    def forget(self) -> None:
+        self._held = None
+
+
+class LocalFiles:
+    """The machine's own file system. Methods may be called from any loop; blocking work runs on threads owned here.
+
+    Args:
+        threads: I/O threads of each kind: "read", "write" and "other" never queue behind one another.
+        portable: Take the portable path. None: only where positional I/O is missing.
+    """
+
+    def __init__(self, *, threads: int = 4, portable: bool | None = None) -> None:
+        self.portable = _PREADV is None if portable is None else portable
+        self.direct = False
+        self.syncs_directories = os.name == "posix" and not self.portable
+        self._threads = threads
+        self._executors: dict[str, ThreadPoolExecutor] = {}
+
+    def executor(self, kind: str) -> Executor:
+        """The threads of a kind, started when first needed."""
+        if kind not in self._executors:
+            self._executors[kind] = ThreadPoolExecutor(self._threads, thread_name_prefix=f"tierstore-{kind}")
+        return self._executors[kind]
+
+    async def on_threads(self, kind: str, calls: Sequence[Callable[[], int]]) -> list[Outcome]:
+        """Make all calls, each on a thread, and wake this loop once, when the last has ended."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[None] = loop.create_future()
+        outcomes: list[Outcome] = [0] * len(calls)
+        left = len(calls)
+        counting = threading.Lock()
+
+        def one(index: int, call: Callable[[], int]) -> None:
+            nonlocal left
+            try:
+                outcomes[index] = call()
+            except BaseException as error:
+                outcomes[index] = error
+            with counting:
+                left -= 1
+                last = left == 0
+            if last:
+                loop.call_soon_threadsafe(done.set_result, None)
+
+        executor = self.executor(kind)
+        for index, call in enumerate(calls):
+            executor.submit(one, index, call)
+        await land(done)
+        return outcomes
+
+    async def work(self, call: Callable[..., T], *args: Any) -> T:
+        return await land(asyncio.get_running_loop().run_in_executor(self.executor("other"), call, *args))
+
+    def close(self) -> None:
+        for executor in self._executors.values():
+            executor.shutdown()
+        self._executors.clear()
+
+    async def probe(self, directory: str, direct_io: bool | Literal["auto"]) -> None:
+        if direct_io not in (True, False, "auto"):
+            raise OptionError("direct_io is not an option the store knows", need="True, False or 'auto'", have=repr(direct_io))
+        if direct_io is False:
+            self.direct = False
+            return
+        refusal = "the portable path has no direct I/O" if self.portable else await self.work(_direct_refusal, directory)
+        self.direct = refusal is None
+        if refusal is not None and direct_io is True:
+            raise OptionError(
+                "direct_io=True, but the directory refuses direct I/O",
+                need="a file system that takes O_DIRECT",
+                have=refusal,
+                remedy="use direct_io='auto', or a directory on a local drive",
+                path=directory,
+            )
+        if refusal is not None:
+            log.warning("direct I/O is not available in %s (%s): using ordinary I/O", directory, refusal)
+
+    def file(self, path: str, *, write: bool = False) -> File:
+        return _StreamFile(self, path) if self.portable else _PositionalFile(self, path, write)
+
+    async def load(self, path: str, nbytes: int) -> bytes:
+        async def whole() -> bytes:
+            async with aiofiles.open(path, "rb", opener=_open_no_follow, executor=self.executor("read")) as handle:
+                return await handle.read(nbytes)
+
+        return await land(whole())
+
+    async def save(self, path: str, data: bytes, *, sync: bool) -> None:
+        async def whole() -> None:
+            async with aiofiles.open(path, "wb", opener=_open_no_follow, executor=self.executor("other")) as handle:
+                await handle.write(data)
+                await handle.flush()
+                if sync:
+                    await self.work(os.fsync, handle.fileno())
+
+        await land(whole())
+
+    async def replace(self, source: str, target: str) -> None:
+        await self.work(os.replace, source, target)
+
+    async def unlink(self, path: str) -> None:
+        await self.work(os.unlink, path)
+
+    async def stat(self, path: str) -> FileStat:
+        return _file_stat(await self.work(os.lstat, path))
+
+    async def listdir(self, path: str) -> list[str]:
+        return await self.work(os.listdir, path)
+
+    async def make_directory(self, path: str) -> None:
+        await self.work(os.makedirs, path, DIRECTORY_MODE)
+        if self.syncs_directories:
+            await self.sync_directory(os.path.dirname(path))
+
+    async def sync_directory(self, path: str) -> None:
+        if self.syncs_directories:
+            await self.work(_sync_directory, path)
+
+    async def disk_free(self, path: str) -> int:
+        return (await self.work(shutil.disk_usage, path)).free
+
+    def lock(self, path: str) -> Lock | None:
+        held = filelock.FileLock(path, timeout=0, mode=FILE_MODE, thread_local=False)
+        try:
+            held.acquire()
+        except filelock.Timeout:
+            return None
+        return _FileLock(held)
+
+
+class _PositionalFile:
+    """One handle for any number of requests at once, opened when first needed."""
+
+    keeps_handle = True
+
+    def __init__(self, files: LocalFiles, path: str, write: bool) -> None:
+        self._files = files
+        self._path = path
+        self._write = write
+        self._flags = (os.O_RDWR if write else os.O_RDONLY) | _NO_FOLLOW
+        self._descriptors: dict[bool, int] = {}  # by whether direct
+        self._opening = threading.Lock()
+
+    async def create(self, nbytes: int) -> None:
+        await self._files.work(self._create, nbytes)
+
+    async def read(self, requests: Sequence[Request]) -> list[Outcome]:
+        return await self._files.on_threads("read", [partial(self._move, _PREADV, request) for request in requests])
+
+    async def write(self, requests: Sequence[Request]) -> list[Outcome]:
+        return await self._files.on_threads("write", [partial(self._move, _PWRITEV, request) for request in requests])
+
+    async def stat(self) -> FileStat:
+        return _file_stat(await self._files.work(lambda: os.fstat(self._any_descriptor())))
+
+    async def sync(self) -> None:
+        await self._files.work(lambda: os.fsync(self._any_descriptor()))
+
+    async def close(self) -> None:
+        if self._write:
+            await self._files.work(self._close)
+        else:
+            self._close()  # nothing to write back, so it does not block
+
+    def forget(self) -> None:
+        for descriptor in self._descriptors.values():
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+        self._descriptors = {}
+
+    def _move(self, call: Callable[[int, list[memoryview], int], int], request: Request) -> int:
+        direct = self._files.direct and is_aligned(request.offset, request.buffer)
+        count = call(self._descriptor(direct), [request.buffer], request.offset)
+        if request.then is not None and count == len(request.buffer):
+            request.then(request.buffer)
+        return count
+
+    def _create(self, nbytes: int) -> None:
+        with self._opening:
+            descriptor = os.open(self._path, self._flags | os.O_CREAT | os.O_EXCL, FILE_MODE)
+            self._descriptors[False] = descriptor
+        if hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(descriptor, 0, nbytes)
+                return
+            except OSError as error:
+                if error.errno not in _REFUSED:
+                    raise
+        os.ftruncate(descriptor, nbytes)
+
+    def _descriptor(self, direct: bool) -> int:
+        with self._opening:
+            if direct not in self._descriptors:
+                self._descriptors[direct] = os.open(self._path, self._flags | ((_DIRECT or 0) if direct else 0))
+            return self._descriptors[direct]
+
+    def _any_descriptor(self) -> int:
+        return self._descriptor(True in self._descriptors and False not in self._descriptors)
+
+    def _close(self) -> None:
+        with self._opening:
+            descriptors, self._descriptors = self._descriptors, {}
+        for descriptor in descriptors.values():
+            os.close(descriptor)
+
+
+class _StreamFile:
+    """A handle of its own for each request, through aiofiles, which has no positional reads."""
+
+    keeps_handle = False
+
+    def __init__(self, files: LocalFiles, path: str) -> None:
+        self._files = files
+        self._path = path
+
+    async def create(self, nbytes: int) -> None:
+        async def whole() -> None:
+            async with self._open("xb", "other") as handle:
+                await handle.truncate(nbytes)
+
+        await land(whole())
+
+    async def read(self, requests: Sequence[Request]) -> list[Outcome]:
+        async def one(request: Request) -> int:
+            async with self._open("rb", "read") as handle:
+                await handle.seek(request.offset)
+                return await self._end("read", request, await handle.readinto(request.buffer) or 0)
+
+        return await land(asyncio.gather(*map(one, requests), return_exceptions=True))
+
+    async def write(self, requests: Sequence[Request]) -> list[Outcome]:
+        async def one(request: Request) -> int:
+            async with self._open("r+b", "write") as handle:
+                await handle.seek(request.offset)
+                return await self._end("write", request, await handle.write(request.buffer))
+
+        return await land(asyncio.gather(*map(one, requests), return_exceptions=True))
+
+    async def _end(self, kind: str, request: Request, count: int) -> int:
+        if request.then is not None and count == len(request.buffer):
+            await asyncio.get_running_loop().run_in_executor(self._files.executor(kind), request.then, request.buffer)
+        return count
+
+    def _open(self, mode: Literal["rb", "r+b", "xb"], kind: str) -> AiofilesContextManager[AsyncFileIO]:
+        return aiofiles.open(self._path, mode, 0, opener=_open_no_follow, executor=self._files.executor(kind))
+
+    async def stat(self) -> FileStat:
+        return await self._files.stat(self._path)
+
+    async def sync(self) -> None:
+        async def whole() -> None:
+            async with self._open("r+b", "other") as handle:
+                await self._files.work(os.fsync, handle.fileno())
+
+        await land(whole())
+
+    async def close(self) -> None:
+        pass
+
+    def forget(self) -> None:
+        pass
+
+
+def _direct_refusal(directory: str) -> str | None:
+    """Why direct I/O does not work here, or None: a page is written and read back, since an open that succeeds proves little."""
+    if _DIRECT is None:
+        return "this system has no O_DIRECT"
+    path = os.path.join(directory, PROBE_NAME)
+    page = aligned_buffer(PAGE)
+    page[:] = bytes(range(256)) * (PAGE // 256)
+    back = aligned_buffer(PAGE)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _NO_FOLLOW | _DIRECT, FILE_MODE)
+    except OSError as error:
+        _unlink_if_there(path)
+        return f"opening: {error.strerror}"
+    try:
+        if _PWRITEV(descriptor, [page], 0) != PAGE or _PREADV(descriptor, [back], 0) != PAGE or back != page:
+            return "a page read back differed from the page written"
+    except OSError as error:
+        return f"a trial transfer: {error.strerror}"
+    finally:
+        os.close(descriptor)
+        _unlink_if_there(path)
+    return None
+
+
+def _unlink_if_there(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def _sync_directory(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
