@@ -50,7 +50,13 @@ class TierDisplay:
     """
 
     def __init__(
-        self, store: Countable, *, console: Console | None = None, every_s: float = 0.25, plain_every_s: float = 5.0, transient: bool = False
+        self,
+        store: Countable,
+        *,
+        console: Console | None = None,
+        every_s: float = 0.25,
+        plain_every_s: float = 5.0,
+        transient: bool = False,
     ) -> None:
         self._store = store
         self._console = console or Console()
@@ -88,7 +94,7 @@ class TierDisplay:
             # As text and unwrapped: a log wants one line per line, and brackets in it are not markup.
             self._console.print(Text(f"{headline if plain is None else plain}  {plain_summary(stats)}"), soft_wrap=True)
         else:
-            rates = {name: (link.bytes - self._link_bytes.get(name, 0)) / elapsed_s for name, link in stats.links.items()} if self._link_bytes else {}
+            rates = {name: (stats.links[name].bytes - before) / elapsed_s for name, before in self._link_bytes.items()}
             self._live.update(Group(headline, tier_tables(stats, rates)), refresh=True)
         self._link_bytes = {name: link.bytes for name, link in stats.links.items()}
         self._drawn_s = now_s
@@ -108,17 +114,21 @@ def tier_tables(stats: Stats, rates: Mapping[str, float]) -> RenderableType:
     Args:
         rates: Bytes per second by link, for the links where it is known.
     """
-    tiers = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    for heading in ("tier", "", "used", "budget", "peak", "hit rate", "evictions"):
-        tiers.add_column(heading, justify="left" if heading in ("tier", "") else "right", min_width=9 if heading not in ("tier", "") else None)
+    tiers = _table("tier", "", "used", "budget", "peak", "hit rate", "evictions")
     for name, tier in stats.tiers.items():
         tiers.add_row(name, _bar(tier), *_tier_cells(tier))
-    links = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    for heading in ("link", "", "bytes", "rate", "transfers"):
-        links.add_column(heading, justify="left" if heading in ("link", "") else "right", min_width=9)
+    links = _table("link", "", "bytes", "rate", "transfers")
     for name, link in stats.links.items():
         links.add_row(name, LINK_ARROWS.get(name, ""), *_link_cells(link, rates.get(name)))
     return Group(Text(), tiers, Text(), links)
+
+
+def _table(*headings: str) -> Table:
+    """Two columns on the left, numbers of steady width behind them, so that nothing jumps while they change."""
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    for place, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if place < 2 else "right", min_width=10, no_wrap=True)
+    return table
 
 
 def _bar(tier: TierStats) -> ProgressBar:

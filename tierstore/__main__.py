@@ -1,0 +1,5 @@
+"""`python -m tierstore`: the same as the console script."""
+
+from tierstore.cli import main
+
+main()
