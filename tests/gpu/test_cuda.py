@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tierstore import TierStore
-from tierstore.mover.streams import CudaCopies
+from tierstore.mover.streams import CudaCopies, Report
 from tierstore.requests import Action, Order, Record
 from tierstore.residency import Event, Tier
 
@@ -143,6 +143,12 @@ class Hostile(CudaCopies):
             self.delays += 1
         super()._copy(order, ram, skip)
 
+    def _compact(self, order: Order, ordered: Report, done: Report) -> None:
+        if order.tier is Tier.GPU:
+            with torch.cuda.stream(self._h2d):
+                torch.cuda._sleep(20_000_000)
+        super()._compact(order, ordered, done)
+
     def poison(self, offset: int, nbytes: int) -> None:
         with torch.cuda.stream(self._h2d):
             self._wait_for_uses(self._h2d, offset, offset + nbytes, writes=False)
@@ -206,15 +212,24 @@ def test_mixed_sizes_move_together_on_the_device(hostile: None) -> None:
             store.put(f"held {number}", reference[f"held {number}"])
             store.put(f"gap {number}", torch.zeros(MIB, dtype=torch.uint8))
         store.put("large", torch.full((8 * MIB,), 9, dtype=torch.uint8))
+        store.put("all", torch.full((63 * MIB,), 5, dtype=torch.uint8))
         for number in range(len(sizes)):
             store.hold(f"held {number}", "gpu")
             store.hold(f"gap {number}", "gpu")
+            with store.use(f"held {number}", write=True) as tensor:  # dirty: what is moved has to be written back later
+                tensor.add_(1)
+            reference[f"held {number}"].add_(1)
         for number in range(len(sizes)):
             store.unhold(f"gap {number}")
         store.delete("gap 0")
         with store.use("large", timeout=60) as large:
-            assert bool((large == 9).all())
+            copy = large.clone()
         assert store.stats().compactions > 0
+        for name in reference:
+            store.unhold(name)
+        with store.use("all", timeout=60) as everything:  # the copies out must wait for the moves, which are still under way
+            assert bool((everything == 5).all())
+        assert bool((copy == 9).all())
         for name, expected in reference.items():
             with store.use(name, timeout=60) as tensor:
                 assert torch.equal(tensor.cpu(), expected)

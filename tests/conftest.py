@@ -1,0 +1,44 @@
+"""Hypothesis profiles, and which devices the tests run on."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# Deadlines measure the machine, not the code; too slow a test is ended by pytest-timeout.
+settings.register_profile("default", deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("ci", settings.get_profile("default"), derandomize=True, print_blob=True)
+settings.register_profile("nightly", settings.get_profile("default"), max_examples=2000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "default"))
+
+HAS_CUDA = torch.cuda.is_available()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", choices=["cpu", "cuda"], default=None, help="run tests that take `device` on this one only")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "cuda: needs a GPU that torch can use")
+    if config.getoption("--device") == "cuda" and not HAS_CUDA:
+        raise pytest.UsageError("--device cuda: torch sees no CUDA device here")
+
+
+@pytest.fixture(scope="session", params=["cpu", *([pytest.param("cuda", marks=pytest.mark.cuda)] if HAS_CUDA else [])])
+def device(request: pytest.FixtureRequest) -> str:
+    """Every device there is, one after the other."""
+    wanted = request.config.getoption("--device")
+    if wanted not in (None, request.param):
+        pytest.skip(f"--device {wanted}")
+    name: str = request.param
+    return name
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not HAS_CUDA:
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device"))
