@@ -8,12 +8,18 @@ Room on the device can always be made, because a dirty copy can always leave: it
 room for it by dropping clean copies and writing dirty ones to NVMe straight from where they are. Nothing in RAM waits for
 the device, as a demanded block takes its extent on the device before it is read into a RAM that is full. What blocks this
 is only what is bounded by its nature: transfers under way, and held blocks, which `check_hold` keeps from filling RAM.
+
+[Note: How far ahead]
+Prefetching as early as the rules of Cao et al. allow keeps a window of the nearest blocks, and on a cycle fetches every block
+once a period; Belady's rule on demand keeps a fixed part and fetches only the rest, but hides no latency. So a prefetch that
+costs another block its place runs only as far ahead as it takes to keep the link busy (`AHEAD_BYTES`, at least three blocks,
+at most a quarter of the tier); into space that is free, or held by what is never needed again, it runs as far as it can.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from tierstore.arena import Arena, pack
@@ -22,10 +28,16 @@ from tierstore.clock import Clock
 from tierstore.errors import CapacityError
 from tierstore.policies.base import Policy
 from tierstore.requests import LINK_OF, Action, Order, Record
-from tierstore.residency import Event, State, Tier
+from tierstore.residency import VALID, Event, State, Tier
 from tierstore.trace import Kind, Link
 
 MEMORY_TIERS = (Tier.GPU, Tier.RAM)
+AHEAD_BYTES = 256 << 20
+AHEAD_BLOCKS = 3
+AHEAD_SHARE = 4
+NEVER = 1e300
+"""A position later than any expected access, though not later than "never again"."""
+_RANKED = VALID | {State.LOADING}
 SCAN = 32
 """Expected accesses looked at per call of `look_ahead`: bounds the time under the lock."""
 
@@ -82,6 +94,8 @@ class Placement:
         self._at: dict[Tier, dict[int, Record]] = {Tier.GPU: {}, Tier.RAM: {}}
         self._stale: dict[BlockId, Record] = {}
         self._cursor = {Tier.GPU: 0, Tier.RAM: 0}
+        self._ahead: dict[Tier, dict[BlockId, int]] = {Tier.GPU: {}, Tier.RAM: {}}
+        self._ahead_bytes = {Tier.GPU: 0, Tier.RAM: 0}
         self._cursor_epoch = -1
         self._numbers = itertools.count()
         policy.bind(self)
@@ -89,10 +103,11 @@ class Placement:
     # -- what a policy may ask (policies.base.View) ----------------------------------------------------------------------
 
     def nbytes(self, block: BlockId) -> int:
-        return self.records[block].nbytes
+        record = self.records.get(block)
+        return record.nbytes if record is not None else 0
 
     def is_dirty(self, block: BlockId, tier: Tier) -> bool:
-        return self.records[block].copy(tier).state in (State.DIRTY, State.SAVING)
+        return self.records[block].copy(tier).state is State.DIRTY  # what is being saved has been paid for
 
     def is_writable(self, block: BlockId) -> bool:
         return not self.records[block].block.frozen
@@ -168,6 +183,7 @@ class Placement:
         if record.ram.valid:
             record.ram.apply(Event.SUPERSEDE)
             self.policy.removed(record.id, Tier.RAM)
+            self.arrived(record, Tier.RAM)
             self._stale[record.id] = record
 
     def finish_make(self, record: Record, tier: Tier) -> None:
@@ -188,7 +204,19 @@ class Placement:
 
     def _forget_prefetched(self, record: Record, tier: Tier) -> None:
         """A block that left must be looked at again before its next use."""
-        self._cursor[tier] = int(min(self._cursor[tier], self.policy.next_use(record.id)))
+        self.arrived(record, tier)
+        next_use = self.policy.next_use(record.id)
+        if next_use < self._cursor[tier]:
+            self._cursor[tier] = int(max(0, next_use))
+
+    def arrived(self, record: Record, tier: Tier) -> None:
+        """What was fetched ahead for this tier has served, or has left unused."""
+        self._ahead_bytes[tier] -= self._ahead[tier].pop(record.id, 0)
+
+    def _note_ahead(self, record: Record, tier: Tier) -> None:
+        self.arrived(record, tier)
+        self._ahead[tier][record.id] = record.nbytes
+        self._ahead_bytes[tier] += record.nbytes
 
     # -- room ------------------------------------------------------------------------------------------------------------
 
@@ -219,14 +247,14 @@ class Placement:
             offset = arena.allocate(nbytes, low=low)
             if offset is not None:
                 return offset
+            if any(order.action is Action.COMPACT and order.tier is tier and order.hole >= 0 for order in self.flying.values()):
+                return None  # its hole is counted as taken until the bytes have moved: evict nothing for what is coming
             coming, acted = self._evict(tier, target, protect, before)
             if acted:
                 continue
             if coming:
                 return None
             if arena.free_bytes >= nbytes:
-                if any(order.action is Action.COMPACT and order.tier is tier for order in self.flying.values()):
-                    return None
                 if self._compact(tier, nbytes):
                     return None
                 target = arena.free_bytes + 1  # scattered between what cannot move: evict more
@@ -244,12 +272,11 @@ class Placement:
         coming = False
         too_soon = 0
         if missing > 0:
-            for number in self.policy.victims(tier):
-                record = self.records[number]
+            for record in self._ranked(tier):
                 copy = record.copy(tier)
-                if not self._evictable(record, tier) or record in protect:
+                if not self._evictable(record, tier) or self._needed(record, tier, protect):
                     continue
-                if before is not None and self.policy.next_use(number) <= before:
+                if before is not None and self.policy.next_use(record.id) <= before:
                     too_soon += 1
                     if too_soon == SCAN:
                         break
@@ -267,20 +294,43 @@ class Placement:
                     break
         if missing > 0 and tier is Tier.RAM and before is None and self.has_nvme:
             for record in self._stale.values():
-                if record.ram.settled and record not in protect:
+                if record.ram.settled and not self._needed(record, tier, protect):
                     drops.append(record)
                     missing -= record.nbytes
                     if missing <= 0:
                         break
+        if missing > 0:
+            drops.clear()  # all of it would not do: keep what somebody may want until more can leave
         for record in drops:
             self.drop(record, tier)
             self.evictions[tier] += 1
         for record in saves:
-            if self.save(record, tier, Kind.WRITE_BACK):
+            if self.save(record, tier, Kind.WRITE_BACK, protect=protect if before is not None else ()):
                 coming = True
             elif self.flying:
                 coming = True  # the link below is full: its next completion comes back here
         return coming, bool(drops)
+
+    @staticmethod
+    def _needed(record: Record, tier: Tier, protect: Collection[Record]) -> bool:
+        """Whether a more urgent request needs this copy: what is on the device already needs none in RAM."""
+        return record in protect and not (tier is Tier.RAM and record.gpu.valid)
+
+    def _ranked(self, tier: Tier) -> Iterator[Record]:
+        """What is resident, in the policy's order, each once; and behind that whatever the policy left out.
+
+        A policy that forgets, repeats or invents blocks makes the store slow, never wrong, and never stuck.
+        """
+        at = self._at[tier]
+        seen: set[BlockId] = set()
+        for number in itertools.islice(self.policy.victims(tier), 2 * len(at)):
+            record = self.records.get(number)
+            if record is not None and number not in seen and record.copy(tier).state in _RANKED:
+                seen.add(number)
+                yield record
+        for record in list(at.values()):
+            if record.id not in seen and record.copy(tier).state in _RANKED:
+                yield record
 
     def _evictable(self, record: Record, tier: Tier) -> bool:
         copy = record.copy(tier)
@@ -331,7 +381,9 @@ class Placement:
         if gpu.state is State.ABSENT:
             if kind is Kind.PREFETCH and not self.link_free(Link.H2D):
                 return False
-            offset = self.room(Tier.GPU, record.nbytes, protect=protect, before=before, low=record.hold is Tier.GPU)
+            # what a prefetch evicts must not in turn push out what is to be prefetched; a demand holds its extent by then
+            kept = {record, *protect} if kind is Kind.PREFETCH else protect
+            offset = self.room(Tier.GPU, record.nbytes, protect=kept, before=before, low=record.hold is Tier.GPU)
             if offset is not None:
                 self.reserve(record, Tier.GPU, offset)
         if record.ram.valid:
@@ -347,6 +399,7 @@ class Placement:
         if not record.read_for_load:
             self.ram_hits += 1
         record.read_for_load = False
+        self.arrived(record, Tier.RAM)
         self.policy.touched(record.id, Tier.RAM)
         self._order(Action.H2D, kind, record.nbytes, record=record)
 
@@ -372,7 +425,7 @@ class Placement:
         self._order(Action.READ, kind, record.nbytes, record=record)
         return True
 
-    def save(self, record: Record, tier: Tier, kind: Kind) -> bool:
+    def save(self, record: Record, tier: Tier, kind: Kind, *, protect: Collection[Record] = ()) -> bool:
         """Order the copy on `tier` written to the tier below. False: room or a place on the link is missing."""
         if tier is Tier.RAM:
             return self._save_ram(record, kind)
@@ -382,7 +435,7 @@ class Placement:
         if record.gpu.state is State.CLEAN:
             return True
         if ram.state is State.ABSENT:
-            offset = self.room(Tier.RAM, record.nbytes, low=record.hold is Tier.RAM)
+            offset = self.room(Tier.RAM, record.nbytes, protect=protect, low=record.hold is Tier.RAM)
             if offset is None:
                 return False
             self.reserve(record, Tier.RAM, offset)
@@ -453,14 +506,15 @@ class Placement:
         elif order.action is Action.D2H:
             assert record is not None
             if order.version != record.version:
-                record.ram.apply(Event.OUTDATED)
-                self.policy.removed(record.id, Tier.RAM)
-                self._stale[record.id] = record
+                self._outdated(record)
             else:
                 record.ram.apply(Event.CREATED if self.has_nvme and record.nvme_version != record.version else Event.LOADED)
         elif order.action is Action.READ:
             assert record is not None
-            record.ram.apply(Event.LOADED)
+            if order.version != record.version:  # it was read to be held in RAM, and written on the device meanwhile
+                self._outdated(record)
+            else:
+                record.ram.apply(Event.LOADED)
         elif order.action is Action.WRITE:
             assert record is not None
             record.ram.readers -= 1
@@ -497,6 +551,12 @@ class Placement:
             if record.ram.state is State.SAVING:
                 record.ram.apply(Event.SAVE_FAILED)
 
+    def _outdated(self, record: Record) -> None:
+        record.ram.apply(Event.OUTDATED)
+        self.policy.removed(record.id, Tier.RAM)
+        self.arrived(record, Tier.RAM)
+        self._stale[record.id] = record
+
     def _save_failed(self, record: Record, error: BaseException) -> None:
         record.save_error = error
         self.save_failed[record.id] = record
@@ -511,6 +571,7 @@ class Placement:
         copy = record.copy(tier)
         copy.apply(Event.LOAD_FAILED)
         self.policy.removed(record.id, tier)
+        self.arrived(record, tier)
         if tier is Tier.RAM and not self.has_nvme:
             # without NVMe the RAM extent is the block's home: it stays for the next write-back
             copy.apply(Event.LOAD)
@@ -536,8 +597,17 @@ class Placement:
 
     # -- ahead of need ---------------------------------------------------------------------------------------------------
 
-    def look_ahead(self, now: int, protect: Collection[Record]) -> bool:
-        """Order what the policy expects next. Returns True when it stopped only to let others at the lock."""
+    def look_ahead(self, now: int, protect: Collection[Record], claimed: Collection[Record] = ()) -> bool:
+        """Order what the policy expects next.
+
+        Args:
+            now: Position of the next access.
+            protect: Records not to evict.
+            claimed: Records that somebody wants to himself; they are left alone.
+
+        Returns:
+            Whether it stopped only to let others at the lock.
+        """
         if self._cursor_epoch != self.policy.epoch:
             self._cursor_epoch = self.policy.epoch
             self._cursor = dict.fromkeys(self._cursor, now)
@@ -549,7 +619,7 @@ class Placement:
                 if number is None:
                     break
                 record = self.records.get(number)
-                if record is not None and not self._prefetch(record, tier, position, protect):
+                if record is not None and record not in claimed and not self._prefetch(record, tier, position, protect):
                     break
                 position += 1
             else:
@@ -563,11 +633,17 @@ class Placement:
             return True
         if record.load_error is not None:
             return True
+        depth = max(AHEAD_BLOCKS * record.nbytes, min(AHEAD_BYTES, self.capacity_bytes(tier) // AHEAD_SHARE))
+        before = position if self._ahead_bytes[tier] + record.nbytes <= depth else NEVER
         if tier is Tier.GPU:
             if not record.ram.valid or record.ram.moving:
                 return False
-            return self.bring(record, Kind.PREFETCH, protect=protect, before=position) and record.gpu.loading
-        return self.fetch(record, Kind.PREFETCH, protect=protect, before=position)
+            self.bring(record, Kind.PREFETCH, protect=protect, before=before)
+        else:
+            self.fetch(record, Kind.PREFETCH, protect=protect, before=before)
+        if record.copy(tier).loading:
+            self._note_ahead(record, tier)
+        return record.gpu.loading if tier is Tier.GPU else record.ram.valid or record.ram.loading
 
     # -- what fits -------------------------------------------------------------------------------------------------------
 

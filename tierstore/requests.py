@@ -214,10 +214,15 @@ class Make(Request):
 
 @dataclass(eq=False)
 class HostAccess(Request):
-    """Read or replace a block's bytes from the host, where they are; or remove it."""
+    """Read or replace a block's bytes from the host, where they are; or remove it.
+
+    Attributes:
+        tier: Once a read is granted: where to read. That copy is neither moved nor dropped meanwhile.
+    """
 
     write: bool = False
     lease: Lease | None = None
+    tier: Tier | None = None
 
 
 @dataclass(eq=False)
@@ -226,11 +231,13 @@ class Save(Request):
 
     Attributes:
         commit: It is a commit: the blocks are those of one instant at which nobody held a write lease.
+        waited: The owner does nothing else until it has ended.
         started: That instant has come.
         pending: Blocks still to be saved, and the version of each.
     """
 
     commit: bool = False
+    waited: bool = True
     started: bool = False
     pending: dict[Record, int] = field(default_factory=dict)
 

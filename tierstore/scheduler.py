@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Set
 
 from tierstore.catalog import Block, BlockId
 from tierstore.clock import Clock
@@ -61,6 +61,7 @@ class Scheduler:
         self._now = 0
         self._starved = False
         self._favourite = -1
+        self._tried: set[int] = set()
         self._locked: dict[Record, None] = {}
         self._hosts = 0
 
@@ -96,14 +97,24 @@ class Scheduler:
 
         Raises:
             CapacityError: It can never be served.
+            BlockNotFoundError: A block was deleted meanwhile.
         """
+        for record in request.records:
+            if record.id not in self.placement.records:
+                raise self._gone(record)
         request.sequence = next(self._sequence)
         request.queued_ns = self._clock.now_ns()
-        if isinstance(request, Use | Place):
-            self._check_fits(request)
+        if isinstance(request, Use | Place) or (isinstance(request, Make) and request.tier is Tier.GPU):
+            try:
+                self._check_fits(request)
+            except CapacityError:
+                if isinstance(request, Make):
+                    self.forget(request.records[0])
+                raise
         for record in request.records:
             record.load_error = None
         self.placement.forgive()
+        self._tried.clear()
         self.waiting[request.sequence] = request
 
     def check_use(self, owner: Owner, records: tuple[Record, ...], writes: frozenset[int]) -> None:
@@ -126,12 +137,14 @@ class Scheduler:
             return
         if isinstance(request, Save):
             self._end_save(request)
-        self._unreserve(request.records)
+        self._unreserve(request)
+        self._tried.clear()
         if isinstance(request, Make):
             self.forget(request.records[0])
 
     def release(self, lease: Lease) -> None:
         """End a lease; what it could write is dirty from now on."""
+        self._tried.clear()
         owned = self._owned[lease.owner]
         for record in lease.records:
             if record.id in lease.writes:
@@ -181,7 +194,7 @@ class Scheduler:
             self._hints[record] = self.trace.num_accesses
 
     def new_record(self, block: Block) -> Record:
-        """Book a name. The caller submits a `Make` next, and `forget`s the record if that fails.
+        """Book a name. The caller submits a `Make` next.
 
         Raises:
             BlockExistsError: The name is taken.
@@ -218,14 +231,24 @@ class Scheduler:
 
     def forget(self, record: Record) -> None:
         """Remove a block on which nothing is under way."""
-        self.names.pop(record.block.name, None)
+        if self.names.get(record.block.name) is record:
+            del self.names[record.block.name]
         self._hints.pop(record, None)
         self._hinted.pop(record, None)
         self.placement.held.pop(record.id, None)
         if record.id in self.placement.records:
             self.placement.remove(record)
+        for request in list(self.waiting.values()):
+            if record in request.records:
+                self._resolve(request, self._gone(record))
+
+    @staticmethod
+    def _gone(record: Record) -> BlockNotFoundError:
+        name = record.block.name
+        return BlockNotFoundError(f"block {name!r} was deleted, or its put() given up, before the call's turn", remedy="put() it again", block=name)
 
     def set_hold(self, record: Record, tier: Tier | None) -> None:
+        self._tried.clear()
         record.hold = tier
         if tier is None:
             self.placement.held.pop(record.id, None)
@@ -242,14 +265,11 @@ class Scheduler:
     def advance(self) -> tuple[list[Order], bool]:
         """Serve what can be served. Returns the orders to carry out, and whether to call again soon."""
         self._learn()
-        protect = self._serve()
-        num_resolved = 0
-        while num_resolved != len(self.resolved):  # what was granted or refused may let others go on
-            num_resolved = len(self.resolved)
-            protect = self._serve()
-        again = self._serve_hints(protect)
+        protect = self._serve_all()
+        claimed = {record for request in self.waiting.values() if _alone(request) for record in request.records}
+        again = self._serve_hints(protect, claimed)
         if not self._starved:
-            again |= self.placement.look_ahead(self._now, protect)
+            again |= self.placement.look_ahead(self._now, protect, claimed)
         orders, self.placement.orders = self.placement.orders, []
         return orders, again
 
@@ -264,22 +284,36 @@ class Scheduler:
             if number in records:
                 policy.touched(number, Tier.GPU)
 
+    def _serve_all(self) -> set[Record]:
+        """Serve until nothing changes: what was granted or refused may let others go on. Returns as `_serve`."""
+        while True:
+            num_resolved = len(self.resolved)
+            protect = self._serve()
+            if len(self.resolved) == num_resolved and not self._break_standstill():
+                return protect
+
+    def _order(self) -> list[Request]:
+        """Who waits, most urgent first. See [Note: Who goes first]."""
+        return sorted(
+            self.waiting.values(),
+            key=lambda request: (request.sequence != self._favourite, request.owner not in self._owned, request.sequence),
+        )
+
     def _serve(self) -> set[Record]:
         """One pass over the waiting requests. Returns the records they need, which nothing less urgent may evict."""
         protect: set[Record] = set()
         claims: list[tuple[Owner, frozenset[int], frozenset[int]]] = []
         self._starved = False
-        order = sorted(
-            self.waiting.values(),
-            key=lambda request: (request.sequence != self._favourite, request.owner not in self._owned, request.sequence),
-        )
-        for request in order:
+        for request in self._order():
+            if request.resolved:
+                continue
             if isinstance(request, Save):
                 self._serve_save(request)
                 continue
             reads, writes = _claim(request)
             blocked = not isinstance(request, Make) and any(
-                self._conflict(record, request.owner, record.id in writes) for record in request.records
+                self._conflict(record, request.owner, record.id in writes, overtake=request.sequence == self._favourite)
+                for record in request.records
             )
             blocked = blocked or any(self._behind(request.owner, reads, writes, claim) for claim in claims)
             claims.append((request.owner, reads, writes))
@@ -293,8 +327,6 @@ class Scheduler:
                 self._resolve(request, None)
             else:
                 protect.update(request.records)
-        if self.waiting and not self.placement.flying:
-            self._break_standstill([request for request in order if not request.resolved and not isinstance(request, Save)])
         return protect
 
     @property
@@ -337,7 +369,13 @@ class Scheduler:
         assert isinstance(request, HostAccess)
         if request.write:
             return record.gpu.settled and record.ram.settled and not record.nvme_writing
-        return any(tier is Tier.NVME or not record.copy(tier).moving for tier in record.tiers)
+        return self._steady(record) is not None
+
+    @staticmethod
+    def _steady(record: Record) -> Tier | None:
+        """Where the host reads the newest bytes best."""
+        found = (tier for tier in (Tier.RAM, Tier.GPU, Tier.NVME) if tier in record.tiers)
+        return next((tier for tier in found if tier is Tier.NVME or not record.copy(tier).moving), None)
 
     def _bring_all(self, request: Use, protect: set[Record]) -> None:
         wanted = protect | set(request.records)
@@ -413,9 +451,8 @@ class Scheduler:
         for record in list(itertools.islice(request.pending, BURST)):
             if self._saved(record) or record.version != request.pending[record] or record.id not in self.placement.records:
                 self.saved_for(request, record)
-            elif record.save_error is not None or record.load_error is not None:
-                error = record.save_error or record.load_error
-                self._resolve(request, error)
+            elif record.save_error is not None:
+                self._resolve(request, record.save_error)
                 return
             elif not self.placement.save_down(record, Kind.WRITE_BACK):
                 break
@@ -438,21 +475,21 @@ class Scheduler:
 
     # -- hints -----------------------------------------------------------------------------------------------------------
 
-    def _serve_hints(self, protect: set[Record]) -> bool:
+    def _serve_hints(self, protect: set[Record], claimed: set[Record]) -> bool:
         if not self._hints and not self._hinted:
             return False
         now = self.trace.num_accesses
         for record in [record for record, position in self._hinted.items() if now - position > HINT_LIFE]:
             del self._hinted[record]
         for record in list(itertools.islice(self._hints, BURST)):
-            if record.gpu.valid or record.gpu.loading or record.locked or record.load_error is not None:
+            if record.gpu.valid or record.gpu.loading or record.locked or record.load_error is not None or record in claimed:
                 del self._hints[record]
                 continue
             if self._starved or record.ram.moving:
                 break
             self._hinted[record] = self._hints[record]
             guarded = protect | self._hinted.keys()
-            moved = self.placement.bring(record, Kind.PREFETCH, protect=guarded)
+            moved = self.placement.bring(record, Kind.PREFETCH, protect=guarded, before=-1.0)  # the caller knows better than the policy
             if record.gpu.loading:
                 del self._hints[record]
             elif not moved and not self.placement.flying:
@@ -474,7 +511,12 @@ class Scheduler:
             return False
         return not write or gpu.readers == 0 or record.writer == owner
 
-    def _conflict(self, record: Record, owner: Owner, write: bool) -> bool:
+    def _conflict(self, record: Record, owner: Owner, write: bool, *, overtake: bool = False) -> bool:
+        """Whether somebody else's lease, or a commit, stands against a lease.
+
+        Args:
+            overtake: Do not wait for a commit that has not begun.
+        """
         if record.writer is not None:
             return record.writer != owner
         if record.locked:
@@ -483,7 +525,7 @@ class Scheduler:
             return False
         if any(reader != owner for reader in record.readers) or record.commit_pending:
             return True
-        if owner in self._writes_of:
+        if overtake or owner in self._writes_of:
             return False
         return any(isinstance(request, Save) and request.commit and not request.started for request in self.waiting.values())
 
@@ -514,6 +556,7 @@ class Scheduler:
             self.placement.leased[record.id] = record
             owned[record] = owned.get(record, 0) + 1
             self._hinted.pop(record, None)
+            self.placement.arrived(record, Tier.GPU)
         return Lease(owner, records, writes)
 
     def note_use(self, records: tuple[Record, ...], writes: frozenset[int]) -> None:
@@ -539,14 +582,18 @@ class Scheduler:
             request.records[0].vacating = False
         if isinstance(request, Save):
             self._end_save(request)
+        self._tried.clear()
         if error is not None:
-            self._unreserve(request.records)
+            self._unreserve(request)
             if isinstance(request, Make):
                 self.forget(request.records[0])
         elif isinstance(request, Use):
             request.lease = self._grant(request.owner, request.records, request.writes)
         elif isinstance(request, HostAccess) and not request.write:
             request.lease = self._grant(request.owner, request.records, frozenset())
+            request.tier = self._steady(request.records[0])
+            if request.tier is not Tier.NVME:
+                request.records[0].copy(request.tier).readers += 1
             self._hosts += 1
         elif isinstance(request, HostAccess):
             request.records[0].locked = True
@@ -554,8 +601,11 @@ class Scheduler:
         elif isinstance(request, Make):
             self._hosts += 1
 
-    def _unreserve(self, records: Iterable[Record]) -> None:
-        for record in records:
+    def _unreserve(self, request: Request) -> None:
+        """Give up the extents that wait for a request's bytes."""
+        for record in request.records:
+            if record.locked and not isinstance(request, Make):
+                continue  # these belong to the `put` at work
             for tier in (Tier.GPU, Tier.RAM):
                 copy = record.copy(tier)
                 if copy.state is State.RESERVED and copy.settled and not (tier is Tier.RAM and not self.placement.has_nvme):
@@ -564,6 +614,8 @@ class Scheduler:
     def host_read_ended(self, request: HostAccess) -> None:
         """A `read` has copied what it wanted."""
         assert request.lease is not None
+        if request.tier is not Tier.NVME:
+            request.records[0].copy(request.tier).readers -= 1
         self._hosts -= 1
         self.release(request.lease)
 
@@ -597,7 +649,7 @@ class Scheduler:
                     tier="ram",
                 )
         capacity = self.placement.arenas[Tier.GPU].capacity_bytes
-        if isinstance(request, Place) and request.tier is not Tier.GPU:
+        if isinstance(request, Place | Make) and request.tier is not Tier.GPU:
             return
         need = sum(record.nbytes for record in request.records if record not in owned)
         own_bytes = sum(record.nbytes for record in owned)
@@ -616,42 +668,46 @@ class Scheduler:
             tier="gpu",
         )
 
-    def _break_standstill(self, stuck: list[Request]) -> None:
-        """Nothing is under way and requests wait: serve one out of turn, or fail one that no release of a lease can help."""
-        if not stuck or self.placement.flying:
-            return
+    def _break_standstill(self) -> bool:
+        """Nothing is under way and requests wait: give one its turn before others, or fail one that can never be served.
+
+        Returns whether to serve again. Each request gets one such turn until a lease, a request or a hold changes.
+        """
+        if not self.waiting or self.placement.flying or self._hosts or self._locked:
+            return False
+        stuck = [request for request in self._order() if not isinstance(request, Save)]
         lacking = next((request for request in stuck if request.cause in ("space", "nvme")), None)
         if lacking is not None and self.placement.save_failed:
             self._resolve(lacking, next(iter(self.placement.save_failed.values())).save_error)
-            return
-        holders = [request for request in stuck if request.owner in self._owned]
-        if not holders:
-            if lacking is not None and not self._owned and not self._locked and not self._hosts:
-                self._resolve(lacking, self._scattered(lacking))
-            return
-        now = next((request for request in holders if self._grantable(request, set())), None)
-        if now is not None:
-            if self._favourite != now.sequence:
-                for request in stuck:
-                    self._unreserve(request.records)
-                self._favourite = now.sequence
-                self._serve()
-            return
-        waiting = {request.owner for request in holders}
+            return True
+        left = [request for request in self._order() if not isinstance(request, Save) or request.waited]
+        waiting = {request.owner for request in left}
         released = {owner for owner in self._owned if owner not in waiting}
-        while helped := next((request for request in holders if self._grantable(request, released)), None):
-            holders.remove(helped)
+        will_change = bool(released)
+        for request in stuck:
+            if will_change and request.owner not in self._owned:
+                continue  # somebody will release a lease: until then, nobody new overtakes
+            if request.sequence not in self._tried and self._grantable(request, set(), stuck):
+                self._tried.add(request.sequence)
+                self._favourite = request.sequence
+                for other in stuck:  # what they have reserved may be all that is missing
+                    self._unreserve(other)
+                return True
+        while helped := next((request for request in left if self._grantable(request, released, left)), None):
+            left.remove(helped)
             released.add(helped.owner)
-        if holders:
-            victim = max(holders, key=lambda request: request.sequence)
-            self._resolve(
-                victim,
-                DeadlockError(
-                    f"holders of leases wait for one another; the request for {_names(victim.records)} came last",
-                    have=f"{len(holders)} requests in the circle",
-                    remedy="take all blocks in one use(), or release one lease before asking for the next",
-                ),
-            )
+        if not left and not will_change and lacking is not None:
+            self._resolve(lacking, self._scattered(lacking))
+            return True
+        if not left:
+            return False
+        hopeless = next((request for request in left if not self._grantable(request, self._owned.keys() - {request.owner}, [])), None)
+        if hopeless is not None:
+            self._resolve(hopeless, self._scattered(hopeless))
+        else:
+            victim = max(left, key=lambda request: (request.owner in self._owned, request.sequence))
+            self._resolve(victim, _deadlock(victim, len(left)))
+        return True
 
     def _scattered(self, request: Request) -> CapacityError:
         arenas = self.placement.arenas.items()
@@ -662,24 +718,48 @@ class Scheduler:
             remedy="unhold() blocks, use smaller blocks or raise the budget",
         )
 
-    def _grantable(self, request: Request, released: set[Owner]) -> bool:
-        """Whether the request could be served once the owners in `released` hold nothing."""
+    def _grantable(self, request: Request, released: Set[Owner], others: Iterable[Request]) -> bool:
+        """Whether the request could be served once the owners in `released` hold nothing, and while `others` wait."""
 
         def fixed(record: Record) -> bool:
             return (record.writer is not None and record.writer not in released) or any(owner not in released for owner in record.readers)
 
+        placement = self.placement
+        if isinstance(request, Save):
+            blocking = request.pending if request.started else placement.leased.values()
+            return not any(record.writer is not None and record.writer not in released for record in blocking)
+        if isinstance(request, Make):
+            (record,) = request.records
+            if not placement.has_nvme and record.ram.state is State.ABSENT and placement.arenas[Tier.RAM].free_bytes < record.nbytes:
+                return False  # without NVMe nothing ever leaves RAM
+            return request.tier is not Tier.GPU or placement.fits(request.records, fixed)
         _, writes = _claim(request)
         for record in request.records:
-            others = {owner for owner in record.readers if owner not in released and owner != request.owner}
+            if any(isinstance(other, Make) and record in other.records for other in others):
+                return False
+            readers = {owner for owner in record.readers if owner not in released and owner != request.owner}
             if record.writer is not None and record.writer not in released and record.writer != request.owner:
                 return False
-            if record.id in writes and others:
+            if record.id in writes and readers:
                 return False
-        return not isinstance(request, Use | Place) or self.placement.fits(request.records, fixed)
+        return not isinstance(request, Use | Place) or placement.fits(request.records, fixed)
+
+
+def _deadlock(victim: Request, num_requests: int) -> DeadlockError:
+    return DeadlockError(
+        f"holders of leases wait for one another; the request for {_names(victim.records)} came last",
+        have=f"{num_requests} requests in the circle",
+        remedy="take all blocks in one use(), or release one lease before asking for the next",
+    )
 
 
 def _names(records: tuple[Record, ...]) -> str:
     return ", ".join(repr(record.block.name) for record in records[:3]) + (" and more" if len(records) > 3 else "")
+
+
+def _alone(request: Request) -> bool:
+    """Whether it waits until no transfer touches its block: none may start ahead of need."""
+    return isinstance(request, Vacate) or (isinstance(request, HostAccess) and request.write)
 
 
 def _claim(request: Request) -> tuple[frozenset[int], frozenset[int]]:
@@ -691,4 +771,6 @@ def _claim(request: Request) -> tuple[frozenset[int], frozenset[int]]:
         return (frozenset(), numbers) if request.write else (numbers, frozenset())
     if isinstance(request, Vacate) and not request.background:
         return frozenset(), numbers
+    if isinstance(request, Place):
+        return numbers, frozenset()
     return frozenset(), frozenset()

@@ -16,18 +16,18 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from tierstore.catalog import Block, lay_out
+from tierstore.catalog import PAGE, Block, check_text, lay_out
 from tierstore.clock import RealClock
-from tierstore.counters import Stats, TierStats
-from tierstore.errors import ClosedError, LeaseError, LeaseTimeoutError, OptionError, TensorError
+from tierstore.counters import Stats, TierStats, WaitStats
+from tierstore.errors import ClosedError, LeaseError, LeaseTimeoutError, OptionError, SizeError, TensorError
 from tierstore.hardware import measure_hardware, resolve_budgets, resolve_device
 from tierstore.mover import operations
 from tierstore.mover.budget import NUM_SLOTS, RING_SLOTS, slot_bytes
-from tierstore.mover.engine import Engine, Ticket
+from tierstore.mover.engine import Call, Engine, Ticket
 from tierstore.mover.operations import Source, Tensors
 from tierstore.mover.streams import Copies, CudaCopies, ThreadCopies
 from tierstore.nvme.directory import Commit, Directory
-from tierstore.nvme.manifest import encode_metadata
+from tierstore.nvme.files import land
 from tierstore.placement import Limits, Placement
 from tierstore.policies import Policy, resolve
 from tierstore.requests import Owner, Record
@@ -103,10 +103,9 @@ def open_engine(options: Options) -> Engine:
     Raises:
         SizeError, OptionError, CapacityError, BusyError, DirectoryError, ShardError, TierFullError: see `TierStore`.
     """
+    check_options(options)
     device = resolve_device(options.device)
     policy = resolve(options.policy)
-    if options.page_locked not in (True, False, "auto"):
-        raise OptionError("page_locked= is unknown", need='True, False or "auto"', have=repr(options.page_locked))
     budgets = resolve_budgets(
         options.gpu,
         options.ram,
@@ -132,12 +131,52 @@ def open_engine(options: Options) -> Engine:
         raise
 
 
+def check_options(options: Options) -> None:
+    """Refuse what can be refused by its look alone.
+
+    Raises:
+        OptionError: An option that is out of range, of the wrong type or without meaning for this store.
+    """
+    switch, whole = 'True, False or "auto"', "a whole number"
+    wanted = {
+        "page_locked": (options.page_locked in (True, False, "auto"), switch),
+        "direct_io": (options.direct_io in (True, False, "auto"), switch),
+        "checksum": (isinstance(options.checksum, bool), "True or False"),
+        "keep": (type(options.keep) is int and options.keep >= 1, f"{whole} from 1 on"),
+        "generation": (options.generation is None or type(options.generation) is int, f"{whole}, or None for the newest"),
+        "nvme": (options.nvme is None or _is_path(options.nvme), "the path of one directory, or None"),
+    }
+    for option, (right, need) in wanted.items():
+        if not right:
+            have = repr(getattr(options, option))
+            raise OptionError(f"{option}= is not understood", need=need, have=have, remedy=f"give {option}= as such, or leave it out")
+    if options.nvme is None and (options.generation is not None or options.keep != 1):
+        raise OptionError("keep= and generation= are about commits", need="a directory", have="nvme=None", remedy="name a directory with nvme=")
+
+
+def _is_path(value: object) -> bool:
+    try:
+        path = os.fspath(value)  # type: ignore[call-overload]
+    except TypeError:
+        return False
+    return isinstance(path, str) and path != "" and "\0" not in path
+
+
 def _assemble(
     options: Options, device: torch.device, policy: Policy, gpu_bytes: int, ram_bytes: int, directory: Directory | None
 ) -> Engine:
     cuda = device.type == "cuda"
     slot = slot_bytes(ram_bytes)
     transfer_bytes = slot * (NUM_SLOTS + (RING_SLOTS if cuda else 0))
+    if ram_bytes < transfer_bytes + PAGE:
+        raise SizeError(
+            f"ram={options.ram!r} is too small to hold any block beside transfer space",
+            need=f"at least {transfer_bytes + PAGE} bytes",
+            have=f"{ram_bytes} bytes",
+            remedy="raise ram=",
+            option="ram",
+            size=options.ram,
+        )
     lock_pages = cuda and options.page_locked is not False
     clock = RealClock()
     rates = LinkRates()
@@ -290,7 +329,7 @@ class StoreBase:
             return Stats(
                 tiers=tiers,
                 links={str(link): counters.copy() for link, counters in engine.links.items()},
-                waits=dict(engine.waits),
+                waits={cause: WaitStats(waits.count, waits.ns) for cause, waits in list(engine.waits.items())},
                 accesses=engine.scheduler.trace.num_accesses,
                 compactions=placement.compactions,
                 direct_io=directory.direct if directory is not None else None,
@@ -325,18 +364,24 @@ class UseBase:
         self._timeout = timeout
         self._ticket: Ticket | None = None
         self._watched: list[tuple[str, torch.Tensor, int]] = []
+        if timeout is not None and not (isinstance(timeout, int | float) and timeout == timeout):
+            raise OptionError("timeout= is not understood", need="seconds, or None", have=repr(timeout), remedy="give it as such")
         if isinstance(write, bool):
             self._write: bool | frozenset[str] = write
-        else:
-            self._write = frozenset((write,) if isinstance(write, str) else write)
-            if not self._write <= set(names):
-                raise LeaseError(
-                    f"write= names blocks that use() does not: {sorted(self._write - set(names))!r}", remedy="name them in use() too"
-                )
+            return
+        wanted = [write] if isinstance(write, str) else list(write) if isinstance(write, Collection) else None
+        if wanted is None:
+            raise LeaseError("write= is not understood", need="True, False or names", have=repr(write), remedy="give it as such")
+        unknown = [name for name in wanted if name not in names]
+        if unknown:
+            raise LeaseError(f"write= names blocks that use() does not: {unknown!r}", remedy="name them in use() too")
+        self._write = frozenset(wanted)
 
-    def _begin(self, owner: Owner) -> Future[None] | None:
+    def _check_fresh(self) -> None:
         if self._ticket is not None:
             raise LeaseError("one use() context cannot be entered twice", remedy="call use() again")
+
+    def _begin(self, owner: Owner) -> Future[None] | None:
         self._ticket = Ticket(owner)
         return self._engine.begin_use(self._ticket, self._names, self._write)
 
@@ -354,19 +399,20 @@ class UseBase:
         return values[0] if len(values) == 1 else values
 
     def _end(self, failed: bool) -> None:
-        ticket, self._ticket = self._ticket, None
+        ticket = self._ticket
         assert ticket is not None
-        watched, self._watched = self._watched, []
+        # Before the lease ends: the next writer's changes count on the same counter.
+        changed = [name for name, tensor, version in self._watched if tensor._version != version]
+        self._watched = []
         try:
             self._engine.end_use(ticket)
         finally:
             if ticket.lease is not None:
                 self._engine.abandon(ticket)
-        if failed:
-            return
-        for name, tensor, version in watched:
-            if tensor._version != version:
-                raise LeaseError(f"block {name!r} was changed under a lease that only reads", remedy="use(..., write=True)", block=name)
+            self._ticket = None  # only now: if Ctrl-C strikes, the finaliser ends the lease
+        if changed and not failed:
+            name = changed[0]
+            raise LeaseError(f"block {name!r} was changed under a lease that only reads", remedy="use(..., write=True)", block=name)
 
     def _timed_out(self) -> LeaseTimeoutError:
         cause = self._ticket.request.cause if self._ticket is not None and self._ticket.request is not None else "lease"
@@ -380,7 +426,7 @@ class UseBase:
     def __del__(self) -> None:
         ticket = self._ticket
         if ticket is not None and (ticket.lease is not None or ticket.request is not None):
-            self._engine.abandon_later(ticket)
+            self._engine.abandon_dropped(ticket)
 
 
 def source_of(block: str, tensors: torch.Tensor | Tensors) -> tuple[Source, bool]:
@@ -389,11 +435,17 @@ def source_of(block: str, tensors: torch.Tensor | Tensors) -> tuple[Source, bool
     Raises:
         TensorError: Something that is not a dense tensor of real numbers with values.
     """
+    check_text(block, what="block name", block=block)
     single = isinstance(tensors, torch.Tensor)
     mapping: Tensors = {block: tensors} if isinstance(tensors, torch.Tensor) else tensors
     if not isinstance(mapping, Mapping) or not mapping:
+        have = f"an empty {type(mapping).__name__}" if isinstance(mapping, Mapping) else type(mapping).__name__
         raise TensorError(
-            f"block {block!r} needs a tensor or a non-empty mapping of names to tensors", have=repr(type(tensors).__name__), block=block
+            f"block {block!r} needs tensors",
+            need="a tensor, or a mapping of names to one or more",
+            have=have,
+            remedy="wrap it with torch.as_tensor(), or name what it should hold",
+            block=block,
         )
     checked: dict[str, torch.Tensor] = {}
     made: torch.cuda.Event | None = None
@@ -440,18 +492,19 @@ def tier_of(value: str | Tier) -> Tier:
     try:
         return Tier(value)
     except ValueError:
-        raise OptionError(f"unknown tier {value!r}", need="'gpu', 'ram' or 'nvme'") from None
+        raise OptionError(f"unknown tier {value!r}", need="'gpu', 'ram' or 'nvme'", remedy="name one of these") from None
 
 
 def warn_of_loss(lost: int) -> None:
     if lost:
-        log.warning("closed with %d block(s) that were changed or added since the last commit: those changes are gone", lost)
+        log.warning("closed with %d block(s) that were changed, added or deleted since the last commit: that is undone", lost)
 
 
 class AsyncUse(UseBase):
     """`async with store.use(...)`."""
 
     async def __aenter__(self) -> Leased:
+        self._check_fresh()
         try:
             future = self._begin(asyncio.current_task())
             if future is not None:
@@ -471,6 +524,16 @@ class AsyncUse(UseBase):
 
     async def __aexit__(self, kind: object, *_: object) -> None:
         self._end(kind is not None)
+
+
+async def _finish(call: Call[T]) -> T:
+    """Wait for a call. Cancelled, it cancels the call too, and raises when nothing of that is left."""
+    try:
+        return await asyncio.wrap_future(call.result)
+    except asyncio.CancelledError:
+        call.cancel()
+        await land(asyncio.wrap_future(call.ended))
+        raise
 
 
 class AsyncCommitHandle:
@@ -518,10 +581,21 @@ class AsyncTierStore(StoreBase):
         """Note the arguments; the store opens on a thread when it is entered or awaited."""
         self._options = Options(gpu, ram, nvme, device, nvme_limit, page_locked, policy, direct_io, checksum, keep, generation)
         self._engine = None
+        self._opening: asyncio.Future[Engine] | None = None
 
     async def __aenter__(self) -> AsyncTierStore:
         if self._engine is None:
-            self._engine = await asyncio.to_thread(open_engine, self._options)
+            self._opening = self._opening or asyncio.ensure_future(asyncio.to_thread(open_engine, self._options))
+            opening = self._opening
+            try:
+                self._engine = await land(opening)
+            except asyncio.CancelledError:
+                if self._engine is None and opening.done() and not opening.cancelled() and opening.exception() is None:
+                    self._engine = opening.result()
+                    await self.close()
+                raise
+            finally:
+                self._opening = None
         return self
 
     def __await__(self) -> Generator[Any, None, AsyncTierStore]:
@@ -531,7 +605,7 @@ class AsyncTierStore(StoreBase):
         await self.close()
 
     async def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        return await asyncio.wrap_future(self.engine.call(coroutine))
+        return await _finish(self.engine.call(coroutine))
 
     async def put(self, name: str, tensors: torch.Tensor | Tensors, *, tier: str = "ram", frozen: bool = False) -> None:
         """Add a block; see `TierStore.put`."""
@@ -579,10 +653,8 @@ class AsyncTierStore(StoreBase):
 
     async def commit(self, metadata: Any = None, *, wait: bool = True) -> int | AsyncCommitHandle:
         """Make the present state durable; see `TierStore.commit`."""
-        future = start_commit(self.engine, asyncio.current_task(), metadata)
-        if not wait:
-            return AsyncCommitHandle(future)
-        return await asyncio.wrap_future(future)
+        call = operations.start_commit(self.engine, asyncio.current_task(), metadata, wait=wait)
+        return await _finish(call) if wait else AsyncCommitHandle(call.result)
 
     async def flush(self) -> None:
         """Write all dirty blocks back; see `TierStore.flush`."""
@@ -591,12 +663,20 @@ class AsyncTierStore(StoreBase):
     async def close(self) -> None:
         """End cleanly; see `TierStore.close`."""
         engine = self._engine
-        if engine is None or engine.closed or engine.forked:
+        if engine is None or engine.forked:
             return
-        try:
-            warn_of_loss(await asyncio.wrap_future(engine.call(operations.close(engine))))
-        finally:
-            await asyncio.to_thread(engine.shut_down)
+        call = engine.begin_close(operations.close(engine))
+        if call is None:  # another task closes it, or has
+            await asyncio.to_thread(engine.ended.wait)
+            return
+
+        async def end() -> None:
+            try:
+                warn_of_loss(await asyncio.wrap_future(call.result))
+            finally:
+                await asyncio.to_thread(engine.shut_down)
+
+        await land(end())
 
 
 async def make(engine: Engine, name: str, source: Source, single: bool, tier: str, frozen: bool, owner: Owner) -> None:
@@ -605,12 +685,6 @@ async def make(engine: Engine, name: str, source: Source, single: bool, tier: st
     if where is Tier.NVME:
         operations.need_directory(engine)
     await operations.put(engine, block_of(name, source, single=single, frozen=frozen), source, where, owner)
-
-
-def start_commit(engine: Engine, owner: Owner, metadata: object) -> Future[int]:
-    encode_metadata(metadata)  # refuses what is not JSON before anything is written
-    capture, future = operations.begin_commit(engine, owner)
-    return engine.call(operations.finish_commit(engine, capture, future, metadata))
 
 
 def unwrap(record: Record, tensors: dict[str, torch.Tensor]) -> torch.Tensor | dict[str, torch.Tensor]:

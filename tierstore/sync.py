@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import threading
 import time
-from collections.abc import Collection, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from concurrent.futures import Future
 from typing import Any, Literal, TypeVar
 
 import torch
 
 from tierstore.mover import operations
+from tierstore.mover.critical import Uninterrupted
+from tierstore.mover.engine import Call
 from tierstore.mover.operations import Tensors
 from tierstore.policies import Policy
 from tierstore.store import (
@@ -23,7 +26,6 @@ from tierstore.store import (
     make,
     open_engine,
     source_of,
-    start_commit,
     tier_of,
     unwrap,
     warn_of_loss,
@@ -33,23 +35,29 @@ T = TypeVar("T")
 
 
 def wait_for(future: Future[T], timeout: float | None = None) -> T:
-    """`future.result`, also open to Ctrl-C on Windows, where a wait without end is not."""
-    if sys.platform != "win32":
-        return future.result(timeout)
-    deadline = None if timeout is None else time.monotonic() + timeout
-    while True:
-        left = 0.2 if deadline is None else min(0.2, max(0.0, deadline - time.monotonic()))
-        try:
-            return future.result(left)
-        except TimeoutError:
-            if future.done() or (deadline is not None and time.monotonic() >= deadline):
-                raise
+    """`future.result`, which Ctrl-C may end anywhere, see [Note: Ctrl-C under the lock].
+
+    Raises:
+        TimeoutError: It has not ended within `timeout` seconds.
+    """
+    gate = threading.Lock()
+    gate.acquire()
+    with Uninterrupted():
+        future.add_done_callback(lambda _: gate.release())
+    deadline = math.inf if timeout is None else time.monotonic() + timeout
+    longest = 0.2 if sys.platform == "win32" else threading.TIMEOUT_MAX  # Windows hears Ctrl-C only between waits
+    while not gate.acquire(timeout=min(longest, max(0.0, deadline - time.monotonic()))):
+        if time.monotonic() >= deadline:
+            raise TimeoutError
+    with Uninterrupted():
+        return future.result()
 
 
 class Use(UseBase):
     """`with store.use(...)`."""
 
     def __enter__(self) -> Leased:
+        self._check_fresh()
         try:
             future = self._begin(threading.get_ident())
             if future is not None:
@@ -147,11 +155,19 @@ class TierStore(StoreBase):
         self.close()
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        future = self.engine.call(coroutine)
+        return self._finish(lambda: self.engine.call(coroutine))
+
+    def _finish(self, start: Callable[[], Call[T]]) -> T:
+        """Start a call and wait for it. On Ctrl-C it is cancelled, and nothing of it is left."""
+        call: Call[T] | None = None
         try:
-            return wait_for(future)
+            with Uninterrupted():
+                call = start()
+            return wait_for(call.result)
         except BaseException:
-            future.cancel()
+            if call is not None:
+                call.cancel()
+                wait_for(call.ended)
             raise
 
     def put(self, name: str, tensors: torch.Tensor | Tensors, *, tier: str = "ram", frozen: bool = False) -> None:
@@ -266,10 +282,10 @@ class TierStore(StoreBase):
             OptionError: The metadata is not JSON.
             TierFullError, TransferError: It failed; the previous commit stands.
         """
-        future = start_commit(self.engine, threading.get_ident(), metadata)
+        engine, owner = self.engine, threading.get_ident()
         if not wait:
-            return CommitHandle(future)
-        return wait_for(future)
+            return CommitHandle(operations.start_commit(engine, owner, metadata, wait=False).result)
+        return self._finish(lambda: operations.start_commit(engine, owner, metadata, wait=True))
 
     def flush(self) -> None:
         """Write all dirty blocks to the lowest tier, without making them durable."""
@@ -278,9 +294,17 @@ class TierStore(StoreBase):
     def close(self) -> None:
         """End cleanly. What was not committed is gone, and a warning counts it. Repeatable."""
         engine = self._engine
-        if engine is None or engine.closed or engine.forked:
+        if engine is None or engine.forked:
             return
+        call: Call[int] | None = None
         try:
-            warn_of_loss(wait_for(engine.call(operations.close(engine))))
+            with Uninterrupted():
+                call = engine.begin_close(operations.close(engine))
+            if call is None:  # another thread closes it, or has
+                engine.ended.wait()
+            else:
+                warn_of_loss(wait_for(call.result))
         finally:
-            engine.shut_down()
+            if call is not None:
+                wait_for(call.ended)
+                engine.shut_down()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +65,12 @@ def demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Demo:
 
 
 @pytest.fixture(scope="session")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Demo, Result]]:
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Demo, Result]:
     """One whole run with `--check` and a picture, and what it printed."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         shrink(monkeypatch)
         demo = Demo(tmp_path_factory.mktemp("demo") / "run")
-        yield demo, demo("--check")
+        return demo, demo("--check")
 
 
 def shrink(monkeypatch: pytest.MonkeyPatch) -> None:

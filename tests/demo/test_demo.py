@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from tierstore.demo import run, train
-from tierstore.demo.record import Record
+from tierstore.demo import check, run, train
+from tierstore.demo.record import LinkRecord, Record, TierRecord
 
 # The fixtures' types stand in conftest.py, which tests cannot import.
 Demo = Any
@@ -35,9 +35,10 @@ def test_a_run_with_check(uninterrupted: tuple[Demo, Any]) -> None:
     assert sorted(path.name for path in demo.directory.iterdir()) == ["demo.png", "store"]
 
 
+@pytest.mark.usefixtures("demo")
 def test_a_finished_run_says_so(uninterrupted: tuple[Demo, Any]) -> None:
-    demo, _ = uninterrupted
-    again = demo()
+    finished, _ = uninterrupted
+    again = finished()
     assert again.exit_code == 0
     assert "This run is finished: 6 of 6 steps. To train anew, add --fresh." in again.output
     assert "step   1/6" not in again.output
@@ -107,17 +108,34 @@ def test_a_run_keeps_what_it_began_with(demo: Demo) -> None:
     assert "step   1/1" in fresh.output
 
 
-def test_a_difference_is_found(demo: Demo) -> None:
-    assert demo("--steps", "2").exit_code == 0
-    with demo.open_store() as store:
-        weights = store.read("layer1.weights")
-        weights["qkv"].view(torch.int32)[5, 7] ^= 1  # the last bit of one number
-        store.write("layer1.weights", weights)
-        store.commit(store.committed.metadata)
-    result = demo("--check")
+def test_a_difference_of_one_bit_is_found(uninterrupted: tuple[Demo, Any]) -> None:
+    finished, _ = uninterrupted
+    expected = {name: tensor for name, tensor in finished.state().items() if ".gradients/" not in name}
+    with finished.open_store() as store:
+        assert check.compare_blocks(store, expected) == []
+        expected["layer1.weights/qkv"].view(torch.int32)[5, 7] ^= 1
+        (found,) = check.compare_blocks(store, expected)
+        assert found.startswith("layer1.weights/qkv differs in 1 of 3,072 numbers, by up to ")
+        expected["layer1.weights/extra"] = torch.zeros(2)
+        assert check.compare_blocks(store, expected)[0].startswith("block layer1.weights holds")
+
+
+def test_a_difference_fails_the_check(uninterrupted: tuple[Demo, Any], demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
+    finished, _ = uninterrupted
+    monkeypatch.setattr(run, "compare_with_plain", lambda *_: check.CheckResult(108, 1000, 6, ("x differs",), 1.0))
+    result = finished("--check")
     assert result.exit_code == 1
-    assert "CHECK FAILED in 1 places" in result.output
-    assert "layer1.weights/qkv differs in 1 of 3,072 numbers" in result.output
+    assert "CHECK FAILED in 1 places:\n  x differs" in result.output
+
+
+def test_tiers_too_small_must_have_been_used() -> None:
+    record = Record(run.DEFAULTS, "digest", state_bytes=1000)
+    record.tiers = {"gpu": TierRecord(budget_bytes=500), "ram": TierRecord(budget_bytes=2000)}
+    record.links = {"h2d": LinkRecord(bytes=1), "d2h": LinkRecord()}
+    assert check.missing_traffic(record) == [
+        "the state is 2.0 times the gpu tier, yet nothing was evicted from it",
+        "the state is 2.0 times the gpu tier, yet no byte crossed d2h",
+    ]
 
 
 def test_a_directory_of_somebody_elses_store_is_left_alone(demo: Demo) -> None:

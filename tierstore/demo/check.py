@@ -59,12 +59,13 @@ def compare_with_plain(store: TierStore, record: Record, directory: Path) -> Che
         for step, (ours, theirs) in enumerate(zip(record.losses, losses, strict=True))
         if ours != theirs
     ]
-    differences += _compare_blocks(store, expected)
+    differences += compare_blocks(store, expected)
     differences += missing_traffic(record)
     return CheckResult(len(expected), sum(tensor.nbytes for tensor in expected.values()), len(losses), tuple(differences), seconds)
 
 
-def _compare_blocks(store: TierStore, expected: dict[str, Tensor]) -> list[str]:
+def compare_blocks(store: TierStore, expected: dict[str, Tensor]) -> list[str]:
+    """Differences between what the store reads back and `expected`, which is keyed by block, slash, name."""
     by_block: dict[str, dict[str, Tensor]] = {}
     for full_name, tensor in expected.items():
         block, name = full_name.split("/")

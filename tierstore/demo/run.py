@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
@@ -31,7 +31,7 @@ GPU, RAM, NVME_LIMIT = "4.9MB", "9.8MB", "80MB"
 LEAST_OVERFLOW = {"gpu": 4.0, "ram": 2.0}
 """The default budgets are far too small on purpose: the state of `DEFAULTS` must fill them at least so many times over."""
 
-COMMIT_EVERY_STEPS = 10
+COMMIT_EVERY_STEPS = 5
 EVALUATE_EVERY_STEPS = 20
 PROGRESS_WINDOWS, SCORE_WINDOWS = 64, 256
 """Held-out windows looked at on the way, and for the final score."""
@@ -79,8 +79,8 @@ def run(options: Options, console: Console) -> int:
             this = Run(store, options, text, console, audit)
             return this.carry_out()
     except KeyboardInterrupt:
-        if this is None or this.committed_step is None:
-            console.print("\nStopped before the first commit; the same command starts from the beginning.")
+        if this is None:
+            console.print("\nStopped before training began. Give the same command again to go on.")
         else:
             console.print(f"\nStopped. The last commit is that of step {this.committed_step}; the same command goes on from there.")
         return 130
@@ -146,7 +146,7 @@ class Run:
     """One process's work on a run.
 
     Attributes:
-        committed_step: Steps that the last commit holds; None before the first.
+        committed_step: Steps that the last commit holds; None until this process has made or found one.
     """
 
     def __init__(self, store: TierStore, options: Options, text: corpus.Corpus, console: Console, audit: Audit) -> None:
@@ -160,7 +160,7 @@ class Run:
         self._tally = Tally(self._record)
         if self.committed_step is None:
             self._commit(self._record)
-        else:
+        elif not self._record.finished:
             self._tally.take(store.stats())
         self._begin_audit(audit)
         self._trainer = train.Trainer(store, self._config, audit)
@@ -186,7 +186,7 @@ class Run:
         return 0 if good else 1
 
     def _say(self, text: str) -> None:
-        self._console.print(text, highlight=False, soft_wrap=True)
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     # -- beginning, going on --------------------------------------------------------------------------------------------
 
@@ -212,7 +212,7 @@ class Run:
             wanted, began_with = getattr(options, name), getattr(record.config, name)
             if wanted is not None and wanted != began_with:
                 raise DemoError(f"this run began with --{name} {began_with}: leave out --{name} {wanted} to go on with it, or add --fresh")
-        if record.corpus != self._text.digest and not record.finished:
+        if record.corpus != self._text.digest and (options.check or not record.finished):
             raise DemoError("this run began on other sources (another Python?): go on with that Python, or add --fresh to start over")
         self.committed_step = record.step
         record.starts += 1
@@ -351,15 +351,21 @@ class Speed:
 
 
 def _plain_headline(record: Record, speed: Speed) -> str:
+    return f"{_step(record)}  {_losses(record, speed)}"
+
+
+def _headline(record: Record, speed: Speed) -> RenderableType:
+    table = Table.grid(padding=(0, 2))
+    bar = ProgressBar(total=record.config.steps, completed=record.step, width=24)
+    table.add_row(bar, _step(record), f"{speed.left_s(record.config.steps - record.step):.0f} s left")
+    return Group(table, _losses(record, speed))
+
+
+def _step(record: Record) -> str:
+    return f"step {record.step:>3}/{record.config.steps}"
+
+
+def _losses(record: Record, speed: Speed) -> str:
     _, bigram = record.entropies
     _, held_out = record.held_out[-1]
-    losses = f"loss {record.losses[-1]:.3f}  held-out {held_out:.3f} (bigram {bigram:.2f})"
-    return f"step {record.step:>3}/{record.config.steps}  {losses}  {speed.tokens_per_s:,.0f} tokens/s"
-
-
-def _headline(record: Record, speed: Speed) -> Table:
-    table = Table.grid(padding=(0, 2))
-    left_s = speed.left_s(record.config.steps - record.step)
-    bar = ProgressBar(total=record.config.steps, completed=record.step, width=24)
-    table.add_row(bar, _plain_headline(record, speed), f"{left_s:.0f} s left")
-    return table
+    return f"loss {record.losses[-1]:.3f}  held-out {held_out:.3f} (bigram {bigram:.2f})  {speed.tokens_per_s:,.0f} tokens/s"

@@ -29,7 +29,7 @@ __all__ = ["LINK_ARROWS", "Countable", "TierDisplay", "plain_summary", "tier_tab
 LINK_ARROWS = {"h2d": "ram → gpu", "d2h": "gpu → ram", "nvme_read": "nvme → ram", "nvme_write": "ram → nvme"}
 """Where the bytes of each link go."""
 
-BAR_WIDTH = 24
+BAR_WIDTH = 16
 
 
 class Countable(Protocol):
@@ -124,10 +124,10 @@ def tier_tables(stats: Stats, rates: Mapping[str, float]) -> RenderableType:
 
 
 def _table(*headings: str) -> Table:
-    """Two columns on the left, numbers of steady width behind them, so that nothing jumps while they change."""
+    """Two columns on the left, numbers of steady width behind them: nothing jumps while they change, and all fits 80 columns."""
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     for place, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if place < 2 else "right", min_width=10, no_wrap=True)
+        table.add_column(heading, justify="left" if place < 2 else "right", min_width=8 if place > 1 else None, no_wrap=True)
     return table
 
 

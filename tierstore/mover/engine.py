@@ -13,6 +13,7 @@ granted meanwhile; the lease is stored in the ticket under the lock, so there is
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import sys
@@ -21,7 +22,7 @@ import weakref
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -29,7 +30,7 @@ from tierstore.clock import Clock
 from tierstore.counters import LinkStats, WaitStats
 from tierstore.errors import ClosedError, ForkedError, TierstoreError, TransferError
 from tierstore.mover.budget import Slots
-from tierstore.mover.critical import CriticalLock
+from tierstore.mover.critical import CriticalLock, Uninterrupted
 from tierstore.mover.streams import Copies
 from tierstore.nvme.directory import Directory
 from tierstore.nvme.shards import Shard
@@ -66,6 +67,52 @@ class Capture:
     shards: dict[Record, Shard] = field(default_factory=dict)
     needs: dict[Record, int] = field(default_factory=dict)
     versions: dict[Record, int] = field(default_factory=dict)
+
+
+class Call(Generic[T]):
+    """A coroutine that runs on the engine's loop for a caller on another thread.
+
+    Attributes:
+        result: What it returned or raised. May be given up by whoever waits for it.
+        ended: Resolved once nothing of the coroutine is left, also after `cancel`.
+        task: Runs it; None until it begins.
+    """
+
+    def __init__(self, engine: Engine, coroutine: Coroutine[Any, Any, T], finally_do: Callable[[], None] | None = None) -> None:
+        """Use `Engine.call`."""
+        self._finally_do = finally_do
+        self.result: Future[T] = Future()
+        self.ended: Future[None] = Future()
+        self._engine = engine
+        self._coroutine = coroutine
+        self.task: asyncio.Task[T] | None = None
+
+    def cancel(self) -> None:
+        """Have it give back what it took, and end. Any thread; at once."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: it has ended
+            self._engine.loop.call_soon_threadsafe(self._cancel)
+
+    def begin(self) -> None:
+        self.task = self._engine.loop.create_task(self._coroutine)
+        self._engine.tasks.add(self.task)
+        self.task.add_done_callback(self._end)
+
+    def _cancel(self) -> None:
+        if self.task is not None:
+            self.task.cancel()
+
+    def _end(self, task: asyncio.Task[T]) -> None:
+        self._engine.tasks.discard(task)
+        self._engine.calls.discard(self)
+        if self._finally_do is not None:
+            self._finally_do()
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        if self.result.set_running_or_notify_cancel():
+            if error is None:
+                self.result.set_result(task.result())
+            else:
+                self.result.set_exception(error)
+        self.ended.set_result(None)
 
 
 class Engine:
@@ -106,7 +153,10 @@ class Engine:
         self._futures: dict[Request, Future[None]] = {}
         self._started_ns: dict[int, int] = {}
         self._woken = False
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self.tasks: set[asyncio.Task[Any]] = set()
+        self.calls: set[Call[Any]] = set()
+        self.ended = threading.Event()
+        self._closing = False
         self._landed = asyncio.Event()
         self._hosts = ThreadPoolExecutor(2, thread_name_prefix="tierstore-host")
         self.loop = asyncio.new_event_loop()
@@ -118,6 +168,7 @@ class Engine:
 
     def _run(self, started: threading.Event, slot_bytes: int) -> None:
         asyncio.set_event_loop(self.loop)
+        self.loop.set_exception_handler(self._unexpected)
         if self.device.device.type == "cuda":
             torch.cuda.set_device(self.device.device)
         self.slots = Slots(slot_bytes)
@@ -147,6 +198,8 @@ class Engine:
         """
         with self.lock:
             self.check_open()
+            if not names:
+                return None  # nothing to lease
             scheduler = self.scheduler
             ticket.records = tuple(dict.fromkeys(scheduler.find(name) for name in names))
             if write is True:
@@ -203,40 +256,67 @@ class Engine:
         if self.forked:
             return
         with self.lock:
-            request, ticket.request = ticket.request, None
-            lease, ticket.lease = ticket.lease, None
-            if request is not None:
-                if request.lease is not None:
-                    lease, request.lease = request.lease, None
-                elif not request.resolved:
-                    self.scheduler.cancel(request)
-                    self._futures.pop(request, None)
-            if lease is not None:
-                self.scheduler.release(lease)
+            self._abandon(ticket)
         self.wake()
 
-    def abandon_later(self, ticket: Ticket) -> None:
-        """As `abandon`, from a finaliser, which may run under the lock."""
-        if not self.forked and not self.closed:
-            self.loop.call_soon_threadsafe(self.abandon, Ticket(ticket.owner, ticket.records, ticket.writes, ticket.request, ticket.lease))
+    def _abandon(self, ticket: Ticket) -> None:
+        request, ticket.request = ticket.request, None
+        lease, ticket.lease = ticket.lease, None
+        if request is not None:
+            if request.lease is not None:
+                lease, request.lease = request.lease, None
+            elif not request.resolved:
+                self.scheduler.cancel(request)
+                self._futures.pop(request, None)
+        if lease is not None:
+            self.scheduler.release(lease)
 
-    def call(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+    def abandon_dropped(self, ticket: Ticket) -> None:
+        """As `abandon`, from a finaliser: at once, so that the thread that dropped it can go on, or later if it runs under the lock."""
+        if self.forked or self.closed:
+            return
+        with Uninterrupted():
+            if self.lock.try_acquire():
+                try:
+                    self._abandon(ticket)
+                finally:
+                    self.lock.release()
+                self.wake()
+            else:
+                with contextlib.suppress(RuntimeError):  # the loop is closed, and so is the store
+                    self.loop.call_soon_threadsafe(self.abandon, Ticket(ticket.owner, request=ticket.request, lease=ticket.lease))
+
+    def call(self, coroutine: Coroutine[Any, Any, T]) -> Call[T]:
         """Run a coroutine on the engine's loop. Any thread."""
+        with self.lock:
+            return self.call_locked(coroutine)
+
+    def call_locked(self, coroutine: Coroutine[Any, Any, T], finally_do: Callable[[], None] | None = None) -> Call[T]:
+        """As `call`, under the lock.
+
+        Args:
+            finally_do: Called on the loop at the end, also of a coroutine that was cancelled before its first step.
+        """
         try:
             self.check_open()
         except BaseException:
             coroutine.close()
             raise
-        return asyncio.run_coroutine_threadsafe(self._tracked(coroutine), self.loop)
+        return self._begin(Call(self, coroutine, finally_do))
 
-    async def _tracked(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
-        try:
-            return await coroutine
-        finally:
-            self._tasks.discard(task)
+    def _begin(self, call: Call[T]) -> Call[T]:
+        self.calls.add(call)
+        self.loop.call_soon_threadsafe(call.begin)
+        return call
+
+    def begin_close(self, coroutine: Coroutine[Any, Any, T]) -> Call[T] | None:
+        """Run the coroutine that closes the store. None: somebody closes it already; `ended` is set when that is done."""
+        with self.lock:
+            if self._closing or self.forked:
+                coroutine.close()
+                return None
+            self._closing = True
+            return self._begin(Call(self, coroutine))
 
     def wake(self) -> None:
         """Have the scheduler looked at soon. Any thread; cheap when already asked for."""
@@ -271,6 +351,7 @@ class Engine:
         its next await.
         """
         with self.lock:
+            self.check_open()
             future = self.submit(request)
         self.wake()
         await self.served(request, future)
@@ -283,11 +364,15 @@ class Engine:
                 if request.resolved:
                     if request.error is None:
                         return
-                else:
-                    self.scheduler.cancel(request)
-                self._futures.pop(request, None)
+                self.withdraw(request)
             self.wake()
             raise
+
+    def withdraw(self, request: Request) -> None:
+        """Nobody waits for the request any more. Under the lock."""
+        if not request.resolved:
+            self.scheduler.cancel(request)
+        self._futures.pop(request, None)
 
     def _pump(self) -> None:
         """Let the scheduler decide, carry out its orders, answer those who wait."""
@@ -319,12 +404,18 @@ class Engine:
 
     def _fail(self, error: BaseException) -> None:
         """A bug of ours: nobody may wait for ever."""
-        self.failure = error
+        self.failure = self.failure or error
         log.critical("the engine failed", exc_info=error)
         futures, self._futures = self._futures, {}
         for future in futures.values():
             if not future.done():
                 future.set_exception(ClosedError(f"the store's engine failed: {error!r}", remedy="open the directory again"))
+
+    def _unexpected(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """A callback of the loop raised."""
+        loop.default_exception_handler(context)
+        if "handle" in context and self.failure is None:
+            self._fail(context["exception"])
 
     def _start(self, order: Order) -> None:
         self._started_ns[order.number] = self.clock.now_ns()
@@ -337,8 +428,13 @@ class Engine:
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = self.loop.create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self.tasks.add(task)
+        task.add_done_callback(self._spawned)
+
+    def _spawned(self, task: asyncio.Task[None]) -> None:
+        self.tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._fail(error)
 
     def _ordered(self, order: Order, _: BaseException | None) -> None:
         if threading.current_thread() is not self._thread:
@@ -447,29 +543,35 @@ class Engine:
 
     async def drain(self) -> None:
         """Refuse who waits, let transfers under way end. The store is closed from here on."""
-        self.closed = True
         with self.lock:
+            self.closed = True
+            others = [call for call in self.calls if call.task is not asyncio.current_task()]
             for request in list(self.scheduler.waiting.values()):
                 self.scheduler.cancel(request)
                 future = self._futures.pop(request, None)
                 if future is not None and future.set_running_or_notify_cancel():
                     future.set_exception(ClosedError("the store was closed", remedy="open a new TierStore"))
-        while others := self._tasks - {asyncio.current_task()}:
-            await asyncio.wait(others)
-        while self.placement.flying:
+        for call in others:
+            await asyncio.wrap_future(call.ended)
+        while transfers := self.tasks - {asyncio.current_task()}:
+            await asyncio.wait(transfers)
+        while self.placement.flying and self.failure is None:
             self._landed.clear()
             await self._landed.wait()
 
     def shut_down(self) -> None:
         """Stop the loop and free the arenas. After `drain`, from any other thread."""
         _LIVE.discard(self)
-        self.copies.close()
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join()
-        self._hosts.shutdown()
-        self.host.close()
-        self.transfer.close()
-        self.device.close()
+        try:
+            self.copies.close()
+            self.loop.call_soon_threadsafe(self.loop.stop)
+            self._thread.join()
+            self._hosts.shutdown()
+            self.host.close()
+            self.transfer.close()
+            self.device.close()
+        finally:
+            self.ended.set()
 
     def forget_in_child(self) -> None:
         self.forked = True

@@ -6,6 +6,7 @@ back what it took and leaves the block as it was.
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
@@ -15,8 +16,9 @@ import torch
 
 from tierstore.catalog import Block, TensorSpec
 from tierstore.errors import FrozenError, LeaseError, NoDirectoryError, TensorError
-from tierstore.mover.engine import Capture, Engine
+from tierstore.mover.engine import Call, Capture, Engine
 from tierstore.nvme.directory import Directory
+from tierstore.nvme.manifest import encode_metadata
 from tierstore.nvme.shards import Entry
 from tierstore.requests import HostAccess, Make, Owner, Place, Record, Save, Vacate
 from tierstore.residency import Event, State, Tier
@@ -43,7 +45,12 @@ async def put(engine: Engine, block: Block, source: Source, tier: Tier, owner: O
         engine.check_open()
         record = engine.scheduler.new_record(block)
     request = Make(owner, (record,), tier=tier)
-    await engine.request(request)
+    try:
+        await engine.request(request)
+    except BaseException:
+        with engine.lock:
+            engine.scheduler.forget(record)  # if it never came so far as to be queued
+        raise
     filled = False
     try:
         if tier is Tier.NVME:
@@ -137,14 +144,14 @@ def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @asynccontextmanager
-async def _host_access(engine: Engine, record: Record, owner: Owner, *, write: bool, doing: str) -> AsyncIterator[None]:
+async def _host_access(engine: Engine, record: Record, owner: Owner, *, write: bool, doing: str) -> AsyncIterator[HostAccess]:
     """Have the block's bytes to oneself (write) or steady (read), wherever they are."""
     with engine.lock:
         refuse_own_lease(record, owner, doing=doing, write=write)
     request = HostAccess(owner, (record,), write=write)
     await engine.request(request)
     try:
-        yield
+        yield request
     finally:
         with engine.lock:
             if not write:
@@ -168,26 +175,15 @@ def refuse_own_lease(record: Record, owner: Owner, *, doing: str, write: bool) -
         )
 
 
-_READ_ORDER = (Tier.RAM, Tier.GPU, Tier.NVME)
-
-
 async def read(engine: Engine, record: Record, owner: Owner) -> dict[str, torch.Tensor]:
     """Copy the newest values. See `TierStore.read`."""
-    async with _host_access(engine, record, owner, write=False, doing="read()"):
-        with engine.lock:
-            tier = min((tier for tier in record.tiers if tier is Tier.NVME or not record.copy(tier).moving), key=_READ_ORDER.index)
-            if tier is not Tier.NVME:
-                record.copy(tier).readers += 1
+    async with _host_access(engine, record, owner, write=False, doing="read()") as access:
+        assert access.tier is not None
         flat = {spec.name: torch.empty(spec.nbytes, dtype=torch.uint8) for spec in record.block.tensors}
-        try:
-            if tier is Tier.NVME:
-                await _read_shard(engine, record, flat)
-            else:
-                await engine.offload(_copy_out, engine, record, tier, flat)
-        finally:
-            with engine.lock:
-                if tier is not Tier.NVME:
-                    record.copy(tier).readers -= 1
+        if access.tier is Tier.NVME:
+            await _read_shard(engine, record, flat)
+        else:
+            await engine.offload(_copy_out, engine, record, access.tier, flat)
     return {spec.name: flat[spec.name].view(DTYPES[spec.dtype]).reshape(spec.shape) for spec in record.block.tensors}
 
 
@@ -226,19 +222,23 @@ async def write(engine: Engine, record: Record, source: Source, owner: Owner) ->
     async with _host_access(engine, record, owner, write=True, doing="write()"):
         placement = engine.placement
         if record.ram.valid and not (record.gpu.valid and record.hold is Tier.GPU):
-            await engine.offload(_fill_host, engine, record, source)
-            with engine.lock:
-                record.version += 1
-                if record.gpu.state is not State.ABSENT:
-                    placement.discard(record, Tier.GPU)
-                if placement.has_nvme:
-                    placement.revive_ram(record, Event.WRITE)
+            try:
+                await engine.offload(_fill_host, engine, record, source)
+            finally:  # also if cancelled: by then the bytes have changed
+                with engine.lock:
+                    record.version += 1
+                    if record.gpu.state is not State.ABSENT:
+                        placement.discard(record, Tier.GPU)
+                    if placement.has_nvme:
+                        placement.revive_ram(record, Event.WRITE)
         elif record.gpu.valid:
-            await engine.offload(_fill_device, engine, record.gpu.offset, record.block, source)
-            with engine.lock:
-                record.version += 1
-                record.gpu.apply(Event.WRITE)
-                placement.supersede_ram(record)
+            try:
+                await engine.offload(_fill_device, engine, record.gpu.offset, record.block, source)
+            finally:
+                with engine.lock:
+                    record.version += 1
+                    record.gpu.apply(Event.WRITE)
+                    placement.supersede_ram(record)
         else:
             await engine.offload(source.wait)
             with engine.lock:
@@ -262,7 +262,6 @@ async def delete(engine: Engine, record: Record, owner: Owner) -> None:
             engine.scheduler.forget(record)
             engine.device.forget(record.id)
             engine.total_bytes -= record.nbytes
-            engine.committed_versions.pop(record, None)
             shard = engine.shards.pop(record, None)
             if shard is not None and engine.directory is not None:
                 engine.directory.discard(shard)
@@ -312,47 +311,62 @@ def refuse_own_writes(engine: Engine, owner: Owner, doing: str) -> None:
         raise LeaseError(f"{doing} inside one's own write lease would never end", remedy="leave the lease first")
 
 
-def begin_commit(engine: Engine, owner: Owner) -> tuple[Capture, Future[None]]:
+def start_commit(engine: Engine, owner: Owner, metadata: object, *, wait: bool) -> Call[int]:
     """Fix the state to commit: from here on nobody begins to write before it is taken. Any thread.
 
+    Args:
+        engine, owner, metadata: As in `TierStore.commit`.
+        wait: The owner does nothing else until it has ended.
+
+    Returns:
+        The commit under way, whose result is the generation.
+
     Raises:
+        OptionError: The metadata is not JSON.
         NoDirectoryError: There is nowhere to commit to.
         LeaseError: Inside one's own write lease.
     """
+    fixed = json.loads(encode_metadata(metadata))  # the caller may change it as soon as this returns
     need_directory(engine)
     with engine.lock:
         engine.check_open()
         refuse_own_writes(engine, owner, "commit()")
-        capture = Capture(Save(owner, (), commit=True))
+        capture = Capture(Save(owner, (), commit=True, waited=wait))
         future = engine.submit(capture.request)
         engine.captures.append(capture)
+        call = engine.call_locked(_finish_commit(engine, capture, future, fixed), lambda: _end_commit(engine, capture))
     engine.wake()
-    return capture, future
+    return call
 
 
-async def finish_commit(engine: Engine, capture: Capture, future: Future[None], metadata: object) -> int:
+async def _finish_commit(engine: Engine, capture: Capture, future: Future[None], metadata: object) -> int:
     """Save what is dirty, then make it durable. Returns the generation."""
-    directory = need_directory(engine)
-    try:
-        await engine.served(capture.request, future)
-        entries = [Entry(record.block, shard) for record, shard in capture.shards.items()]
-        generation = await directory.commit(entries, metadata)
-        engine.committed_versions.update(capture.versions)
-        engine.commits += 1
-        return generation
-    finally:
-        with engine.lock:
-            engine.captures.remove(capture)
-        for shard in capture.shards.values():
-            directory.release(shard)
+    await engine.served(capture.request, future)
+    entries = [Entry(record.block, shard) for record, shard in capture.shards.items()]
+    generation = await need_directory(engine).commit(entries, metadata)
+    engine.committed_versions = capture.versions
+    engine.commits += 1
+    return generation
+
+
+def _end_commit(engine: Engine, capture: Capture) -> None:
+    """Let go of what a commit took, however it ended."""
+    with engine.lock:
+        engine.withdraw(capture.request)
+        engine.captures.remove(capture)
+    engine.wake()
+    for shard in capture.shards.values():
+        need_directory(engine).release(shard)
 
 
 async def close(engine: Engine) -> int:
-    """End cleanly. Returns how many blocks hold something that was never committed."""
+    """End cleanly. Returns how many blocks are not as the last commit has them."""
     await engine.drain()
     lost = 0
     if engine.directory is not None:
-        lost = sum(engine.committed_versions.get(record) != record.version for record in engine.placement.records.values() if record.born)
+        present = [record for record in engine.placement.records.values() if record.born]
+        lost = sum(engine.committed_versions.get(record) != record.version for record in present)
+        lost += len(engine.committed_versions.keys() - set(present))
         await engine.directory.close()
     return lost
 

@@ -19,7 +19,7 @@ class View(Protocol):
     """What a policy may ask about the store at any time."""
 
     def nbytes(self, block: BlockId) -> int:
-        """Payload bytes of a block."""
+        """Payload bytes of a block; 0 once it was deleted, when nothing else may be asked of it."""
         ...
 
     def is_dirty(self, block: BlockId, tier: Tier) -> bool:

@@ -40,7 +40,7 @@ class Forecast:
         self._sequence: list[BlockId] = []
         self._start = 0  # position of _sequence[0]
         self._positions: dict[BlockId, list[int]] = {}
-        self._contexts: dict[tuple[BlockId, ...], int] = {}  # context -> position behind its last occurrence
+        self._contexts: dict[int, int] = {}  # hash of a context -> position behind its last occurrence
         self._pointer: int | None = None
         self._matched = 0
 
@@ -68,7 +68,7 @@ class Forecast:
         else:
             self._search()
         self._remember_contexts()
-        if len(self._sequence) > 2 * KEEP:
+        if len(self._sequence) > KEEP + KEEP // 2:
             self._prune()
         if held and was_known == self.known:
             return True
@@ -104,14 +104,14 @@ class Forecast:
     def _remember_contexts(self) -> None:
         for length in _LENGTHS:
             if len(self._sequence) >= length:
-                self._contexts[tuple(self._sequence[-length:])] = self.now
+                self._contexts[hash(tuple(self._sequence[-length:]))] = self.now
 
     def _search(self) -> None:
         self._pointer, self._matched = None, 0
         for length in _LENGTHS:
             if len(self._sequence) < length:
                 continue
-            found = self._contexts.get(tuple(self._sequence[-length:]))
+            found = self._contexts.get(hash(tuple(self._sequence[-length:])))
             if found is not None and self._start <= found < self.now:
                 self._pointer, self._matched = found, length
                 return
@@ -132,4 +132,4 @@ class Forecast:
             self.epoch += 1
 
 
-_LENGTHS = tuple(sorted({CONTEXT, 4, TRUSTED_CONTEXT, 1}, reverse=True))
+_LENGTHS = (CONTEXT, TRUSTED_CONTEXT, 1)

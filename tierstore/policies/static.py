@@ -65,7 +65,7 @@ class Static(PolicyBase):
             uses[block] = uses.get(block, 0) + 1
         taken: set[BlockId] = set()
         for tier in (Tier.GPU, Tier.RAM):
-            candidates = [block for block in uses if block not in taken]
+            candidates = [block for block in uses if block not in taken and self.view.nbytes(block)]
             candidates.sort(key=lambda block: (-self._saving(block, uses[block], tier), block))
             largest = max((self.view.nbytes(block) for block in candidates), default=0)
             capacity = self.view.capacity_bytes(tier)

@@ -1,0 +1,599 @@
+"""The scheduler by itself: no threads, no bytes, every order carried out when the test says so, and contents as version numbers."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import settings
+
+from tests.helpers import Hostile, Watched, check_scheduler, describe
+from tierstore.catalog import PAGE, Block
+from tierstore.clock import SimulatedClock
+from tierstore.errors import CapacityError, DeadlockError, FrozenError, LeaseError, TierstoreError
+from tierstore.placement import Limits, Placement
+from tierstore.policies import Lookahead, Lru, Policy, Static
+from tierstore.requests import Action, HostAccess, Lease, Make, Order, Owner, Place, Record, Request, Save, Use, Vacate
+from tierstore.residency import Event, State, Tier
+from tierstore.scheduler import Scheduler
+from tierstore.trace import Link
+
+POLICIES: dict[str, Callable[[int], Policy]] = {
+    "lru": lambda _: Lru(),
+    "lookahead": lambda _: Lookahead(),
+    "static": lambda _: Static(),
+    "hostile": Hostile,
+}
+OWNERS = ("one", "two", "three")
+RATES = {Link.H2D: 1e-10, Link.D2H: 1e-10, Link.NVME_READ: 2e-10, Link.NVME_WRITE: 5e-10}
+
+Content = tuple[int, int] | None
+"""(block, version); None is poison."""
+
+
+class Sim:
+    """The engine's part, played by hand.
+
+    Attributes:
+        device_is_ordered: Orders to the device are reported twice, as on CUDA.
+        contents: What lies at each offset of each arena.
+        shards: Version of each block on NVMe.
+        results: Requests that were resolved.
+    """
+
+    def __init__(
+        self, *, gpu: int, ram: int, has_nvme: bool = True, policy: Policy | None = None, device_is_ordered: bool = False, max_orders: int = 8
+    ) -> None:
+        clock = SimulatedClock()
+        self.placement = Placement(
+            gpu_bytes=gpu * PAGE,
+            ram_bytes=ram * PAGE,
+            has_nvme=has_nvme,
+            policy=Watched(policy if policy is not None else Lru()),
+            seconds_per_byte=RATES,
+            limits=dict.fromkeys(Link, Limits(max_orders=max_orders)),
+            clock=clock,
+        )
+        self.scheduler = Scheduler(self.placement, clock)
+        self.device_is_ordered = device_is_ordered
+        self.contents: dict[Tier, dict[int, Content]] = {Tier.GPU: {}, Tier.RAM: {}}
+        self.shards: dict[Record, int] = {}
+        self.flying: list[Order] = []
+        self.ordered: set[int] = set()
+        self.carried: dict[int, Content] = {}
+        self.results: list[Request] = []
+        self.evictions = 0
+
+    # -- the engine's loop ---------------------------------------------------------------------------------------------
+
+    def pump(self) -> list[Request]:
+        """As `Engine._pump`, until it would go to sleep. Returns what was resolved."""
+        found: list[Request] = []
+        for _ in range(300):
+            orders, again = self.scheduler.advance()
+            resolved, self.scheduler.resolved = self.scheduler.resolved, []
+            found += resolved
+            for order in orders:
+                self._start(order)
+            check_scheduler(self.scheduler)
+            if not again and not orders:
+                break
+        self.results += found
+        return found
+
+    def _start(self, order: Order) -> None:
+        self.flying.append(order)
+        record = order.record
+        if record is not None:
+            assert (order.offset_ram, order.version) == (record.ram.offset, record.version)
+            if order.action is Action.H2D:
+                self.contents[Tier.GPU][order.offset_gpu] = None
+            elif order.action in (Action.D2H, Action.READ):
+                self.contents[Tier.RAM][order.offset_ram] = None
+        if self.device_is_ordered and order.action in (Action.H2D, Action.D2H, Action.COMPACT) and order.tier is not Tier.RAM:
+            self._report_ordered(order)
+
+    def _report_ordered(self, order: Order) -> None:
+        """The device's side of the order happens, as far as work queued later can tell."""
+        record = order.record
+        if order.action is Action.H2D:
+            self.contents[Tier.GPU][order.offset_gpu] = self.contents[Tier.RAM][order.offset_ram]
+        elif order.action is Action.D2H:
+            assert record is not None
+            assert record.writer is None, f"{describe(record)} is copied from under its writer"
+            self.carried[order.number] = self.contents[Tier.GPU][order.offset_gpu]
+        else:
+            self._move(order)
+        self.ordered.add(order.number)
+        self.placement.ordered(order)
+
+    def _move(self, order: Order) -> None:
+        assert order.tier is not None
+        contents = self.contents[order.tier]
+        for _, source, target in order.moves:
+            contents[target] = contents.pop(source, None)
+
+    def complete(self, order: Order) -> None:
+        """The order lands."""
+        self.flying.remove(order)
+        record = order.record
+        if order.action in (Action.H2D, Action.D2H, Action.COMPACT) and order.number not in self.ordered and order.tier is not Tier.RAM:
+            self._report_ordered(order)
+        if order.action is Action.COMPACT:
+            if order.tier is Tier.RAM:
+                self._move(order)
+        else:
+            assert record is not None
+            if order.action is Action.H2D:
+                assert self.contents[Tier.RAM][order.offset_ram] == (record.id, order.version), "the source of a copy was overwritten"
+            elif order.action is Action.D2H:
+                assert self.carried[order.number] == (record.id, order.version), "the wrong bytes were copied to RAM"
+                self.contents[Tier.RAM][order.offset_ram] = self.carried.pop(order.number)
+            elif order.action is Action.READ:
+                self.contents[Tier.RAM][order.offset_ram] = (record.id, self.shards[record])
+            else:
+                assert self.contents[Tier.RAM][order.offset_ram] == (record.id, order.version), "the wrong bytes were written to NVMe"
+                self.shards[record] = order.version
+        self.placement.done(order)
+        check_scheduler(self.scheduler)
+
+    def fail(self, order: Order) -> None:
+        """The order does not happen; half its bytes may have arrived."""
+        assert order.number not in self.ordered
+        assert order.action is not Action.COMPACT
+        self.flying.remove(order)
+        self.placement.failed(order, OSError(f"{order.action.value} fails as the test wants it"))
+        check_scheduler(self.scheduler)
+
+    def may_fail(self, order: Order) -> bool:
+        return order.number not in self.ordered and order.action is not Action.COMPACT
+
+    def settle(self) -> None:
+        """Carry out everything, oldest first."""
+        for _ in range(10_000):
+            self.pump()
+            if not self.flying:
+                return
+            self.complete(self.flying[0])
+        raise AssertionError("transfers never end")
+
+    # -- calls ---------------------------------------------------------------------------------------------------------
+
+    def make(self, name: str, pages: int, *, tier: Tier = Tier.RAM, owner: Owner = "main", frozen: bool = False) -> Make:
+        record = self.scheduler.new_record(Block(name, (), pages * PAGE, False, frozen))
+        request = Make(owner, (record,), tier=tier)
+        self.scheduler.submit(request)
+        return request
+
+    def made(self, request: Make, *, filled: bool = True) -> None:
+        """What `operations.put` does once it has the extents."""
+        record, tier = request.records[0], request.tier
+        if tier is not Tier.NVME:
+            self.placement.start_load(record, tier)
+            self.placement.finish_make(record, tier)
+            self.contents[tier][record.copy(tier).offset] = (record.id, 0)
+        elif filled:
+            self.shards[record] = 0
+        self.scheduler.make_ended(record, filled=filled, on_nvme=tier is Tier.NVME)
+
+    def put(self, name: str, pages: int, *, tier: Tier = Tier.RAM, frozen: bool = False) -> Record:
+        """A whole `put`, with nobody else about."""
+        request = self.make(name, pages, tier=tier, frozen=frozen)
+        self.settle()
+        assert request.resolved
+        assert request.error is None
+        self.made(request)
+        self.settle()
+        return request.records[0]
+
+    def ask(self, owner: Owner, records: tuple[Record, ...], writes: tuple[Record, ...] = ()) -> Use | Lease:
+        """As `Engine.begin_use`."""
+        numbers = frozenset(record.id for record in writes)
+        lease = self.scheduler.try_use(owner, records, numbers)
+        answer: Use | Lease
+        if lease is None:
+            answer = Use(owner, records, writes=numbers)
+            self.scheduler.submit(answer)
+        else:
+            answer = lease
+        self.scheduler.note_use(records, numbers)
+        return answer
+
+    def use(self, *records: Record, write: bool = False, owner: Owner = "main") -> None:
+        """A whole `use`, with nobody else about."""
+        answer = self.ask(owner, records, records if write else ())
+        if isinstance(answer, Use):
+            self.settle()
+            assert answer.resolved, f"{answer} hangs"
+            if answer.error is not None:
+                raise answer.error
+            assert answer.lease is not None
+            answer = answer.lease
+        self.check_lease(answer)
+        self.release(answer)
+        self.settle()
+
+    def release(self, lease: Lease) -> None:
+        self.scheduler.release(lease)
+        for record in lease.records:
+            if record.id in lease.writes:
+                self.contents[Tier.GPU][record.gpu.offset] = (record.id, record.version)
+
+    def check_lease(self, lease: Lease) -> None:
+        """Leased blocks have their newest bytes on the device."""
+        for record in lease.records:
+            assert record.gpu.valid, describe(record)
+            assert not record.gpu.moving, describe(record)
+            assert self.contents[Tier.GPU][record.gpu.offset] == (record.id, record.version), f"{describe(record)} serves other bytes"
+
+    def check_tiers(self) -> None:
+        """Every copy that counts as newest is."""
+        for record in self.placement.records.values():
+            if record.locked or not record.born:
+                continue
+            for tier in (Tier.GPU, Tier.RAM):
+                copy = record.copy(tier)
+                if copy.valid and not copy.moving:
+                    assert self.contents[tier].get(copy.offset) == (record.id, record.version), f"{describe(record)}: other bytes on {tier}"
+            assert record.nvme_version < 0 or self.shards[record] == record.nvme_version
+
+
+@dataclass(eq=False)
+class Reading:
+    """A `read` under way."""
+
+    request: HostAccess
+    tier: Tier
+    version: int
+
+
+@dataclass(eq=False)
+class Actor:
+    """A thread: at most one call under way."""
+
+    name: str
+    leases: list[Lease] = field(default_factory=list)
+    request: Request | None = None
+    work: Reading | HostAccess | Make | None = None
+    deleting: bool = False
+    hold_before: Tier | None = None
+
+    @property
+    def free(self) -> bool:
+        return self.request is None and self.work is None
+
+
+Step = tuple[str, int, int, int]
+"""A call and three numbers that choose its arguments."""
+
+
+class Interleaving:
+    """Actors call whatever they like; orders land in any order; every invariant holds after every event."""
+
+    def __init__(self, seed: int) -> None:
+        choose = random.Random(seed)
+        self.actors = {name: Actor(name) for name in OWNERS}
+        self.failed = False
+        self.held_ever = False
+        self.count = 0
+        self.gpu, self.ram = choose.randint(2, 12), choose.randint(2, 12)
+        self.sim = Sim(
+            gpu=self.gpu,
+            ram=self.ram,
+            has_nvme=choose.random() < 0.7,
+            policy=POLICIES[choose.choice(sorted(POLICIES))](seed),
+            device_is_ordered=choose.random() < 0.5,
+            max_orders=choose.randint(1, 3),
+        )
+        self.may_hold = choose.random() < 0.5
+        self.may_fail = choose.random() < 0.3
+
+    def run(self, steps: list[Step]) -> None:
+        for name, *numbers in steps:
+            getattr(self, name)(*numbers)
+            check_scheduler(self.sim.scheduler)
+            self.sim.check_tiers()
+        self.finish()
+
+    # -- what happens to requests ----------------------------------------------------------------------------------------
+
+    def pump(self) -> None:
+        for request in self.sim.pump():
+            if request.error is not None:
+                self._refused(request)
+            actor = next((actor for actor in self.actors.values() if actor.request is request), None)
+            if actor is not None:
+                actor.request = None
+                self._answered(actor, request)
+        self._no_standstill()
+
+    def _answered(self, actor: Actor, request: Request) -> None:
+        if request.error is not None:
+            if isinstance(request, Place | Vacate):
+                self._restore_hold(actor, request)
+        elif isinstance(request, Use):
+            assert request.lease is not None
+            self.sim.check_lease(request.lease)
+            actor.leases.append(request.lease)
+        elif isinstance(request, Make) or (isinstance(request, HostAccess) and request.write):
+            actor.work = request
+        elif isinstance(request, HostAccess):
+            assert request.tier is not None
+            actor.work = Reading(request, request.tier, request.records[0].version)
+
+    def _restore_hold(self, actor: Actor, request: Place | Vacate) -> None:
+        if request.records[0].id in self.sim.placement.records:
+            self.sim.scheduler.set_hold(request.records[0], actor.hold_before)
+
+    def _refused(self, request: Request) -> None:
+        error = request.error
+        if isinstance(error, DeadlockError):
+            assert any(actor.leases for actor in self.actors.values()), f"{request}: no deadlock without leases"
+            assert any(not actor.free for actor in self.actors.values() if actor.name != request.owner), f"{request} alone is no deadlock"
+        elif isinstance(error, CapacityError):
+            assert self.held_ever or not self.sim.placement.has_nvme, f"{request} was refused although it fits: {error}"
+        elif isinstance(error, OSError):
+            assert self.failed
+        else:
+            assert isinstance(error, TierstoreError), error
+
+    def _no_standstill(self) -> None:
+        """Whoever waits waits for something that will happen."""
+        scheduler = self.sim.scheduler
+        if not scheduler.waiting or self.sim.flying or any(actor.work for actor in self.actors.values()):
+            return
+        others = [actor for actor in self.actors.values() if actor.leases and actor.free]
+        assert others, f"a standstill: {list(scheduler.waiting.values())}"
+
+    # -- calls -----------------------------------------------------------------------------------------------------------
+
+    def _who(self, number: int) -> Actor:
+        return self.actors[OWNERS[number % len(OWNERS)]]
+
+    def _pick(self, number: int) -> Record | None:
+        names = list(self.sim.scheduler.names)
+        return self.sim.scheduler.names[names[number % len(names)]] if names else None
+
+    def _submit(self, actor: Actor, request: Request) -> None:
+        self.sim.scheduler.submit(request)
+        actor.request = request
+        self.pump()
+
+    def put(self, who: int, pages: int, kind: int) -> None:
+        actor, tier, nbytes = self._who(who), list(Tier)[kind % 3], 1 + pages % 8
+        if not actor.free or (tier is Tier.NVME and not self.sim.placement.has_nvme):
+            return
+        self.count += 1
+        try:
+            actor.request = self.sim.make(f"block {self.count}", nbytes, tier=tier, owner=actor.name, frozen=kind % 10 == 0)
+        except CapacityError:
+            assert nbytes > min(self.gpu, self.ram) or self.held_ever or (actor.leases and tier is Tier.GPU)
+            return
+        self.pump()
+
+    def use(self, who: int, picks: int, writes: int) -> None:
+        actor = self._who(who)
+        chosen = [self._pick(picks >> 4 * index) for index in range(1 + picks % 3)]
+        records = tuple(dict.fromkeys(record for record in chosen if record is not None))
+        if not actor.free or not records:
+            return
+        written = tuple(record for index, record in enumerate(records) if writes >> index & 1)
+        try:
+            answer = self.sim.ask(actor.name, records, written)
+        except CapacityError:
+            assert sum(record.nbytes for record in records) > self.gpu * PAGE or actor.leases or self.held_ever
+            return
+        except (LeaseError, FrozenError):
+            return
+        if isinstance(answer, Lease):
+            self.sim.check_lease(answer)
+            actor.leases.append(answer)
+        else:
+            actor.request = answer
+        self.pump()
+
+    def release(self, who: int, index: int, _: int) -> None:
+        actor = self._who(who)
+        if actor.free and actor.leases:
+            self.sim.release(actor.leases.pop(index % len(actor.leases)))
+            self.pump()
+
+    def cancel(self, who: int, _: int, __: int) -> None:
+        actor = self._who(who)
+        if actor.request is None:
+            return
+        request, actor.request = actor.request, None
+        self.sim.scheduler.cancel(request)
+        if isinstance(request, Place | Vacate):
+            self._restore_hold(actor, request)
+        self.pump()
+
+    def host(self, who: int, pick: int, kind: int) -> None:
+        actor, record, write = self._who(who), self._pick(pick), kind % 2 == 0
+        if not actor.free or record is None or record.writer == actor.name:
+            return
+        if write and (actor.name in record.readers or record.block.frozen):
+            return
+        actor.deleting = kind % 6 == 0
+        self._submit(actor, HostAccess(actor.name, (record,), write=write))
+
+    def end_work(self, who: int, kind: int, _: int) -> None:
+        actor = self._who(who)
+        work, actor.work = actor.work, None
+        if isinstance(work, Make):
+            self.sim.made(work, filled=kind % 4 > 0)
+        elif isinstance(work, Reading):
+            self._end_read(work)
+        elif work is not None:
+            self._end_write(work.records[0], actor.deleting)
+        self.pump()
+
+    def _end_read(self, work: Reading) -> None:
+        record = work.request.records[0]
+        assert record.version == work.version, f"{describe(record)} was written under a read"
+        if work.tier is Tier.NVME:
+            assert self.sim.shards[record] == work.version
+        else:
+            offset = record.copy(work.tier).offset
+            assert self.sim.contents[work.tier][offset] == (record.id, work.version), f"{describe(record)}: read() got other bytes"
+        self.sim.scheduler.host_read_ended(work.request)
+
+    def _end_write(self, record: Record, deleting: bool) -> None:
+        """As `operations.write` and `operations.delete`."""
+        sim, placement = self.sim, self.sim.placement
+        if deleting:
+            sim.scheduler.host_write_ended(record)
+            sim.scheduler.forget(record)
+            sim.shards.pop(record, None)
+            return
+        record.version += 1
+        if record.ram.valid and not (record.gpu.valid and record.hold is Tier.GPU):
+            if record.gpu.state is not State.ABSENT:
+                placement.discard(record, Tier.GPU)
+            if placement.has_nvme:
+                placement.revive_ram(record, Event.WRITE)
+            sim.contents[Tier.RAM][record.ram.offset] = (record.id, record.version)
+        elif record.gpu.valid:
+            record.gpu.apply(Event.WRITE)
+            placement.supersede_ram(record)
+            sim.contents[Tier.GPU][record.gpu.offset] = (record.id, record.version)
+        else:
+            sim.shards[record] = record.nvme_version = record.version
+            if record.ram.state is State.STALE and record.ram.settled:
+                placement.drop(record, Tier.RAM)
+        sim.scheduler.host_write_ended(record)
+
+    def hold(self, who: int, pick: int, kind: int) -> None:
+        actor, record, tier = self._who(who), self._pick(pick), list(Tier)[kind % 3]
+        if not actor.free or record is None or not self.may_hold or (tier is Tier.NVME and not self.sim.placement.has_nvme):
+            return
+        if record.writer == actor.name or (tier is Tier.NVME and actor.name in record.readers):
+            return
+        try:
+            self.sim.placement.check_hold(record, tier)
+        except CapacityError:
+            return
+        self.held_ever = True
+        actor.hold_before = record.hold
+        self.sim.scheduler.set_hold(record, tier)
+        request = Vacate(actor.name, (record,)) if tier is Tier.NVME else Place(actor.name, (record,), tier=tier)
+        try:
+            self._submit(actor, request)
+        except CapacityError:
+            self.sim.scheduler.set_hold(record, actor.hold_before)
+
+    def unhold(self, _: int, pick: int, __: int) -> None:
+        record = self._pick(pick)
+        if record is not None:
+            self.sim.scheduler.set_hold(record, None)
+            self.pump()
+
+    def evict(self, who: int, pick: int, _: int) -> None:
+        actor, record = self._who(who), self._pick(pick)
+        if not actor.free or record is None or record.hold in (Tier.GPU, Tier.RAM):
+            return
+        if actor.name not in record.readers and record.writer != actor.name:
+            actor.hold_before = record.hold
+            self._submit(actor, Vacate(actor.name, (record,)))
+
+    def save(self, who: int, kind: int, _: int) -> None:
+        actor, commit = self._who(who), kind % 2 == 0 and self.sim.placement.has_nvme
+        if not actor.free or self.sim.scheduler.holds_write(actor.name):
+            return
+        request = Save(actor.name, (), commit=commit, waited=not commit or kind % 4 == 0)
+        self.sim.scheduler.submit(request)
+        if request.waited:
+            actor.request = request
+        self.pump()
+
+    def prefetch(self, picks: int, count: int, _: int) -> None:
+        chosen = [self._pick(picks >> 4 * index) for index in range(1 + count % 4)]
+        self.sim.scheduler.hint([record for record in chosen if record is not None])
+        self.pump()
+
+    # -- transfers ---------------------------------------------------------------------------------------------------------
+
+    def land(self, index: int, _: int, __: int) -> None:
+        if self.sim.flying:
+            self.sim.complete(self.sim.flying[index % len(self.sim.flying)])
+            self.pump()
+
+    def fail(self, index: int, _: int, __: int) -> None:
+        able = [order for order in self.sim.flying if self.sim.may_fail(order)]
+        if able and self.may_fail:
+            self.failed = True
+            self.sim.fail(able[index % len(able)])
+            self.pump()
+
+    def finish(self) -> None:
+        """Let everybody finish: nobody may be left waiting, and every block can be used again."""
+        for _ in range(2000):
+            self.pump()
+            busy = next((index for index, name in enumerate(OWNERS) if self.actors[name].work is not None), None)
+            holder = next((index for index, name in enumerate(OWNERS) if self.actors[name].leases and self.actors[name].free), None)
+            if self.sim.flying:
+                self.land(0, 0, 0)
+            elif busy is not None:
+                self.end_work(busy, 1, 0)
+            elif holder is not None:
+                self.release(holder, 0, 0)
+            else:
+                break
+        assert not self.sim.scheduler.waiting, f"left waiting: {self.sim.scheduler.waiting}"
+        assert not any(actor.leases or not actor.free for actor in self.actors.values())
+        check_scheduler(self.sim.scheduler)
+        self.sim.check_tiers()
+        for record in list(self.sim.scheduler.names.values()):
+            assert record.born
+            if all(other is record for other in self.sim.placement.held.values()):
+                self.sim.use(record)
+
+
+WEIGHTS = {
+    "put": 10, "use": 24, "release": 14, "cancel": 2, "host": 6, "end_work": 10, "hold": 3, "unhold": 2, "evict": 3, "save": 3,
+    "prefetch": 3, "land": 30, "fail": 3,
+}  # fmt: skip
+
+
+def plan(seed: int) -> list[Step]:
+    choose = random.Random(seed)
+    names = choose.choices(list(WEIGHTS), weights=list(WEIGHTS.values()), k=choose.randint(10, 120))
+    return [(name, choose.randrange(1 << 12), choose.randrange(1 << 12), choose.randrange(1 << 12)) for name in names]
+
+
+def failure_of(seed: int, steps: list[Step]) -> str | None:
+    try:
+        Interleaving(seed).run(steps)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def shrink(seed: int, steps: list[Step]) -> list[Step]:
+    """Leave out what the failure does not need."""
+    size = len(steps) // 2
+    while size:
+        start = 0
+        while start < len(steps):
+            fewer = steps[:start] + steps[start + size :]
+            if failure_of(seed, fewer):
+                steps = fewer
+            else:
+                start += size
+        size //= 2
+    return steps
+
+
+NUM_SEEDS = int(os.environ.get("TIERSTORE_SEEDS", max(1000, 20 * settings().max_examples)))
+
+
+@pytest.mark.timeout(3600)
+def test_any_interleaving_keeps_every_invariant() -> None:
+    for seed in range(NUM_SEEDS):
+        if failure_of(seed, plan(seed)):
+            steps = shrink(seed, plan(seed))
+            print(f"seed {seed}: Interleaving({seed}).run({steps})")
+            Interleaving(seed).run(steps)
