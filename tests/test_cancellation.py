@@ -356,6 +356,7 @@ while time.monotonic() < end:
             store.prefetch(f"b{number}", f"b{(number + 1) % 12}")
             store.hold(f"b{number}", "ram")
             store.unhold(f"b{number}")
+        armed = False  # the loop's own head is not what is tested
     except KeyboardInterrupt:
         caught += 1
         for number in range(12):  # it may have struck between the change and the note of it

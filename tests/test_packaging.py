@@ -27,7 +27,7 @@ def installed() -> importlib.metadata.Distribution:
 
 def test_version(installed: importlib.metadata.Distribution) -> None:
     assert installed.version == PROJECT["version"]
-    assert f"\n## {PROJECT['version']}" in (ROOT / ".github" / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"\n## {PROJECT['version']}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
 def test_entry_points_load(installed: importlib.metadata.Distribution) -> None:
@@ -44,7 +44,7 @@ def test_what_ships_with_the_code() -> None:
 
 
 def test_license(installed: importlib.metadata.Distribution) -> None:
-    text = (ROOT / ".github" / "LICENSE").read_text(encoding="utf-8")
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
     assert "Apache License" in text
     assert "Version 2.0, January 2004" in text
     assert installed.metadata["License-Expression"] == "Apache-2.0"

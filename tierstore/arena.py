@@ -148,6 +148,7 @@ class Arena:
             self.free_bytes -= length
         if position < self.capacity_bytes:
             self._add_hole(position, self.capacity_bytes - position)
+        self.peak_bytes = max(self.peak_bytes, self.used_bytes)
 
     def _add_hole(self, offset: int, nbytes: int) -> None:
         self._holes[offset] = nbytes

@@ -327,7 +327,7 @@ def resolve_device(device: str | torch.device | None = None) -> torch.device:
     count = torch.cuda.device_count()
     if wanted == torch.device("cuda"):  # no number given
         return torch.device("cuda", torch.cuda.current_device())
-    if wanted.index >= count:
+    if not 0 <= wanted.index < count:  # torch keeps the number in one signed byte
         raise _no_device(device, f"there is no GPU number {wanted.index}: torch sees {count}, numbered from 0")
     return wanted
 

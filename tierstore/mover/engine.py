@@ -575,6 +575,7 @@ class Engine:
 
     def forget_in_child(self) -> None:
         self.forked = True
+        self.lock = CriticalLock()  # the parent's may be held by a thread that the child does not have
         if self.directory is not None:
             self.directory.forget_in_child()
 
