@@ -221,7 +221,9 @@ def check_scheduler(scheduler: Scheduler) -> None:
             owned.setdefault(record.writer, Counter())[record] += record.writer_depth
             writes[record.writer] += record.writer_depth
         assert (record in scheduler._locked) <= record.locked
-    assert {owner: dict(records) for owner, records in owned.items()} == {owner: records for owner, records in scheduler._owned.items() if records}
+    assert {owner: dict(records) for owner, records in owned.items()} == {
+        owner: records for owner, records in scheduler._owned.items() if records
+    }
     assert dict(writes) == scheduler._writes_of
     for request in scheduler.waiting.values():
         assert not request.resolved
@@ -257,7 +259,9 @@ def describe(record: Record) -> str:
 
 def _of(record: Record) -> str:
     copies = " ".join(
-        f"{tier}={copy.state.value}@{copy.offset}" + (f" readers={copy.readers}" if copy.readers else "") + (" moving" if copy.moving else "")
+        f"{tier}={copy.state.value}@{copy.offset}"
+        + (f" readers={copy.readers}" if copy.readers else "")
+        + (" moving" if copy.moving else "")
         for tier, copy in ((tier, record.copy(tier)) for tier in MEMORY)
     )
     flags = [name for name in ("born", "locked", "nvme_writing", "vacating") if getattr(record, name)]

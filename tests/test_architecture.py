@@ -17,12 +17,16 @@ PACKAGE = ROOT / "tierstore"
 # Inside one entry imports are free. "" is tierstore/__init__.py, the face that users import.
 ORDER = [
     *("errors", "units", "clock", "hardware", "catalog", "residency", "arena", "monitor.perfetto", "trace", "counters", "policies"),
-    *("requests", "placement", "scheduler", "tiers", "nvme", "mover", "store", "sync", "training", "planner", "monitor"),
+    *("requests", "extents", "placement", "fitness", "leases", "scheduler", "tiers", "nvme", "mover"),
+    *("inputs", "opening", "store", "sync", "training", "planner", "monitor"),
     *("huggingface", "distributed", "<face>", "testing", "demo", "cli", "__main__"),
 ]
 
 # Whether directly or through what they import.
-PURE = ("catalog", "residency", "arena", "policies", "requests", "placement", "scheduler", "planner.fit", "planner.simulate")
+PURE = (
+    *("catalog", "residency", "arena", "policies", "requests", "extents", "placement", "fitness", "leases", "scheduler"),
+    *("planner.fit", "planner.simulate"),
+)
 NOT_PURE = {"torch", "asyncio"}
 
 # They are what tierstore is compared with: they import nothing of it but one another.

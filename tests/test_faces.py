@@ -34,7 +34,9 @@ def test_the_signatures_are_equal(sync: type, other: type) -> None:
         assert inspect.isfunction(twin)
         one, two = inspect.signature(member), inspect.signature(twin)
         assert one.parameters == two.parameters, name
-        assert str(one.return_annotation).replace("CommitHandle", "AsyncCommitHandle").replace("Use", "AsyncUse") == two.return_annotation, name
+        assert (
+            str(one.return_annotation).replace("CommitHandle", "AsyncCommitHandle").replace("Use", "AsyncUse") == two.return_annotation
+        ), name
         if sync is TierStore:
             assert inspect.iscoroutinefunction(twin) == (name not in WAITS_FOR_NOTHING), name
         assert not inspect.iscoroutinefunction(member), name

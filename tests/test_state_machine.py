@@ -70,7 +70,9 @@ def make_tensor(dtype: str, shape: tuple[int, ...], layout: int, seed: int) -> t
     """Any bits that the dtype can have, in a tensor that may not be contiguous."""
     kind = DTYPES[dtype]
     outer = tuple(size + 1 for size in shape) if layout == 2 else shape[::-1] if layout == 1 else shape
-    values = torch.randint(0, 2 if dtype == "BOOL" else 256, (math.prod(outer) * kind.itemsize,), dtype=torch.uint8, generator=generator(seed))
+    values = torch.randint(
+        0, 2 if dtype == "BOOL" else 256, (math.prod(outer) * kind.itemsize,), dtype=torch.uint8, generator=generator(seed)
+    )
     tensor = values.view(kind).reshape(outer)
     if layout == 1:
         return tensor.permute(tuple(reversed(range(tensor.dim()))))
@@ -85,7 +87,9 @@ def generator(seed: int) -> torch.Generator:
 
 def renewed(tensor: torch.Tensor, seed: int) -> torch.Tensor:
     """Other bits of the same dtype and shape."""
-    values = torch.randint(0, 2 if tensor.dtype == torch.bool else 256, (raw(tensor).numel(),), dtype=torch.uint8, generator=generator(seed))
+    values = torch.randint(
+        0, 2 if tensor.dtype == torch.bool else 256, (raw(tensor).numel(),), dtype=torch.uint8, generator=generator(seed)
+    )
     return values.view(tensor.dtype).reshape(tensor.shape)
 
 
@@ -233,7 +237,9 @@ class StoreMachine(RuleBasedStateMachine):
         stats = store.stats()
         TOTALS["evictions"] += stats.tiers["gpu"].evictions + stats.tiers["ram"].evictions
         TOTALS["nvme reads"] += stats.links["nvme_read"].transfers
-        TOTALS["write-backs"] += stats.links["d2h"].bytes_by_kind.get("write-back", 0) + stats.links["nvme_write"].bytes_by_kind.get("write-back", 0)
+        TOTALS["write-backs"] += stats.links["d2h"].bytes_by_kind.get("write-back", 0) + stats.links["nvme_write"].bytes_by_kind.get(
+            "write-back", 0
+        )
         TOTALS["prefetches"] += sum(link.bytes_by_kind.get("prefetch", 0) for link in stats.links.values())
         TOTALS["compactions"] += stats.compactions
         TOTALS["commits"] += stats.commits
@@ -344,7 +350,9 @@ class StoreMachine(RuleBasedStateMachine):
         frozen=st.integers(0, 9).map(lambda number: number == 0),
         who=WHO,
     )
-    def put_block(self, name: str, tensors: list[tuple[str, tuple[int, ...], int]], tier: str, single: bool, frozen: bool, who: bool) -> None:
+    def put_block(
+        self, name: str, tensors: list[tuple[str, tuple[int, ...], int]], tier: str, single: bool, frozen: bool, who: bool
+    ) -> None:
         self._put(name, tensors, tier, single, frozen, who)
 
     def _put(self, name: str, tensors: list[tuple[str, tuple[int, ...], int]], tier: str, single: bool, frozen: bool, who: bool) -> None:

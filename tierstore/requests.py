@@ -249,3 +249,26 @@ class Lease:
     owner: Owner
     records: tuple[Record, ...]
     writes: frozenset[int]
+
+
+def names_of(records: tuple[Record, ...]) -> str:
+    return ", ".join(repr(record.block.name) for record in records[:3]) + (" and more" if len(records) > 3 else "")
+
+
+def alone(request: Request) -> bool:
+    """Whether it waits until no transfer touches its block: none may start ahead of need."""
+    return isinstance(request, Vacate) or (isinstance(request, HostAccess) and request.write)
+
+
+def claim(request: Request) -> tuple[frozenset[int], frozenset[int]]:
+    """(block ids it reads, block ids it writes or takes exclusively)."""
+    numbers = frozenset(record.id for record in request.records)
+    if isinstance(request, Use):
+        return numbers - request.writes, request.writes
+    if isinstance(request, HostAccess):
+        return (frozenset(), numbers) if request.write else (numbers, frozenset())
+    if isinstance(request, Vacate) and not request.background:
+        return frozenset(), numbers
+    if isinstance(request, Place):
+        return numbers, frozenset()
+    return frozenset(), frozenset()

@@ -19,14 +19,31 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Collection, Iterable, Set
+from collections.abc import Iterable
 
 from tierstore.catalog import Block, BlockId
 from tierstore.clock import Clock
-from tierstore.errors import BlockExistsError, BlockNotFoundError, CapacityError, DeadlockError, FrozenError, LeaseError
+from tierstore.errors import BlockExistsError, BlockNotFoundError, CapacityError
+from tierstore.extents import MEMORY_TIERS
+from tierstore.fitness import check_fits, deadlock, grantable, scattered
+from tierstore.leases import Leases
 from tierstore.placement import Placement
-from tierstore.requests import HostAccess, Lease, Make, Order, Owner, Place, Record, Request, Save, Use, Vacate
-from tierstore.residency import Event, State, Tier
+from tierstore.requests import (
+    HostAccess,
+    Lease,
+    Make,
+    Order,
+    Owner,
+    Place,
+    Record,
+    Request,
+    Save,
+    Use,
+    Vacate,
+    alone,
+    claim,
+)
+from tierstore.residency import State, Tier
 from tierstore.trace import Kind, Trace
 
 HINT_LIFE = 256
@@ -36,14 +53,14 @@ BURST = 64
 """Blocks of a commit or flush looked at per call: bounds the time under the lock."""
 
 
-class Scheduler:
+class Scheduler(Leases):
     """Leases, requests and their order; `placement` decides about space.
 
     Not thread-safe: every call comes from under the store's lock.
     """
 
     def __init__(self, placement: Placement, clock: Clock) -> None:
-        self.placement = placement
+        super().__init__(placement)
         self.trace = Trace()
         self.names: dict[str, Record] = {}
         self.hits = 0
@@ -53,8 +70,6 @@ class Scheduler:
         self._clock = clock
         self._sequence = itertools.count()
         self._ids = itertools.count()
-        self._owned: dict[Owner, dict[Record, int]] = {}
-        self._writes_of: dict[Owner, int] = {}
         self._accesses: deque[tuple[BlockId, bool]] = deque()
         self._hints: dict[Record, int] = {}
         self._hinted: dict[Record, int] = {}
@@ -106,7 +121,7 @@ class Scheduler:
         request.queued_ns = self._clock.now_ns()
         if isinstance(request, Use | Place) or (isinstance(request, Make) and request.tier is Tier.GPU):
             try:
-                self._check_fits(request)
+                check_fits(self.placement, request, self._owned.get(request.owner, {}))
             except CapacityError:
                 if isinstance(request, Make):
                     self.forget(request.records[0])
@@ -116,20 +131,6 @@ class Scheduler:
         self.placement.forgive()
         self._tried.clear()
         self.waiting[request.sequence] = request
-
-    def check_use(self, owner: Owner, records: tuple[Record, ...], writes: frozenset[int]) -> None:
-        for record in records:
-            if record.id not in writes:
-                continue
-            if record.block.frozen:
-                remedy = "use it without write=, or put it without frozen="
-                raise FrozenError(f"block {record.block.name!r} is frozen", remedy=remedy, block=record.block.name)
-            if owner in record.readers and record.writer != owner:
-                raise LeaseError(
-                    f"block {record.block.name!r} is to be written inside a read lease of the same thread or task",
-                    remedy="take the outer lease with write=True",
-                    block=record.block.name,
-                )
 
     def cancel(self, request: Request) -> None:
         """Withdraw a request that was not resolved."""
@@ -145,34 +146,9 @@ class Scheduler:
     def release(self, lease: Lease) -> None:
         """End a lease; what it could write is dirty from now on."""
         self._tried.clear()
-        owned = self._owned[lease.owner]
-        for record in lease.records:
-            if record.id in lease.writes:
-                record.writer_depth -= 1
-                self._writes_of[lease.owner] -= 1
-                if record.writer_depth == 0:
-                    record.writer = None
-                self._written(record)
-            else:
-                record.readers[lease.owner] -= 1
-                if record.readers[lease.owner] == 0:
-                    del record.readers[lease.owner]
-            if not record.leased:
-                del self.placement.leased[record.id]
-                if record.hold is Tier.NVME and not record.vacating:
-                    self.vacate_later(record)
-            owned[record] -= 1
-            if owned[record] == 0:
-                del owned[record]
-        if not owned:
-            del self._owned[lease.owner]
-        if not self._writes_of.get(lease.owner, 1):
-            del self._writes_of[lease.owner]
-
-    def _written(self, record: Record) -> None:
-        record.version += 1
-        record.gpu.apply(Event.WRITE)
-        self.placement.supersede_ram(record)
+        for record in self._end_lease(lease):
+            if record.hold is Tier.NVME and not record.vacating:
+                self.vacate_later(record)
 
     @property
     def busy(self) -> bool:
@@ -183,9 +159,6 @@ class Scheduler:
     def num_unlearned(self) -> int:
         """Accesses the policy has not been told of."""
         return len(self._accesses)
-
-    def holds_write(self, owner: Owner) -> bool:
-        return owner in self._writes_of
 
     def hint(self, records: Iterable[Record]) -> None:
         """A caller expects to use these soon."""
@@ -245,7 +218,9 @@ class Scheduler:
     @staticmethod
     def _gone(record: Record) -> BlockNotFoundError:
         name = record.block.name
-        return BlockNotFoundError(f"block {name!r} was deleted, or its put() given up, before the call's turn", remedy="put() it again", block=name)
+        return BlockNotFoundError(
+            f"block {name!r} was deleted, or its put() given up, before the call's turn", remedy="put() it again", block=name
+        )
 
     def set_hold(self, record: Record, tier: Tier | None) -> None:
         self._tried.clear()
@@ -266,7 +241,7 @@ class Scheduler:
         """Serve what can be served. Returns the orders to carry out, and whether to call again soon."""
         self._learn()
         protect = self._serve_all()
-        claimed = {record for request in self.waiting.values() if _alone(request) for record in request.records}
+        claimed = {record for request in self.waiting.values() if alone(request) for record in request.records}
         again = self._serve_hints(protect, claimed)
         if not self._starved:
             again |= self.placement.look_ahead(self._now, protect, claimed)
@@ -310,7 +285,7 @@ class Scheduler:
             if isinstance(request, Save):
                 self._serve_save(request)
                 continue
-            reads, writes = _claim(request)
+            reads, writes = claim(request)
             blocked = not isinstance(request, Make) and any(
                 self._conflict(record, request.owner, record.id in writes, overtake=request.sequence == self._favourite)
                 for record in request.records
@@ -533,31 +508,17 @@ class Scheduler:
         """Whether a waiting request has an earlier claim to one of these blocks."""
         if isinstance(request, Save) or request.owner == owner:
             return False
-        _, claimed = _claim(request)
+        _, claimed = claim(request)
         for record in records:
             if (record.id in claimed or (record.id in writes and record in request.records)) and not self._owns(owner, (record.id,)):
                 return True
         return False
 
-    def _owns(self, owner: Owner, numbers: Collection[int]) -> bool:
-        owned = self._owned.get(owner)
-        return owned is not None and all(self.placement.records[BlockId(number)] in owned for number in numbers)
-
     def _grant(self, owner: Owner, records: tuple[Record, ...], writes: frozenset[int]) -> Lease:
-        owned = self._owned.setdefault(owner, {})
         for record in records:
-            write = record.id in writes
-            if write:
-                record.writer = owner
-                record.writer_depth += 1
-                self._writes_of[owner] = self._writes_of.get(owner, 0) + 1
-            else:
-                record.readers[owner] = record.readers.get(owner, 0) + 1
-            self.placement.leased[record.id] = record
-            owned[record] = owned.get(record, 0) + 1
             self._hinted.pop(record, None)
             self.placement.arrived(record, Tier.GPU)
-        return Lease(owner, records, writes)
+        return self._begin_lease(owner, records, writes)
 
     def note_use(self, records: tuple[Record, ...], writes: frozenset[int]) -> None:
         """Record the accesses of a lease that is being asked for, and where its blocks were found."""
@@ -592,7 +553,7 @@ class Scheduler:
         elif isinstance(request, HostAccess) and not request.write:
             request.lease = self._grant(request.owner, request.records, frozenset())
             request.tier = self._steady(request.records[0])
-            if request.tier is not Tier.NVME:
+            if request.tier in MEMORY_TIERS:
                 request.records[0].copy(request.tier).readers += 1
             self._hosts += 1
         elif isinstance(request, HostAccess):
@@ -614,7 +575,7 @@ class Scheduler:
     def host_read_ended(self, request: HostAccess) -> None:
         """A `read` has copied what it wanted."""
         assert request.lease is not None
-        if request.tier is not Tier.NVME:
+        if request.tier in MEMORY_TIERS:
             request.records[0].copy(request.tier).readers -= 1
         self._hosts -= 1
         self.release(request.lease)
@@ -635,39 +596,6 @@ class Scheduler:
         if on_nvme:
             record.nvme_version = record.version
 
-    def _check_fits(self, request: Request) -> None:
-        """Refuse at once what can never be granted, with the caller's own leases and all held blocks as they are."""
-        owned = self._owned.get(request.owner, {})
-        for record in request.records:
-            if record.nbytes > self.placement.arenas[Tier.RAM].capacity_bytes:
-                raise CapacityError(
-                    f"block {record.block.name!r} is larger than tier 'ram', through which it has to pass",
-                    need=f"{record.nbytes} bytes",
-                    have=f"{self.placement.arenas[Tier.RAM].capacity_bytes} bytes for blocks",
-                    remedy="raise ram=",
-                    block=record.block.name,
-                    tier="ram",
-                )
-        capacity = self.placement.arenas[Tier.GPU].capacity_bytes
-        if isinstance(request, Place | Make) and request.tier is not Tier.GPU:
-            return
-        need = sum(record.nbytes for record in request.records if record not in owned)
-        own_bytes = sum(record.nbytes for record in owned)
-        others = (record for record in self.placement.held.values() if record.hold is Tier.GPU)
-        held = sum(record.nbytes for record in others if record not in request.records and record not in owned)
-        if need + held <= capacity and not owned:
-            return
-        if self.placement.fits(request.records, lambda record: record in owned):
-            return
-        have = capacity - held - own_bytes
-        raise CapacityError(
-            f"tier 'gpu' can never give room to {_names(request.records)}",
-            need=f"{need} bytes" + (" in one piece each" if need <= have else ""),
-            have=f"{have} bytes beside held blocks ({held}) and the caller's own leases ({own_bytes})",
-            remedy="release a lease, unhold() blocks, use smaller blocks or raise gpu=",
-            tier="gpu",
-        )
-
     def _break_standstill(self) -> bool:
         """Nothing is under way and requests wait: give one its turn before others, or fail one that can never be served.
 
@@ -687,90 +615,25 @@ class Scheduler:
         for request in stuck:
             if will_change and request.owner not in self._owned:
                 continue  # somebody will release a lease: until then, nobody new overtakes
-            if request.sequence not in self._tried and self._grantable(request, set(), stuck):
+            if request.sequence not in self._tried and grantable(self.placement, request, set(), stuck):
                 self._tried.add(request.sequence)
                 self._favourite = request.sequence
                 for other in stuck:  # what they have reserved may be all that is missing
                     self._unreserve(other)
                 return True
-        while helped := next((request for request in left if self._grantable(request, released, left)), None):
+        while helped := next((request for request in left if grantable(self.placement, request, released, left)), None):
             left.remove(helped)
             released.add(helped.owner)
         if not left and not will_change and lacking is not None:
-            self._resolve(lacking, self._scattered(lacking))
+            self._resolve(lacking, scattered(self.placement, lacking))
             return True
         if not left:
             return False
-        hopeless = next((request for request in left if not self._grantable(request, self._owned.keys() - {request.owner}, [])), None)
+        alone_too = (request for request in left if not grantable(self.placement, request, self._owned.keys() - {request.owner}, []))
+        hopeless = next(alone_too, None)
         if hopeless is not None:
-            self._resolve(hopeless, self._scattered(hopeless))
+            self._resolve(hopeless, scattered(self.placement, hopeless))
         else:
             victim = max(left, key=lambda request: (request.owner in self._owned, request.sequence))
-            self._resolve(victim, _deadlock(victim, len(left)))
+            self._resolve(victim, deadlock(victim, len(left)))
         return True
-
-    def _scattered(self, request: Request) -> CapacityError:
-        arenas = self.placement.arenas.items()
-        return CapacityError(
-            f"no place for {_names(request.records)}: what is held or under way leaves no hole that is large enough",
-            need=f"{max(record.nbytes for record in request.records)} bytes in one piece",
-            have=", ".join(f"{arena.largest_hole} of {arena.free_bytes} free bytes on {tier.value}" for tier, arena in arenas),
-            remedy="unhold() blocks, use smaller blocks or raise the budget",
-        )
-
-    def _grantable(self, request: Request, released: Set[Owner], others: Iterable[Request]) -> bool:
-        """Whether the request could be served once the owners in `released` hold nothing, and while `others` wait."""
-
-        def fixed(record: Record) -> bool:
-            return (record.writer is not None and record.writer not in released) or any(owner not in released for owner in record.readers)
-
-        placement = self.placement
-        if isinstance(request, Save):
-            blocking = request.pending if request.started else placement.leased.values()
-            return not any(record.writer is not None and record.writer not in released for record in blocking)
-        if isinstance(request, Make):
-            (record,) = request.records
-            if not placement.has_nvme and record.ram.state is State.ABSENT and placement.arenas[Tier.RAM].free_bytes < record.nbytes:
-                return False  # without NVMe nothing ever leaves RAM
-            return request.tier is not Tier.GPU or placement.fits(request.records, fixed)
-        _, writes = _claim(request)
-        for record in request.records:
-            if any(isinstance(other, Make) and record in other.records for other in others):
-                return False
-            readers = {owner for owner in record.readers if owner not in released and owner != request.owner}
-            if record.writer is not None and record.writer not in released and record.writer != request.owner:
-                return False
-            if record.id in writes and readers:
-                return False
-        return not isinstance(request, Use | Place) or placement.fits(request.records, fixed)
-
-
-def _deadlock(victim: Request, num_requests: int) -> DeadlockError:
-    return DeadlockError(
-        f"holders of leases wait for one another; the request for {_names(victim.records)} came last",
-        have=f"{num_requests} requests in the circle",
-        remedy="take all blocks in one use(), or release one lease before asking for the next",
-    )
-
-
-def _names(records: tuple[Record, ...]) -> str:
-    return ", ".join(repr(record.block.name) for record in records[:3]) + (" and more" if len(records) > 3 else "")
-
-
-def _alone(request: Request) -> bool:
-    """Whether it waits until no transfer touches its block: none may start ahead of need."""
-    return isinstance(request, Vacate) or (isinstance(request, HostAccess) and request.write)
-
-
-def _claim(request: Request) -> tuple[frozenset[int], frozenset[int]]:
-    """(block ids it reads, block ids it writes or takes exclusively)."""
-    numbers = frozenset(record.id for record in request.records)
-    if isinstance(request, Use):
-        return numbers - request.writes, request.writes
-    if isinstance(request, HostAccess):
-        return (frozenset(), numbers) if request.write else (numbers, frozenset())
-    if isinstance(request, Vacate) and not request.background:
-        return frozenset(), numbers
-    if isinstance(request, Place):
-        return numbers, frozenset()
-    return frozenset(), frozenset()

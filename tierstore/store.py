@@ -16,50 +16,27 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from tierstore.catalog import PAGE, Block, check_text, lay_out
-from tierstore.clock import RealClock
 from tierstore.counters import Stats, TierStats, WaitStats
-from tierstore.errors import ClosedError, LeaseError, LeaseTimeoutError, OptionError, SizeError, TensorError
-from tierstore.hardware import measure_hardware, resolve_budgets, resolve_device
+from tierstore.errors import ClosedError, LeaseError, LeaseTimeoutError, OptionError
+from tierstore.inputs import block_of, source_of, tier_of
 from tierstore.mover import operations
-from tierstore.mover.budget import NUM_SLOTS, RING_SLOTS, slot_bytes
-from tierstore.mover.engine import Call, Engine, Ticket
+from tierstore.mover.calls import Call, Ticket
+from tierstore.mover.engine import Engine
 from tierstore.mover.operations import Source, Tensors
-from tierstore.mover.streams import Copies, CudaCopies, ThreadCopies
-from tierstore.nvme.directory import Commit, Directory
+from tierstore.nvme.directory import Commit
 from tierstore.nvme.files import land
-from tierstore.placement import Limits, Placement
-from tierstore.policies import Policy, resolve
+from tierstore.opening import Options, open_engine
+from tierstore.policies import Policy
 from tierstore.requests import Owner, Record
 from tierstore.residency import State, Tier
-from tierstore.scheduler import Scheduler
-from tierstore.tiers.device import DTYPES, NAMES, DeviceArena
-from tierstore.tiers.ram import HostArena
-from tierstore.trace import Link, Timeline, Trace
-from tierstore.units import LinkRates
+from tierstore.tiers.device import DTYPES
+from tierstore.trace import Timeline, Trace
 
 log = logging.getLogger("tierstore")
 T = TypeVar("T")
 
 Leased = Any
 """What a lease yields: a tensor, a mapping of names to tensors, or a tuple of these."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """The arguments of `TierStore`, as given."""
-
-    gpu: int | str
-    ram: int | str
-    nvme: str | os.PathLike[str] | None
-    device: str | torch.device | None
-    nvme_limit: int | str | None
-    page_locked: bool | Literal["auto"]
-    policy: str | Policy
-    direct_io: bool | Literal["auto"]
-    checksum: bool
-    keep: int
-    generation: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,134 +72,6 @@ class BlockInfo:
     write_leased: bool
     hold: str | None
     frozen: bool
-
-
-def open_engine(options: Options) -> Engine:
-    """Open directory and arenas, and start the engine. Blocks: memory is touched and page-locked.
-
-    Raises:
-        SizeError, OptionError, CapacityError, BusyError, DirectoryError, ShardError, TierFullError: see `TierStore`.
-    """
-    check_options(options)
-    device = resolve_device(options.device)
-    policy = resolve(options.policy)
-    budgets = resolve_budgets(
-        options.gpu,
-        options.ram,
-        options.nvme_limit,
-        device=device,
-        hardware=measure_hardware(device, options.nvme),
-    )
-    directory = None
-    if options.nvme is not None:
-        directory = Directory.open(
-            options.nvme,
-            limit=None if options.nvme_limit in (None, "auto") else budgets.nvme_limit_bytes,
-            checksum=options.checksum,
-            keep=options.keep,
-            generation=options.generation,
-            direct_io=options.direct_io,
-        )
-    try:
-        return _assemble(options, device, policy, budgets.gpu_bytes, budgets.ram_bytes, directory)
-    except BaseException:
-        if directory is not None:
-            asyncio.run(directory.close())
-        raise
-
-
-def check_options(options: Options) -> None:
-    """Refuse what can be refused by its look alone.
-
-    Raises:
-        OptionError: An option that is out of range, of the wrong type or without meaning for this store.
-    """
-    switch, whole = 'True, False or "auto"', "a whole number"
-    wanted = {
-        "page_locked": (options.page_locked in (True, False, "auto"), switch),
-        "direct_io": (options.direct_io in (True, False, "auto"), switch),
-        "checksum": (isinstance(options.checksum, bool), "True or False"),
-        "keep": (type(options.keep) is int and options.keep >= 1, f"{whole} from 1 on"),
-        "generation": (options.generation is None or type(options.generation) is int, f"{whole}, or None for the newest"),
-        "nvme": (options.nvme is None or _is_path(options.nvme), "the path of one directory, or None"),
-    }
-    for option, (right, need) in wanted.items():
-        if not right:
-            have = repr(getattr(options, option))
-            raise OptionError(f"{option}= is not understood", need=need, have=have, remedy=f"give {option}= as such, or leave it out")
-    if options.nvme is None and (options.generation is not None or options.keep != 1):
-        raise OptionError("keep= and generation= are about commits", need="a directory", have="nvme=None", remedy="name a directory with nvme=")
-
-
-def _is_path(value: object) -> bool:
-    try:
-        path = os.fspath(value)  # type: ignore[call-overload]
-    except TypeError:
-        return False
-    return isinstance(path, str) and path != "" and "\0" not in path
-
-
-def _assemble(
-    options: Options, device: torch.device, policy: Policy, gpu_bytes: int, ram_bytes: int, directory: Directory | None
-) -> Engine:
-    cuda = device.type == "cuda"
-    slot = slot_bytes(ram_bytes)
-    transfer_bytes = slot * (NUM_SLOTS + (RING_SLOTS if cuda else 0))
-    if ram_bytes < transfer_bytes + PAGE:
-        raise SizeError(
-            f"ram={options.ram!r} is too small to hold any block beside transfer space",
-            need=f"at least {transfer_bytes + PAGE} bytes",
-            have=f"{ram_bytes} bytes",
-            remedy="raise ram=",
-            option="ram",
-            size=options.ram,
-        )
-    lock_pages = cuda and options.page_locked is not False
-    clock = RealClock()
-    rates = LinkRates()
-    placement = Placement(
-        gpu_bytes=gpu_bytes,
-        ram_bytes=max(0, ram_bytes - transfer_bytes),
-        has_nvme=directory is not None,
-        policy=policy,
-        seconds_per_byte={
-            Link.H2D: 1 / rates.h2d_bytes_per_s,
-            Link.D2H: 1 / rates.d2h_bytes_per_s,
-            Link.NVME_READ: 1 / rates.nvme_read_bytes_per_s,
-            Link.NVME_WRITE: 1 / rates.nvme_write_bytes_per_s,
-        },
-        limits=dict.fromkeys(Link, Limits()),
-        clock=clock,
-    )
-    arena = DeviceArena(gpu_bytes, device)
-    threads = min(16, os.cpu_count() or 1)
-    host = HostArena(max(1, placement.capacity_bytes(Tier.RAM)), page_lock=lock_pages, threads=threads)
-    transfer = HostArena(transfer_bytes, page_lock=lock_pages, threads=threads)
-    if options.page_locked is True and cuda and host.page_lock_error is not None:
-        host.close()
-        transfer.close()
-        remedy = 'lower ram= or use page_locked="auto"'
-        raise OptionError("the RAM tier could not be page-locked", need=f"{host.nbytes} bytes", have=host.page_lock_error, remedy=remedy)
-    copies: Copies = CudaCopies(arena, host, transfer, (slot * NUM_SLOTS, slot)) if cuda else ThreadCopies(arena, host)
-    engine = Engine(
-        Scheduler(placement, clock),
-        device=arena,
-        host=host,
-        copies=copies,
-        directory=directory,
-        transfer=transfer,
-        slot_bytes=slot,
-        clock=clock,
-    )
-    if directory is not None:
-        for entry in directory.entries.values():
-            record = engine.scheduler.recover(entry.block)
-            engine.shards[record] = entry.shard
-            engine.committed_versions[record] = record.version
-            engine.total_bytes += record.nbytes
-        if directory.committed is not None:
-            log.info("resumed generation %d with %d blocks", directory.committed.generation, len(directory.entries))
-    return engine
 
 
 class StoreBase:
@@ -429,72 +278,6 @@ class UseBase:
             self._engine.abandon_dropped(ticket)
 
 
-def source_of(block: str, tensors: torch.Tensor | Tensors) -> tuple[Source, bool]:
-    """Check what a caller gave, and note where its making stands. Returns (source, it was one bare tensor).
-
-    Raises:
-        TensorError: Something that is not a dense tensor of real numbers with values.
-    """
-    check_text(block, what="block name", block=block)
-    single = isinstance(tensors, torch.Tensor)
-    mapping: Tensors = {block: tensors} if isinstance(tensors, torch.Tensor) else tensors
-    if not isinstance(mapping, Mapping) or not mapping:
-        have = f"an empty {type(mapping).__name__}" if isinstance(mapping, Mapping) else type(mapping).__name__
-        raise TensorError(
-            f"block {block!r} needs tensors",
-            need="a tensor, or a mapping of names to one or more",
-            have=have,
-            remedy="wrap it with torch.as_tensor(), or name what it should hold",
-            block=block,
-        )
-    checked: dict[str, torch.Tensor] = {}
-    made: torch.cuda.Event | None = None
-    for name, tensor in mapping.items():
-        problem, remedy = _unsuitable(tensor)
-        if problem:
-            raise TensorError(
-                f"tensor {name!r} of block {block!r} {problem}", need="a dense tensor with values", remedy=remedy, block=block, tensor=name
-            )
-        checked[name] = tensor.detach()
-        if tensor.is_cuda and made is None:
-            made = torch.cuda.Event(blocking=True)
-            made.record(torch.cuda.current_stream(tensor.device))
-    return Source(checked, made), single
-
-
-def _unsuitable(tensor: object) -> tuple[str, str]:
-    if not isinstance(tensor, torch.Tensor):
-        return f"is not a tensor but {type(tensor).__name__}", "wrap it with torch.as_tensor()"
-    if tensor.is_meta:
-        return "is on the meta device and has no values", "initialise it first"
-    if tensor.layout is not torch.strided:
-        return f"is sparse ({tensor.layout})", "store .to_dense(), or its indices and values"
-    if tensor.is_complex():
-        return f"is complex ({tensor.dtype})", "store torch.view_as_real(tensor)"
-    if tensor.dtype not in NAMES:
-        return f"has the dtype {tensor.dtype}, which safetensors cannot hold", f"convert it to one of {', '.join(map(str, NAMES))}"
-    if tensor.device.type not in ("cpu", "cuda"):
-        return f"is on the device {tensor.device}", "move it to the CPU"
-    return "", ""
-
-
-def block_of(name: str, source: Source, *, single: bool, frozen: bool) -> Block:
-    specs = [(tensor, NAMES[value.dtype], tuple(value.shape)) for tensor, value in source.tensors.items()]
-    return lay_out(name, specs, single=single, frozen=frozen)
-
-
-def tier_of(value: str | Tier) -> Tier:
-    """A tier by name.
-
-    Raises:
-        OptionError: There is no such tier.
-    """
-    try:
-        return Tier(value)
-    except ValueError:
-        raise OptionError(f"unknown tier {value!r}", need="'gpu', 'ram' or 'nvme'", remedy="name one of these") from None
-
-
 def warn_of_loss(lost: int) -> None:
     if lost:
         log.warning("closed with %d block(s) that were changed, added or deleted since the last commit: that is undone", lost)
@@ -654,7 +437,9 @@ class AsyncTierStore(StoreBase):
     async def commit(self, metadata: Any = None, *, wait: bool = True) -> int | AsyncCommitHandle:
         """Make the present state durable; see `TierStore.commit`."""
         call = operations.start_commit(self.engine, asyncio.current_task(), metadata, wait=wait)
-        return await _finish(call) if wait else AsyncCommitHandle(call.result)
+        if not wait:
+            return AsyncCommitHandle(call.result)
+        return await _finish(call)
 
     async def flush(self) -> None:
         """Write all dirty blocks back; see `TierStore.flush`."""

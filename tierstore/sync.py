@@ -13,23 +13,14 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from tierstore.inputs import source_of, tier_of
 from tierstore.mover import operations
+from tierstore.mover.calls import Call
 from tierstore.mover.critical import Uninterrupted
-from tierstore.mover.engine import Call
 from tierstore.mover.operations import Tensors
+from tierstore.opening import Options, open_engine
 from tierstore.policies import Policy
-from tierstore.store import (
-    Leased,
-    Options,
-    StoreBase,
-    UseBase,
-    make,
-    open_engine,
-    source_of,
-    tier_of,
-    unwrap,
-    warn_of_loss,
-)
+from tierstore.store import Leased, StoreBase, UseBase, make, unwrap, warn_of_loss
 
 T = TypeVar("T")
 

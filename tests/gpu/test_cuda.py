@@ -157,7 +157,7 @@ class Hostile(CudaCopies):
 
 @pytest.fixture
 def hostile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tierstore.store.CudaCopies", Hostile)
+    monkeypatch.setattr("tierstore.opening.CudaCopies", Hostile)
 
 
 def poison_what_leaves(store: TierStore) -> None:

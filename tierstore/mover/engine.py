@@ -21,8 +21,7 @@ import threading
 import weakref
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -30,11 +29,12 @@ from tierstore.clock import Clock
 from tierstore.counters import LinkStats, WaitStats
 from tierstore.errors import ClosedError, ForkedError, TierstoreError, TransferError
 from tierstore.mover.budget import Slots
+from tierstore.mover.calls import Call, Capture, Ticket
 from tierstore.mover.critical import CriticalLock, Uninterrupted
 from tierstore.mover.streams import Copies
 from tierstore.nvme.directory import Directory
 from tierstore.nvme.shards import Shard
-from tierstore.requests import LINK_OF, Action, Lease, Order, Owner, Record, Request, Save, Use
+from tierstore.requests import LINK_OF, Action, Order, Record, Request, Use
 from tierstore.scheduler import Scheduler
 from tierstore.tiers.device import DeviceArena
 from tierstore.tiers.ram import HostArena
@@ -45,74 +45,6 @@ T = TypeVar("T")
 
 ACCESS_BATCH = 64
 """Accesses the policy may lag behind while there is nothing to decide."""
-
-
-@dataclass(eq=False)
-class Ticket:
-    """One `use()`: what it asks for and what it was given."""
-
-    owner: Owner
-    records: tuple[Record, ...] = ()
-    writes: frozenset[int] = frozenset()
-    request: Use | None = None
-    lease: Lease | None = None
-
-
-@dataclass(eq=False)
-class Capture:
-    """What a commit in flight needs: shards already there, and versions still to be written."""
-
-    request: Save
-    taken: bool = False
-    shards: dict[Record, Shard] = field(default_factory=dict)
-    needs: dict[Record, int] = field(default_factory=dict)
-    versions: dict[Record, int] = field(default_factory=dict)
-
-
-class Call(Generic[T]):
-    """A coroutine that runs on the engine's loop for a caller on another thread.
-
-    Attributes:
-        result: What it returned or raised. May be given up by whoever waits for it.
-        ended: Resolved once nothing of the coroutine is left, also after `cancel`.
-        task: Runs it; None until it begins.
-    """
-
-    def __init__(self, engine: Engine, coroutine: Coroutine[Any, Any, T], finally_do: Callable[[], None] | None = None) -> None:
-        """Use `Engine.call`."""
-        self._finally_do = finally_do
-        self.result: Future[T] = Future()
-        self.ended: Future[None] = Future()
-        self._engine = engine
-        self._coroutine = coroutine
-        self.task: asyncio.Task[T] | None = None
-
-    def cancel(self) -> None:
-        """Have it give back what it took, and end. Any thread; at once."""
-        with contextlib.suppress(RuntimeError):  # the loop is closed: it has ended
-            self._engine.loop.call_soon_threadsafe(self._cancel)
-
-    def begin(self) -> None:
-        self.task = self._engine.loop.create_task(self._coroutine)
-        self._engine.tasks.add(self.task)
-        self.task.add_done_callback(self._end)
-
-    def _cancel(self) -> None:
-        if self.task is not None:
-            self.task.cancel()
-
-    def _end(self, task: asyncio.Task[T]) -> None:
-        self._engine.tasks.discard(task)
-        self._engine.calls.discard(self)
-        if self._finally_do is not None:
-            self._finally_do()
-        error = asyncio.CancelledError() if task.cancelled() else task.exception()
-        if self.result.set_running_or_notify_cancel():
-            if error is None:
-                self.result.set_result(task.result())
-            else:
-                self.result.set_exception(error)
-        self.ended.set_result(None)
 
 
 class Engine:
@@ -361,9 +293,8 @@ class Engine:
             await asyncio.wrap_future(future)
         except asyncio.CancelledError:
             with self.lock:
-                if request.resolved:
-                    if request.error is None:
-                        return
+                if request.resolved and request.error is None:
+                    return
                 self.withdraw(request)
             self.wake()
             raise

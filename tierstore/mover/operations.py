@@ -16,7 +16,8 @@ import torch
 
 from tierstore.catalog import Block, TensorSpec
 from tierstore.errors import FrozenError, LeaseError, NoDirectoryError, TensorError
-from tierstore.mover.engine import Call, Capture, Engine
+from tierstore.mover.calls import Call, Capture
+from tierstore.mover.engine import Engine
 from tierstore.nvme.directory import Directory
 from tierstore.nvme.manifest import encode_metadata
 from tierstore.nvme.shards import Entry

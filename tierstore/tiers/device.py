@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import mmap
-import sys
-
 import torch
 
 from tierstore.catalog import Block, TensorSpec
 from tierstore.errors import CapacityError
+from tierstore.tiers.ram import map_memory
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -69,9 +67,7 @@ class DeviceArena:
         self._views: dict[int, tuple[int, tuple[torch.Tensor, ...]]] = {}
         try:
             if device.type == "cpu":
-                self._map = mmap.mmap(-1, nbytes)  # page-aligned, which torch's own allocator is not
-                if sys.platform == "linux":
-                    self._map.madvise(mmap.MADV_DONTFORK)
+                self._map = map_memory(nbytes)  # page-aligned, which torch's own allocator is not
                 self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)
                 self.tensor.zero_()
             else:

@@ -5,13 +5,19 @@ Registering memory with the driver can fail or be capped (Windows keeps page-loc
 failed registration can poison later ones. So the arena is registered in segments, stops at the first failure, and leaves the
 rest pageable: copies of that part go through a small page-locked ring. A copy may not span two segments (the driver refuses
 it as an invalid argument), so `pieces` cuts every range at their borders.
+
+[Note: Forked children]
+Arenas are not mapped in them: a fork would copy, or cut the driver off from, memory under DMA. What is mapped there later may
+get the same address, and freeing the inherited object would then unmap it; so a child keeps these objects for ever.
 """
 
 from __future__ import annotations
 
 import logging
 import mmap
+import os
 import sys
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -23,6 +29,27 @@ log = logging.getLogger("tierstore")
 
 SEGMENT_BYTES = 1 << 30
 TOUCH_BYTES = 64 << 20
+
+
+_MAPS: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
+_KEPT: list[mmap.mmap] = []
+
+
+def map_memory(nbytes: int) -> mmap.mmap:
+    """Zeroed, page-aligned memory that forked children do not have. See [Note: Forked children].
+
+    Raises:
+        OSError, OverflowError, ValueError: There is not so much.
+    """
+    memory = mmap.mmap(-1, nbytes)
+    if sys.platform == "linux":
+        memory.madvise(mmap.MADV_DONTFORK)
+        _MAPS.add(memory)
+    return memory
+
+
+if sys.platform == "linux":
+    os.register_at_fork(after_in_child=lambda: _KEPT.extend(_MAPS))
 
 
 class HostArena:
@@ -45,18 +72,16 @@ class HostArena:
         self.page_locked_bytes = 0
         self.page_lock_error: str | None = None
         try:
-            self._map = mmap.mmap(-1, nbytes)
+            self._map = map_memory(nbytes)
         except (OSError, OverflowError, ValueError) as error:
             raise CapacityError(
                 "the RAM tier could not be reserved", need=f"{nbytes} bytes", have=str(error), remedy="lower ram=", tier="ram"
             ) from error
-        if sys.platform == "linux":
-            self._map.madvise(mmap.MADV_DONTFORK)  # a fork would copy, or cut the driver off from, memory under DMA
-            if nbytes >= 4 << 20:
-                try:
-                    self._map.madvise(mmap.MADV_HUGEPAGE)
-                except OSError:
-                    log.debug("this kernel has no transparent huge pages")
+        if sys.platform == "linux" and nbytes >= 4 << 20:
+            try:
+                self._map.madvise(mmap.MADV_HUGEPAGE)
+            except OSError:
+                log.debug("this kernel has no transparent huge pages")
         self.memory = memoryview(self._map)
         self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)
         self._touch(threads)

@@ -1,0 +1,119 @@
+"""Runs on a machine with a GPU what continuous integration, which has none, cannot: and keeps the outcome as JSON.
+
+python tests/gpu/prove.py benchmarks/results/gpu-NAME.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+MUTANTS = {
+    "a lease does not wait for the copy that fills its extent": (
+        "                else:\n                    stream.wait_event(ready)",
+        "                else:\n                    pass",
+    ),
+    "copies do not wait for earlier uses of their extent": (
+        "                        if not event.query():\n                            stream.wait_event(event)",
+        "                        if not event.query():\n                            pass",
+    ),
+    "a copy out does not wait for the move that put the block there": (
+        "if order.action is Action.D2H and ready is not None:",
+        "if False and ready is not None:",
+    ),
+    "the end of a lease notes no use": (
+        "                self._note_use(offset, nbytes, stream, event)\n            self._run",
+        "                pass\n            self._run",
+    ),
+    "a copy out notes no use": (
+        "                self._note_use(order.offset_gpu, order.nbytes, stream, event)",
+        "                pass",
+    ),
+    "a lease does not wait for uses on other streams": (
+        "                    if key != stream.cuda_stream and not event.query():\n                        stream.wait_event(event)",
+        "                    if key != stream.cuda_stream and not event.query():\n                        pass",
+    ),
+    "a copy is reported done before it has landed": (
+        "        self._waiters[order.action].wait_for(event, lambda: done(order, None))",
+        "        done(order, None)",
+    ),
+}
+"""Faults planted in tierstore/mover/streams.py, each of which tests/gpu must notice."""
+
+
+def run(*command: str, **environment: str) -> tuple[int, str, float]:
+    """(exit code, output, seconds) of a Python command."""
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, *command],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+    )
+    return done.returncode, done.stdout + done.stderr, round(time.perf_counter() - start, 1)
+
+
+def pytest(*arguments: str, **environment: str) -> dict[str, Any]:
+    code, output, seconds = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark", *arguments, **environment)
+    counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", output.splitlines()[-1])}
+    if code:
+        print(output[-6000:])
+    return {"exit_code": code, **counts, "seconds": seconds}
+
+
+def plant_mutants() -> dict[str, str]:
+    """Plant each mutant in turn and run tests/gpu until the first failure."""
+    path = ROOT / "tierstore" / "mover" / "streams.py"
+    original = path.read_text(encoding="utf-8")
+    outcome: dict[str, str] = {}
+    try:
+        for name, (right, wrong) in MUTANTS.items():
+            assert original.count(right) == 1, f"the mutant {name!r} no longer fits the code"
+            path.write_text(original.replace(right, wrong), encoding="utf-8")
+            code, output, _ = run(
+                "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:benchmark", "--timeout", "60", "tests/gpu"
+            )
+            first = re.search(r"^FAILED \S+::(\S+)", output, re.MULTILINE)
+            outcome[name] = f"caught by {first[1]}" if code == 1 and first else "survived"
+    finally:
+        path.write_text(original, encoding="utf-8")
+    return outcome
+
+
+def demo() -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as directory:
+        code, output, seconds = run("-m", "tierstore", "demo", "--check", "--device", "cuda", "--dir", f"{directory}/demo")
+    print(output[-3000:])
+    verdict = re.search(r"^Check passed.*$", output, re.MULTILINE)
+    return {"exit_code": code, "verdict": verdict[0] if verdict else None, "seconds": seconds}
+
+
+def main(target: str) -> int:
+    sys.path.insert(0, str(ROOT))
+    from tierstore.hardware import machine_facts  # noqa: PLC0415 - the path is set only now
+
+    report: dict[str, Any] = {"machine": machine_facts()}
+    report["tests/gpu"] = pytest("tests/gpu")
+    report["state machine on cuda"] = pytest("tests/test_state_machine.py", TIERSTORE_TEST_DEVICE="cuda", HYPOTHESIS_PROFILE="ci")
+    report["demo --check on cuda"] = demo()
+    report["planted bugs"] = plant_mutants()
+    Path(target).parent.mkdir(parents=True, exist_ok=True)
+    Path(target).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(report, indent=1))
+    failed = any(isinstance(part, dict) and part.get("exit_code") for part in report.values())
+    return int(failed or "survived" in report["planted bugs"].values())
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

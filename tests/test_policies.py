@@ -1,0 +1,275 @@
+"""The policies against their textbooks, with the real scheduler and transfers that complete at once."""
+
+from __future__ import annotations
+
+import random
+from collections import OrderedDict
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.helpers import Watched
+from tests.test_scheduler import POLICIES, Sim
+from tierstore.catalog import BlockId
+from tierstore.errors import OptionError
+from tierstore.placement import AHEAD_BLOCKS
+from tierstore.policies import GROUP, Lookahead, Lru, Policy, PolicyBase, Static, available, resolve
+from tierstore.requests import Action, Order, Record
+from tierstore.residency import Tier
+
+CYCLIC = list(range(32))
+FORWARD_BACKWARD = [*range(16), *reversed(range(16))]
+WITH_STEP = [*range(12), *reversed(range(12)), *range(12)]
+PERIODS = st.lists(st.integers(0, 11), min_size=3, max_size=30)
+
+
+class OnDemand(Lookahead):
+    """Ranks as `Lookahead` does and fetches nothing ahead, so that its choices can be compared with Belady's."""
+
+    def expected(self, position: int) -> BlockId | None:
+        return None
+
+
+class Counting(Sim):
+    """Counts what is loaded to the device, and notes what leaves it."""
+
+    loads = 0
+
+    def _start(self, order: Order) -> None:
+        self.loads += order.action is Action.H2D
+        super()._start(order)
+
+    def resident(self) -> list[str]:
+        return sorted(record.block.name for record in self.scheduler.names.values() if record.gpu.valid)
+
+
+def open_sim(policy: Policy, num_blocks: int, room: int, *, ram: int | None = None) -> tuple[Counting, list[Record]]:
+    """A device with room for `room` of `num_blocks` equal blocks, which start in RAM."""
+    sim = Counting(gpu=room, ram=ram if ram is not None else num_blocks + 4, policy=policy)
+    return sim, [sim.put(f"{number:03}", 1) for number in range(num_blocks)]
+
+
+def loads_per_period(policy: Policy, period: list[int], room: int, *, periods: int, write: bool = False) -> tuple[list[int], list[int]]:
+    """(loads to the device, accesses that found their block missing), per period."""
+    sim, records = open_sim(policy, max(period) + 1, room)
+    loads, missing = [], []
+    for _ in range(periods):
+        before = sim.loads, sim.scheduler.misses
+        for number in period:
+            sim.use(records[number], write=write)
+        loads.append(sim.loads - before[0])
+        missing.append(sim.scheduler.misses - before[1])
+    return loads, missing
+
+
+def belady(trace: list[int], room: int) -> list[bool]:
+    """Per access: whether the optimal replacement misses."""
+    following, last = [0] * len(trace), {}
+    for index in reversed(range(len(trace))):
+        following[index] = last.get(trace[index], len(trace))
+        last[trace[index]] = index
+    cache: dict[int, int] = {}
+    missed = []
+    for index, block in enumerate(trace):
+        missed.append(block not in cache)
+        if block not in cache and len(cache) == room:
+            del cache[max(cache, key=lambda other: cache[other])]
+        cache[block] = following[index]
+    return missed
+
+
+def belady_per_period(period: list[int], room: int, periods: int) -> list[int]:
+    missed = belady(period * (periods + 2), room)  # the end of the trace must not be in sight
+    return [sum(missed[start : start + len(period)]) for start in range(0, len(period) * periods, len(period))]
+
+
+# -- lru ------------------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.integers(0, 11), st.booleans()), max_size=80), st.integers(1, 10))
+def test_lru_is_the_textbook_s(accesses: list[tuple[int, bool]], room: int) -> None:
+    sim, records = open_sim(Lru(), 12, room)
+    textbook: OrderedDict[int, None] = OrderedDict()
+    for number, write in accesses:
+        hit = number in textbook
+        before = sim.loads
+        sim.use(records[number], write=write)
+        assert (sim.loads == before) == hit
+        textbook[number] = None
+        textbook.move_to_end(number)
+        if len(textbook) > room:
+            textbook.popitem(last=False)
+        assert sim.resident() == sorted(f"{block:03}" for block in textbook)
+
+
+@pytest.mark.parametrize(("period", "room", "ratio"), [(CYCLIC, 10, 1.0), (FORWARD_BACKWARD, 8, 0.5), (WITH_STEP, 6, 0.68)])
+def test_lru_misses_what_is_known_of_it(period: list[int], room: int, ratio: float) -> None:
+    loads, _ = loads_per_period(Lru(), period, room, periods=4)
+    assert loads[-1] / len(period) == pytest.approx(ratio, abs=0.06)
+
+
+# -- lookahead ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("write", [False, True])
+@pytest.mark.parametrize("room", [2, 5, 10])
+@pytest.mark.parametrize("period", [CYCLIC, FORWARD_BACKWARD, WITH_STEP], ids=["cyclic", "forward-backward", "with-step"])
+def test_its_choices_are_belady_s(period: list[int], room: int, write: bool) -> None:
+    loads, _ = loads_per_period(OnDemand(), period, room, periods=14, write=write)
+    best = belady_per_period(period, room, 14)
+    assert sum(loads[3:]) <= sum(best[3:]) + 1, f"{loads} against {best}"
+
+
+@given(PERIODS, st.integers(2, 8))
+def test_its_choices_are_belady_s_on_any_period(period: list[int], room: int) -> None:
+    """With a block that occurs once, so that the place in the period can be told."""
+    period = [*period, 12]
+    loads, _ = loads_per_period(OnDemand(), period, room, periods=10)
+    best = belady_per_period(period, room, 10)
+    assert sum(loads[4:]) <= sum(best[4:]) + 2, f"{loads} against {best}"
+
+
+@pytest.mark.parametrize("room", [5, 10])
+@pytest.mark.parametrize("period", [CYCLIC, FORWARD_BACKWARD, WITH_STEP], ids=["cyclic", "forward-backward", "with-step"])
+def test_prefetching_hides_every_load_at_the_price_of_a_short_window(period: list[int], room: int) -> None:
+    loads, missing = loads_per_period(Lookahead(), period, room, periods=10)
+    best = belady_per_period(period, room - AHEAD_BLOCKS, 10)
+    assert sum(missing[3:]) == 0, "a load that could have been ordered ahead was waited for"
+    assert sum(loads[3:]) <= sum(best[3:]) + 1, f"{loads} against {best}"
+
+
+def test_without_a_pattern_it_is_lru() -> None:
+    choose = random.Random(3)
+    accesses = list(range(12)) + choose.sample(range(12), 12)
+    told = {}
+    for name, policy in (("lru", Lru()), ("lookahead", OnDemand())):
+        sim, records = open_sim(policy, 12, 5)
+        told[name] = []
+        for number in accesses[:14]:
+            sim.use(records[number])
+            told[name].append(sim.resident())
+    assert told["lru"] == told["lookahead"]
+
+
+def test_a_clean_copy_goes_before_a_dirty_one_needed_no_sooner() -> None:
+    """One dirty block among clean ones: keeping it saves a write-back in each period."""
+    sim, records = open_sim(OnDemand(), 8, 4)
+    written = 3
+    for _ in range(12):
+        for number in range(8):
+            sim.use(records[number], write=number == written)
+    assert records[written].version == 12
+    saves = sum(order.action is Action.D2H for order in sim.placement.flying.values())
+    assert saves == 0
+
+
+# -- static ---------------------------------------------------------------------------------------------------------------
+
+
+def test_static_keeps_a_fixed_part_and_streams_the_rest() -> None:
+    period = list(range(32))
+    loads, _ = loads_per_period(Static(), period, 10, periods=8)
+    room_for_streaming = 3
+    assert loads[-1] <= 32 - (10 - room_for_streaming) + 1, loads
+    sim, records = open_sim(Static(), 32, 10)
+    stayed: set[str] | None = None
+    for lap in range(6):
+        for number in period:
+            sim.use(records[number])
+            if lap >= 3:
+                now = set(sim.resident())
+                stayed = now if stayed is None else stayed & now
+    assert stayed is not None
+    assert len(stayed) >= 10 - room_for_streaming - 1, "what is held fixed never leaves"
+
+
+def test_static_holds_everything_that_fits() -> None:
+    loads, _ = loads_per_period(Static(), list(range(6)), 6, periods=5)
+    assert loads[1:] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("name", ["lookahead", "static"])
+def test_a_deleted_block_does_not_trouble_a_policy_that_expects_it(name: str) -> None:
+    sim, records = open_sim(POLICIES[name](0), 8, 4)
+    for _ in range(3):
+        for record in records:
+            sim.use(record)
+    sim.scheduler.forget(records[2])
+    sim.settle()
+    for _ in range(3):
+        for record in records:
+            if record is not records[2]:
+                sim.use(record)
+
+
+# -- all ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_the_bytes_on_nvme_are_read_no_more_often_than_needed(name: str) -> None:
+    """With room in RAM for everything, NVMe is read once per block at most."""
+    sim, records = open_sim(POLICIES[name](1), 10, 4, ram=14)
+    for record in records:
+        sim.use(record)
+    reads: list[Order] = []
+    start = sim._start
+    sim._start = lambda order: (reads.append(order) if order.action is Action.READ else None, start(order))[1]  # type: ignore[method-assign]
+    for _ in range(4):
+        for record in records:
+            sim.use(record)
+    assert not reads
+
+
+class Bare:
+    """A user's own policy, which inherits nothing: the last admitted goes first."""
+
+    epoch = 0
+
+    def __init__(self) -> None:
+        self.order: dict[Tier, list[BlockId]] = {Tier.GPU: [], Tier.RAM: []}
+
+    def bind(self, view: object) -> None:
+        self.view = view
+
+    def accessed(self, block: BlockId, write: bool) -> None: ...
+    def touched(self, block: BlockId, tier: Tier) -> None: ...
+
+    def admitted(self, block: BlockId, tier: Tier) -> None:
+        self.order[tier].append(block)
+
+    def removed(self, block: BlockId, tier: Tier) -> None:
+        self.order[tier].remove(block)
+
+    def victims(self, tier: Tier) -> object:
+        return reversed(self.order[tier])
+
+    def next_use(self, block: BlockId) -> float:
+        return float("inf")
+
+    def expected(self, position: int) -> BlockId | None:
+        return None
+
+
+def test_any_object_with_the_protocol_is_a_policy() -> None:
+    policy = Bare()
+    assert resolve(policy) is policy  # type: ignore[arg-type]
+    assert isinstance(resolve(Bare), Bare)
+    sim, records = open_sim(policy, 8, 3)  # type: ignore[arg-type]
+    for _ in range(3):
+        for record in records:
+            sim.use(record, write=True)
+
+
+def test_policies_are_found_by_name() -> None:
+    assert {"lru", "lookahead", "static"} <= set(available())
+    assert isinstance(resolve("lru"), Lru)
+    assert isinstance(resolve(Static), Static)
+    assert GROUP == "tierstore.policies"
+    assert isinstance(Watched(Lru()), Policy)
+    with pytest.raises(OptionError, match="lookahead"):
+        resolve("belady")
+    with pytest.raises(OptionError, match="victims"):
+        resolve(object())  # type: ignore[arg-type]
+    with pytest.raises(NotImplementedError):
+        next(PolicyBase().victims(Tier.GPU))

@@ -1,0 +1,163 @@
+"""Which extent belongs to which copy, and what a policy may know of it. Pure bookkeeping; `placement` decides.
+
+Every change of a copy's state that takes or gives back an extent goes through here, so that arenas, records and the policy's view
+of what is resident never part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from tierstore.arena import Arena
+from tierstore.catalog import BlockId
+from tierstore.policies.base import Policy
+from tierstore.requests import Record
+from tierstore.residency import Event, State, Tier
+from tierstore.trace import Link
+
+MEMORY_TIERS = (Tier.GPU, Tier.RAM)
+
+
+class Extents:
+    """The extents of all blocks.
+
+    Args:
+        gpu_bytes, ram_bytes: Capacities of the arenas.
+        has_nvme: Whether there is a tier below RAM.
+        policy: Ranks victims; not yet bound.
+        seconds_per_byte: Planning rates, per link.
+    """
+
+    def __init__(self, *, gpu_bytes: int, ram_bytes: int, has_nvme: bool, policy: Policy, seconds_per_byte: Mapping[Link, float]) -> None:
+        self.records: dict[BlockId, Record] = {}
+        self.leased: dict[BlockId, Record] = {}
+        self.held: dict[BlockId, Record] = {}
+        self.save_failed: dict[BlockId, Record] = {}
+        self.arenas = {Tier.GPU: Arena(gpu_bytes), Tier.RAM: Arena(ram_bytes)}
+        self.has_nvme = has_nvme
+        self.policy = policy
+        self._seconds_per_byte = seconds_per_byte
+        self._at: dict[Tier, dict[int, Record]] = {Tier.GPU: {}, Tier.RAM: {}}
+        self._stale: dict[BlockId, Record] = {}
+        self._cursor = {Tier.GPU: 0, Tier.RAM: 0}
+        self._ahead: dict[Tier, dict[BlockId, int]] = {Tier.GPU: {}, Tier.RAM: {}}
+        self._ahead_bytes = {Tier.GPU: 0, Tier.RAM: 0}
+        policy.bind(self)
+
+    # -- what a policy may ask (policies.base.View) ----------------------------------------------------------------------
+
+    def nbytes(self, block: BlockId) -> int:
+        record = self.records.get(block)
+        return record.nbytes if record is not None else 0
+
+    def is_dirty(self, block: BlockId, tier: Tier) -> bool:
+        return self.records[block].copy(tier).state is State.DIRTY  # what is being saved has been paid for
+
+    def is_writable(self, block: BlockId) -> bool:
+        return not self.records[block].block.frozen
+
+    def is_valid(self, block: BlockId, tier: Tier) -> bool:
+        return tier in self.records[block].tiers
+
+    def capacity_bytes(self, tier: Tier) -> int:
+        return self.arenas[tier].capacity_bytes
+
+    def load_cost(self, block: BlockId, tier: Tier) -> float:
+        record = self.records[block]
+        if tier is Tier.RAM:
+            return record.nbytes * self._seconds_per_byte[Link.NVME_READ]
+        cost = record.nbytes * self._seconds_per_byte[Link.H2D]
+        if self.has_nvme and record.ram.state in (State.ABSENT, State.RESERVED):
+            cost += record.nbytes * self._seconds_per_byte[Link.NVME_READ]
+        return cost
+
+    def save_cost(self, block: BlockId, tier: Tier) -> float:
+        return self.records[block].nbytes * self._seconds_per_byte[Link.D2H if tier is Tier.GPU else Link.NVME_WRITE]
+
+    @property
+    def gpu_bytes(self) -> int:
+        """Bytes of extents on the device."""
+        return self.arenas[Tier.GPU].used_bytes
+
+    # -- blocks and their extents ----------------------------------------------------------------------------------------
+
+    def add(self, record: Record) -> None:
+        self.records[record.id] = record
+
+    def remove(self, record: Record) -> None:
+        """Forget a block; its copies are discarded. Nothing may be under way for it."""
+        for tier in MEMORY_TIERS:
+            if record.copy(tier).state is not State.ABSENT:
+                self.discard(record, tier)
+        self.save_failed.pop(record.id, None)
+        del self.records[record.id]
+
+    def reserve(self, record: Record, tier: Tier, offset: int) -> None:
+        copy = record.copy(tier)
+        copy.apply(Event.RESERVE)
+        copy.offset = offset
+        self._at[tier][offset] = record
+
+    def start_load(self, record: Record, tier: Tier) -> None:
+        """Bytes are about to arrive in the extent that `reserve` gave, or in the stale one."""
+        copy = record.copy(tier)
+        if copy.state is State.STALE:
+            self._stale.pop(record.id, None)
+        copy.apply(Event.LOAD)
+        self.policy.admitted(record.id, tier)
+
+    def drop(self, record: Record, tier: Tier, event: Event = Event.DROP) -> None:
+        """Give the extent back; the bytes are elsewhere (DROP) or unwanted (DISCARD)."""
+        copy = record.copy(tier)
+        if copy.state is State.STALE:
+            self._stale.pop(record.id, None)
+        elif copy.state is not State.RESERVED:
+            self.policy.removed(record.id, tier)
+            self._forget_prefetched(record, tier)
+        copy.apply(event)
+        del self._at[tier][copy.offset]
+        self.arenas[tier].release(copy.offset)
+        copy.offset = -1
+
+    def discard(self, record: Record, tier: Tier) -> None:
+        self.drop(record, tier, Event.DISCARD)
+
+    def supersede_ram(self, record: Record) -> None:
+        """The block was written on the device: what RAM holds is out of date, its extent waits for the write-back."""
+        if record.ram.valid:
+            record.ram.apply(Event.SUPERSEDE)
+            self.policy.removed(record.id, Tier.RAM)
+            self.arrived(record, Tier.RAM)
+            self._stale[record.id] = record
+
+    def finish_make(self, record: Record, tier: Tier) -> None:
+        """A `put` has filled the extent on `tier` that `start_load` announced."""
+        lowest = tier is Tier.RAM and not self.has_nvme
+        record.copy(tier).apply(Event.LOADED if lowest else Event.CREATED)
+        if tier is Tier.GPU and not self.has_nvme:  # its home in RAM waits for the first write-back
+            record.ram.apply(Event.LOAD)
+            record.ram.apply(Event.OUTDATED)
+            self._stale[record.id] = record
+
+    def revive_ram(self, record: Record, event: Event) -> None:
+        """The host wrote RAM's copy in place."""
+        if record.ram.state is State.STALE:
+            self._stale.pop(record.id, None)
+            self.policy.admitted(record.id, Tier.RAM)
+        record.ram.apply(event)
+
+    def _forget_prefetched(self, record: Record, tier: Tier) -> None:
+        """A block that left must be looked at again before its next use."""
+        self.arrived(record, tier)
+        next_use = self.policy.next_use(record.id)
+        if next_use < self._cursor[tier]:
+            self._cursor[tier] = int(max(0, next_use))
+
+    def arrived(self, record: Record, tier: Tier) -> None:
+        """What was fetched ahead for this tier has served, or has left unused."""
+        self._ahead_bytes[tier] -= self._ahead[tier].pop(record.id, 0)
+
+    def _note_ahead(self, record: Record, tier: Tier) -> None:
+        self.arrived(record, tier)
+        self._ahead[tier][record.id] = record.nbytes
+        self._ahead_bytes[tier] += record.nbytes

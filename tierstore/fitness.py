@@ -1,0 +1,87 @@
+"""What can be granted: now, once others have let go, or never; and the errors that say so. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Set
+
+from tierstore.errors import CapacityError, DeadlockError
+from tierstore.placement import Placement
+from tierstore.requests import Make, Owner, Place, Record, Request, Save, Use, claim, names_of
+from tierstore.residency import State, Tier
+
+
+def check_fits(placement: Placement, request: Request, owned: Collection[Record]) -> None:
+    """Refuse at once what can never be granted, with the caller's own leases and all held blocks as they are."""
+    for record in request.records:
+        if record.nbytes > placement.arenas[Tier.RAM].capacity_bytes:
+            raise CapacityError(
+                f"block {record.block.name!r} is larger than tier 'ram', through which it has to pass",
+                need=f"{record.nbytes} bytes",
+                have=f"{placement.arenas[Tier.RAM].capacity_bytes} bytes for blocks",
+                remedy="raise ram=",
+                block=record.block.name,
+                tier="ram",
+            )
+    capacity = placement.arenas[Tier.GPU].capacity_bytes
+    if isinstance(request, Place | Make) and request.tier is not Tier.GPU:
+        return
+    need = sum(record.nbytes for record in request.records if record not in owned)
+    own_bytes = sum(record.nbytes for record in owned)
+    others = (record for record in placement.held.values() if record.hold is Tier.GPU)
+    held = sum(record.nbytes for record in others if record not in request.records and record not in owned)
+    if need + held <= capacity and not owned:
+        return
+    if placement.fits(request.records, lambda record: record in owned):
+        return
+    have = capacity - held - own_bytes
+    raise CapacityError(
+        f"tier 'gpu' can never give room to {names_of(request.records)}",
+        need=f"{need} bytes" + (" in one piece each" if need <= have else ""),
+        have=f"{have} bytes beside held blocks ({held}) and the caller's own leases ({own_bytes})",
+        remedy="release a lease, unhold() blocks, use smaller blocks or raise gpu=",
+        tier="gpu",
+    )
+
+
+def scattered(placement: Placement, request: Request) -> CapacityError:
+    arenas = placement.arenas.items()
+    return CapacityError(
+        f"no place for {names_of(request.records)}: what is held or under way leaves no hole that is large enough",
+        need=f"{max(record.nbytes for record in request.records)} bytes in one piece",
+        have=", ".join(f"{arena.largest_hole} of {arena.free_bytes} free bytes on {tier.value}" for tier, arena in arenas),
+        remedy="unhold() blocks, use smaller blocks or raise the budget",
+    )
+
+
+def grantable(placement: Placement, request: Request, released: Set[Owner], others: Iterable[Request]) -> bool:
+    """Whether the request could be served once the owners in `released` hold nothing, and while `others` wait."""
+
+    def fixed(record: Record) -> bool:
+        return (record.writer is not None and record.writer not in released) or any(owner not in released for owner in record.readers)
+
+    if isinstance(request, Save):
+        blocking = request.pending if request.started else placement.leased.values()
+        return not any(record.writer is not None and record.writer not in released for record in blocking)
+    if isinstance(request, Make):
+        (record,) = request.records
+        if not placement.has_nvme and record.ram.state is State.ABSENT and placement.arenas[Tier.RAM].free_bytes < record.nbytes:
+            return False  # without NVMe nothing ever leaves RAM
+        return request.tier is not Tier.GPU or placement.fits(request.records, fixed)
+    _, writes = claim(request)
+    for record in request.records:
+        if any(isinstance(other, Make) and record in other.records for other in others):
+            return False
+        readers = {owner for owner in record.readers if owner not in released and owner != request.owner}
+        if record.writer is not None and record.writer not in released and record.writer != request.owner:
+            return False
+        if record.id in writes and readers:
+            return False
+    return not isinstance(request, Use | Place) or placement.fits(request.records, fixed)
+
+
+def deadlock(victim: Request, num_requests: int) -> DeadlockError:
+    return DeadlockError(
+        f"holders of leases wait for one another; the request for {names_of(victim.records)} came last",
+        have=f"{num_requests} requests in the circle",
+        remedy="take all blocks in one use(), or release one lease before asking for the next",
+    )

@@ -1,0 +1,79 @@
+"""What callers hand to a store, checked before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from tierstore.catalog import Block, check_text, lay_out
+from tierstore.errors import OptionError, TensorError
+from tierstore.mover.operations import Source, Tensors
+from tierstore.residency import Tier
+from tierstore.tiers.device import NAMES
+
+
+def source_of(block: str, tensors: torch.Tensor | Tensors) -> tuple[Source, bool]:
+    """Check what a caller gave, and note where its making stands. Returns (source, it was one bare tensor).
+
+    Raises:
+        TensorError: Something that is not a dense tensor of real numbers with values.
+    """
+    check_text(block, what="block name", block=block)
+    single = isinstance(tensors, torch.Tensor)
+    mapping: Tensors = {block: tensors} if isinstance(tensors, torch.Tensor) else tensors
+    if not isinstance(mapping, Mapping) or not mapping:
+        have = f"an empty {type(mapping).__name__}" if isinstance(mapping, Mapping) else type(mapping).__name__
+        raise TensorError(
+            f"block {block!r} needs tensors",
+            need="a tensor, or a mapping of names to one or more",
+            have=have,
+            remedy="wrap it with torch.as_tensor(), or name what it should hold",
+            block=block,
+        )
+    checked: dict[str, torch.Tensor] = {}
+    made: torch.cuda.Event | None = None
+    for name, tensor in mapping.items():
+        problem, remedy = _unsuitable(tensor)
+        if problem:
+            raise TensorError(
+                f"tensor {name!r} of block {block!r} {problem}", need="a dense tensor with values", remedy=remedy, block=block, tensor=name
+            )
+        checked[name] = tensor.detach()
+        if tensor.is_cuda and made is None:
+            made = torch.cuda.Event(blocking=True)
+            made.record(torch.cuda.current_stream(tensor.device))
+    return Source(checked, made), single
+
+
+def _unsuitable(tensor: object) -> tuple[str, str]:
+    if not isinstance(tensor, torch.Tensor):
+        return f"is not a tensor but {type(tensor).__name__}", "wrap it with torch.as_tensor()"
+    if tensor.is_meta:
+        return "is on the meta device and has no values", "initialise it first"
+    if tensor.layout is not torch.strided:
+        return f"is sparse ({tensor.layout})", "store .to_dense(), or its indices and values"
+    if tensor.is_complex():
+        return f"is complex ({tensor.dtype})", "store torch.view_as_real(tensor)"
+    if tensor.dtype not in NAMES:
+        return f"has the dtype {tensor.dtype}, which safetensors cannot hold", f"convert it to one of {', '.join(map(str, NAMES))}"
+    if tensor.device.type not in ("cpu", "cuda"):
+        return f"is on the device {tensor.device}", "move it to the CPU"
+    return "", ""
+
+
+def block_of(name: str, source: Source, *, single: bool, frozen: bool) -> Block:
+    specs = [(tensor, NAMES[value.dtype], tuple(value.shape)) for tensor, value in source.tensors.items()]
+    return lay_out(name, specs, single=single, frozen=frozen)
+
+
+def tier_of(value: str | Tier) -> Tier:
+    """A tier by name.
+
+    Raises:
+        OptionError: There is no such tier.
+    """
+    try:
+        return Tier(value)
+    except ValueError:
+        raise OptionError(f"unknown tier {value!r}", need="'gpu', 'ram' or 'nvme'", remedy="name one of these") from None

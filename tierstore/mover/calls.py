@@ -1,0 +1,86 @@
+"""What the engine keeps of its callers: leases asked for, coroutines run for them, commits under way."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from tierstore.nvme.shards import Shard
+from tierstore.requests import Lease, Owner, Record, Save, Use
+
+if TYPE_CHECKING:
+    from tierstore.mover.engine import Engine
+
+T = TypeVar("T")
+
+
+@dataclass(eq=False)
+class Ticket:
+    """One `use()`: what it asks for and what it was given."""
+
+    owner: Owner
+    records: tuple[Record, ...] = ()
+    writes: frozenset[int] = frozenset()
+    request: Use | None = None
+    lease: Lease | None = None
+
+
+@dataclass(eq=False)
+class Capture:
+    """What a commit in flight needs: shards already there, and versions still to be written."""
+
+    request: Save
+    taken: bool = False
+    shards: dict[Record, Shard] = field(default_factory=dict)
+    needs: dict[Record, int] = field(default_factory=dict)
+    versions: dict[Record, int] = field(default_factory=dict)
+
+
+class Call(Generic[T]):
+    """A coroutine that runs on the engine's loop for a caller on another thread.
+
+    Attributes:
+        result: What it returned or raised. May be given up by whoever waits for it.
+        ended: Resolved once nothing of the coroutine is left, also after `cancel`.
+        task: Runs it; None until it begins.
+    """
+
+    def __init__(self, engine: Engine, coroutine: Coroutine[Any, Any, T], finally_do: Callable[[], None] | None = None) -> None:
+        """Use `Engine.call`."""
+        self._finally_do = finally_do
+        self.result: Future[T] = Future()
+        self.ended: Future[None] = Future()
+        self._engine = engine
+        self._coroutine = coroutine
+        self.task: asyncio.Task[T] | None = None
+
+    def cancel(self) -> None:
+        """Have it give back what it took, and end. Any thread; at once."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: it has ended
+            self._engine.loop.call_soon_threadsafe(self._cancel)
+
+    def begin(self) -> None:
+        self.task = self._engine.loop.create_task(self._coroutine)
+        self._engine.tasks.add(self.task)
+        self.task.add_done_callback(self._end)
+
+    def _cancel(self) -> None:
+        if self.task is not None:
+            self.task.cancel()
+
+    def _end(self, task: asyncio.Task[T]) -> None:
+        self._engine.tasks.discard(task)
+        self._engine.calls.discard(self)
+        if self._finally_do is not None:
+            self._finally_do()
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        if self.result.set_running_or_notify_cancel():
+            if error is None:
+                self.result.set_result(task.result())
+            else:
+                self.result.set_exception(error)
+        self.ended.set_result(None)
