@@ -219,7 +219,9 @@ def test_without_a_directory_there_is_no_commit() -> None:
 
 def test_closing_says_what_is_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def warnings() -> list[str]:
-        found = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING and record.name.startswith("tierstore")]
+        found = [
+            record.getMessage() for record in caplog.records if record.levelno == logging.WARNING and record.name.startswith("tierstore")
+        ]
         caplog.clear()
         return found
 

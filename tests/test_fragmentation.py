@@ -53,7 +53,9 @@ def test_mixed_sizes_in_one_arena(large: TierStore) -> None:
     chance = random.Random(0)
     before = large.stats().compactions
     for turn in range(4):
-        small = [f"14 {number}" for number in range(12)] + [f"7 {number}" for number in range(12)] + [f"few {number}" for number in range(6)]
+        small = (
+            [f"14 {number}" for number in range(12)] + [f"7 {number}" for number in range(12)] + [f"few {number}" for number in range(6)]
+        )
         chance.shuffle(small)
         for name in small:
             with large.use(name, write=turn % 2 == 0) as block:
@@ -154,7 +156,9 @@ def test_what_fits_is_granted_and_what_does_not_is_refused(data: st.DataObject) 
     ram = 6 + max(sizes) + data.draw(st.integers(0, 40), label="ram")
     with (
         tempfile.TemporaryDirectory() as path,
-        TierStore(gpu=capacity * PAGE, ram=ram * PAGE, nvme=path, device="cpu", policy=data.draw(st.sampled_from(["lru", "lookahead"]))) as store,
+        TierStore(
+            gpu=capacity * PAGE, ram=ram * PAGE, nvme=path, device="cpu", policy=data.draw(st.sampled_from(["lru", "lookahead"]))
+        ) as store,
     ):
         for number, size in enumerate(sizes):
             put(store, str(number), size * PAGE, number, tier=data.draw(st.sampled_from(["ram", "nvme"])))

@@ -25,7 +25,7 @@ from tierstore.catalog import Block, BlockId
 from tierstore.clock import Clock
 from tierstore.errors import BlockExistsError, BlockNotFoundError, CapacityError
 from tierstore.extents import MEMORY_TIERS
-from tierstore.fitness import check_fits, deadlock, grantable, scattered
+from tierstore.fitness import check_fits, deadlock, grantable, lacks_room, scattered
 from tierstore.leases import Leases
 from tierstore.placement import Placement
 from tierstore.requests import (
@@ -603,12 +603,13 @@ class Scheduler(Leases):
         """
         if not self.waiting or self.placement.flying or self._hosts or self._locked:
             return False
-        stuck = [request for request in self._order() if not isinstance(request, Save)]
-        lacking = next((request for request in stuck if request.cause in ("space", "nvme")), None)
+        order = self._order()
+        stuck = [request for request in order if not isinstance(request, Save)]
+        lacking = next((request for request in order if lacks_room(request)), None)
         if lacking is not None and self.placement.save_failed:
             self._resolve(lacking, next(iter(self.placement.save_failed.values())).save_error)
             return True
-        left = [request for request in self._order() if not isinstance(request, Save) or request.waited]
+        left = [request for request in order if not isinstance(request, Save) or request.waited]
         waiting = {request.owner for request in left}
         released = {owner for owner in self._owned if owner not in waiting}
         will_change = bool(released)
