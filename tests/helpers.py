@@ -142,9 +142,11 @@ def check_placement(placement: Placement) -> None:
         ahead = placement._ahead[tier]
         assert sum(ahead.values()) == placement._ahead_bytes[tier]
         assert all(placement.records[number].copy(tier).state in ADMITTED for number in ahead), f"fetched ahead, and not on {tier}"
-    if isinstance(placement.policy, Watched):
+    given = placement.policy._given
+    assert placement.policy._policy is given, "the policy failed, and was replaced"
+    if isinstance(given, Watched):
         for tier in MEMORY:
-            assert placement.policy.admitted_on[tier] == {record.id for record in records if record.copy(tier).state in ADMITTED}
+            assert given.admitted_on[tier] == {record.id for record in records if record.copy(tier).state in ADMITTED}
     for record in records:
         _check_record(placement, record)
     _check_flying(placement)
@@ -170,7 +172,7 @@ def _check_record(placement: Placement, record: Record) -> None:
         assert nvme == record.version, f"{_of(record)} is clean in RAM, and not on NVMe"
     if placement.has_nvme and ram is State.DIRTY:
         assert nvme != record.version, f"{_of(record)} is dirty in RAM, though NVMe has it"
-    if record.born and not record.locked:
+    if record.born is not None and not record.locked:
         assert record.tiers or any(order.version == record.version for order in to_ram), f"{_of(record)}: the newest version is nowhere"
         assert placement.has_nvme or ram is not State.ABSENT, f"{_of(record)} has no home"
     for tier in MEMORY:

@@ -30,7 +30,7 @@ def busy_with(store: AnyStore) -> str:
             "locked": len(scheduler._locked) + scheduler._hosts,
             "readers": sum(record.copy(tier).readers for record in placement.records.values() for tier in (Tier.GPU, Tier.RAM)),
             "commit_pending": sum(record.commit_pending for record in placement.records.values()),
-            "unborn": sum(not record.born for record in placement.records.values()),
+            "unborn": sum(record.born is None for record in placement.records.values()),
         }
     return ", ".join(f"{what}={number}" for what, number in going_on.items() if number)
 
@@ -73,6 +73,13 @@ def disk_bytes(path: str | Path) -> int:
         except FileNotFoundError:
             continue
     return total
+
+
+def tensor_of(store: TierStore, name: str) -> torch.Tensor:
+    """A copy of a block that was put as one tensor."""
+    value = store.read(name)
+    assert isinstance(value, torch.Tensor)
+    return value
 
 
 def values(store: TierStore) -> dict[str, dict[str, torch.Tensor]]:

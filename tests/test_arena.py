@@ -131,7 +131,7 @@ def fits_by_trying(gaps: list[int], sizes: list[int]) -> bool:
 @given(gaps=st.lists(st.integers(0, 12), min_size=1, max_size=4), sizes=st.lists(st.integers(0, 8), max_size=6))
 def test_pack_says_what_trying_everything_says(gaps: list[int], sizes: list[int]) -> None:
     assert pack(gaps, sizes) == fits_by_trying(gaps, sizes)
-    assert pack(gaps, sizes, effort=0) <= fits_by_trying(gaps, sizes)
+    assert pack(gaps, sizes, effort=0) >= fits_by_trying(gaps, sizes)  # a no is certain, a yes may be a perhaps
 
 
 def test_pack_gives_up_in_bounded_time() -> None:

@@ -291,53 +291,80 @@ def test_commits_from_several_threads(tmp_path: Path) -> None:
 
 
 TRAINING = """
-import sys
+import os, sys
 import torch
 from tierstore import TierStore
+
 PAGE = 4096
-with TierStore(gpu=8 * PAGE, ram=24 * PAGE, nvme=sys.argv[1], device="cpu", keep=int(sys.argv[2])) as store:
-    step = 0
-    if store.committed is None:
-        for number in range(20):
-            store.put(f"b{number}", torch.zeros(PAGE // 8, dtype=torch.float64))
-    else:
-        step = store.committed.metadata["step"]
-    print("ready", step, flush=True)
-    while True:
-        step += 1
-        for number in range(20):
-            with store.use(f"b{number}", write=True) as block:
-                block.fill_(step * 100 + number)
-        handle = store.commit({"step": step}, wait=step % 3 != 0)
-        print("committed", step if isinstance(handle, int) else 0, flush=True)
+
+def train(path, keep):
+    with TierStore(gpu=8 * PAGE, ram=24 * PAGE, nvme=path, device="cpu", keep=keep) as store:
+        step = 0
+        if store.committed is None:
+            for number in range(20):
+                store.put(f"b{number}", torch.zeros(PAGE // 8, dtype=torch.float64))
+        else:
+            step = store.committed.metadata["step"]
+        print("ready", step, flush=True)
+        while True:
+            step += 1
+            for number in range(20):
+                with store.use(f"b{number}", write=True) as block:
+                    block.fill_(step * 100 + number)
+            handle = store.commit({"step": step}, wait=step % 3 != 0)
+            print("committed", step if isinstance(handle, int) else 0, flush=True)
+
+# Importing torch takes seconds: do it once, and fork what is to be killed before there is any thread.
+for line in sys.stdin:
+    pid = os.fork()
+    if pid == 0:
+        try:
+            train(sys.argv[1], int(line))
+        finally:
+            os._exit(1)
+    print(pid, flush=True)
+    os.waitpid(pid, 0)
+    print("\\nended", flush=True)
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL there")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no SIGKILL there")
 def test_a_killed_process_leaves_a_complete_commit(tmp_path: Path) -> None:
     """What survives is never older than the last commit that was waited for, and never a mixture."""
     chance = random.Random(3)
+    nursery = subprocess.Popen(
+        [sys.executable, "-c", TRAINING, str(tmp_path / "swap")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
     steps = [0]
-    for attempt in range(10):
-        keep = 1 + attempt % 2
-        child = subprocess.Popen(
-            [sys.executable, "-c", TRAINING, str(tmp_path / "swap"), str(keep)],
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=Path(__file__).parents[1],
-        )
-        assert child.stdout is not None
-        assert child.stdout.readline() == f"ready {steps[-1]}\n"
-        threading.Timer(chance.uniform(0.02, 0.5), child.send_signal, [signal.SIGKILL]).start()
-        promised = max([steps[-1], *(int(line.split()[1]) for line in child.stdout if line.endswith("\n"))])
-        child.wait()
-        with open_store(tmp_path, keep=keep) as store:
-            if store.committed is None:
-                assert promised == 0
-                continue
-            step = store.committed.metadata["step"]
-            assert step >= promised, "a commit that was promised is gone"
-            assert [read(store, f"b{number}") for number in range(20)] == [step * 100 + number for number in range(20)]
-            assert_quiet(store)
-            steps.append(step)
+    with nursery:
+        assert nursery.stdin is not None
+        assert nursery.stdout is not None
+        for attempt in range(12):
+            keep = 1 + attempt % 2
+            nursery.stdin.write(f"{keep}\n")
+            nursery.stdin.flush()
+            promised, pid = steps[-1], 0
+            for line in iter(nursery.stdout.readline, "ended\n"):
+                words = line.split()
+                if words[:1] == ["ready"]:
+                    assert int(words[1]) == steps[-1]
+                    threading.Timer(chance.uniform(0.02, 0.4), os.kill, [pid, signal.SIGKILL]).start()
+                elif words[:1] == ["committed"] and line.endswith("\n") and len(words) == 2:
+                    promised = max(promised, int(words[1]))
+                elif line.strip().isdigit():
+                    pid = int(line)
+            with open_store(tmp_path, keep=keep) as store:
+                if store.committed is None:
+                    assert promised == 0
+                    continue
+                step = store.committed.metadata["step"]
+                assert step >= promised, "a commit that was promised is gone"
+                assert [read(store, f"b{number}") for number in range(20)] == [step * 100 + number for number in range(20)]
+                assert_quiet(store)
+                steps.append(step)
+        nursery.stdin.close()
     assert steps[-1] > 10

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.quiet import assert_quiet
+from tests.quiet import assert_quiet, tensor_of
 from tierstore import AsyncTierStore, TierStore
 from tierstore.errors import BlockNotFoundError, CapacityError, DeadlockError, LeaseTimeoutError, TierstoreError
 
@@ -105,7 +105,7 @@ def test_readers_share_and_a_writer_has_it_alone(store: TierStore) -> None:
     for work in (write, write, watch, watch):
         party.start(work)
     party.finish()
-    assert torch.equal(store.read("b0"), page(100))
+    assert torch.equal(tensor_of(store, "b0"), page(100))
 
 
 def test_a_waiting_writer_is_not_starved_by_readers(store: TierStore) -> None:
@@ -163,7 +163,7 @@ def test_random_sets_of_blocks_from_many_threads_lose_no_write(tmp_path: Path, p
                 if chance.random() < 0.1:
                     store.prefetch(*map(str, chance.sample(range(num_blocks), 4)))
                 if chance.random() < 0.1:
-                    value = store.read(str(chance.randrange(num_blocks)))
+                    value = tensor_of(store, str(chance.randrange(num_blocks)))
                     assert value.min() == value.max()
                 if chance.random() < 0.03:
                     store.evict(str(chance.randrange(num_blocks)))
@@ -175,7 +175,7 @@ def test_random_sets_of_blocks_from_many_threads_lose_no_write(tmp_path: Path, p
         party.finish(90)
         assert_quiet(store)
         for number in range(num_blocks):
-            assert torch.equal(store.read(str(number)), page(expected[number])), number
+            assert torch.equal(tensor_of(store, str(number)), page(expected[number])), number
         stats = store.stats()
         assert stats.tiers["gpu"].evictions > 0
         assert stats.links["nvme_read"].transfers > 0
@@ -201,7 +201,9 @@ def test_tasks_on_one_loop_lose_no_write(tmp_path: Path) -> None:
 
             await asyncio.wait_for(asyncio.gather(*map(work, range(12))), 60)
             for number in range(20):
-                assert torch.equal(await store.read(str(number)), page(expected[number]))
+                value = await store.read(str(number))
+                assert isinstance(value, torch.Tensor)
+                assert torch.equal(value, page(expected[number]))
             assert_quiet(store)
 
     asyncio.run(scenario())
@@ -259,7 +261,7 @@ def test_hooks_of_backward_use_the_store(store: TierStore) -> None:
     def train(x: torch.Tensor) -> None:
         out = x.clone().requires_grad_()
         for number in range(12):
-            out = Layer.apply(out, number)
+            out = Layer.apply(out, number)  # type: ignore[no-untyped-call]
         called = []
         out.register_hook(lambda grad: called.append(store.read("w3")))
         out.sum().backward()
@@ -269,7 +271,7 @@ def test_hooks_of_backward_use_the_store(store: TierStore) -> None:
         list(pool.map(train, inputs))
     expected = [sum(grads) for grads in zip(*map(resident, inputs), strict=True)]
     for number in range(12):
-        assert torch.allclose(store.read(f"g{number}"), expected[number])
+        assert torch.allclose(tensor_of(store, f"g{number}"), expected[number])
 
 
 # -- competing for space ------------------------------------------------------------------------------------------------------
@@ -343,7 +345,8 @@ def test_a_big_request_is_not_starved_by_small_ones(store: TierStore) -> None:
 
 def test_nested_leases_that_need_more_than_fits_fail_in_one_thread_only(store: TierStore) -> None:
     for attempt in range(10):
-        both, outcomes = threading.Barrier(2), []
+        both = threading.Barrier(2)
+        outcomes: list[str] = []
 
         def nested(number: int, both: threading.Barrier = both, outcomes: list[str] = outcomes) -> None:
             with store.use(*names(number * 12, number * 12 + 4)):
@@ -364,7 +367,8 @@ def test_nested_leases_that_need_more_than_fits_fail_in_one_thread_only(store: T
 
 def test_writers_that_want_one_anothers_blocks_fail_in_one_thread_only(store: TierStore) -> None:
     for size in (2, 3, 5):
-        all_in, outcomes = threading.Barrier(size), []
+        all_in = threading.Barrier(size)
+        outcomes: list[str] = []
 
         def nested(number: int, size: int = size, all_in: threading.Barrier = all_in, outcomes: list[str] = outcomes) -> None:
             try:
@@ -385,7 +389,8 @@ def test_writers_that_want_one_anothers_blocks_fail_in_one_thread_only(store: Ti
 def test_a_commit_among_nested_leases_is_no_deadlock(store: TierStore) -> None:
     """One reads x and wants to write y; another writes z and wants to write x; the commit waits for z."""
     for wait in (True, False):
-        both, party, outcomes = threading.Barrier(3), Party(), []
+        both, party = threading.Barrier(3), Party()
+        outcomes: list[str] = []
 
         def reader(both: threading.Barrier = both, outcomes: list[str] = outcomes) -> None:
             with store.use("b0"):
@@ -443,7 +448,7 @@ def test_random_nested_leases_always_end(store: TierStore) -> None:
         party.start(work, seed)
     party.finish(60)
     for number in range(24):
-        assert torch.equal(store.read(f"b{number}"), page(expected[number]))
+        assert torch.equal(tensor_of(store, f"b{number}"), page(expected[number]))
 
 
 def test_nested_leases_that_can_never_fit_fail_at_once(store: TierStore) -> None:
@@ -505,7 +510,7 @@ def test_those_who_wait_for_a_block_that_is_deleted_are_told(store: TierStore) -
     assert told == ["b0"] * len(calls)
     assert "b0" not in store
     store.put("b0", page(4))
-    assert torch.equal(store.read("b0"), page(4))
+    assert torch.equal(tensor_of(store, "b0"), page(4))
 
 
 def test_blocks_that_come_and_go_under_everybodys_feet(store: TierStore) -> None:
@@ -524,8 +529,8 @@ def test_blocks_that_come_and_go_under_everybodys_feet(store: TierStore) -> None
             lambda: store.hold("x", chance.choice(["gpu", "ram", "nvme"])),
             lambda: store.unhold("x"),
             lambda: store.info("x"),
-            lambda: store.commit(),
-            lambda: store.flush(),
+            store.commit,
+            store.flush,
             lambda: (store.use("x", "b3", write=True).__enter__(), None)[1],
         ]
 

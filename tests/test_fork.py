@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,7 +18,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from tests.quiet import assert_quiet
+from tests.quiet import assert_quiet, tensor_of
 from tierstore import TierStore
 from tierstore.errors import BusyError, ForkedError
 
@@ -68,11 +70,11 @@ def everything(store: TierStore) -> list[Callable[[], Any]]:
         lambda: store.unhold("b0"),
         lambda: store.evict("b0"),
         lambda: store.delete("b0"),
-        lambda: store.commit(),
+        store.commit,
         lambda: store.commit(wait=False),
-        lambda: store.flush(),
+        store.flush,
         lambda: store.info("b0"),
-        lambda: store.stats(),
+        store.stats,
         lambda: store.trace,
         lambda: store.timeline,
         lambda: store.committed,
@@ -111,8 +113,6 @@ def test_every_call_in_a_child_says_what_is_wrong(store: TierStore) -> None:
 
 def test_a_fork_inside_a_lease_and_while_others_are_busy(store: TierStore) -> None:
     """The child inherits locks that no thread of its own will ever release."""
-    import threading
-
     stop = threading.Event()
 
     def busy() -> None:
@@ -136,18 +136,15 @@ def test_a_fork_inside_a_lease_and_while_others_are_busy(store: TierStore) -> No
                 block.fill_(9)
             assert status == 0
 
-            def leave_inherited() -> None:
-                lease.__exit__(None, None, None)
-
             lease = store.use("b5")
             lease.__enter__()
-            assert in_child(leave_inherited) == 0
+            assert in_child(functools.partial(lease.__exit__, None, None, None)) == 0
             lease.__exit__(None, None, None)
     finally:
         stop.set()
         for thread in threads:
             thread.join(20)
-    assert store.read("b4")[0] == 9  # type: ignore[index]
+    assert tensor_of(store, "b4")[0] == 9
     still_works(store)
 
 
@@ -175,7 +172,7 @@ def test_data_loader_workers(store: TierStore) -> None:
             with store.use("b1", write=True) as block:
                 block.add_(1)
     assert sorted(seen) == list(range(24))
-    assert store.read("b1")[0] == 7  # type: ignore[index]
+    assert tensor_of(store, "b1")[0] == 7
     del loader
     still_works(store)
 
@@ -202,7 +199,7 @@ def test_a_child_may_open_a_store_of_its_own(store: TierStore, tmp_path: Path) -
 
     assert in_child(child) == 0
     with TierStore(gpu=GPU, ram=RAM, nvme=tmp_path / "other", device="cpu") as other:
-        assert other.read("a").sum() == 10  # type: ignore[union-attr]
+        assert tensor_of(other, "a").sum() == 10
     still_works(store)
 
 
@@ -237,13 +234,13 @@ else:
 def test_the_lock_is_free_when_the_parent_has_gone_even_if_a_child_lives(tmp_path: Path, how: str) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PARENT, str(tmp_path / "swap"), how],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
         cwd=Path(__file__).parents[1],
         timeout=60,
         check=False,
     )
+    assert done.stdout, done.stderr
     number = int(done.stdout.split()[0])
     if how == "exits":
         assert (done.returncode, number) == (0, 0), done.stderr
@@ -254,7 +251,7 @@ def test_the_lock_is_free_when_the_parent_has_gone_even_if_a_child_lives(tmp_pat
         while True:
             try:
                 with TierStore(gpu=GPU, ram=RAM, nvme=tmp_path / "swap", device="cpu") as store:
-                    assert torch.equal(store.read("a"), torch.ones(100))  # type: ignore[arg-type]
+                    assert torch.equal(tensor_of(store, "a"), torch.ones(100))
                 break
             except BusyError:
                 if time.monotonic() > deadline:

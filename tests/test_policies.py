@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers import Watched
 from tests.test_scheduler import POLICIES, Sim
+from tierstore import TierStore
 from tierstore.catalog import BlockId
 from tierstore.errors import OptionError
 from tierstore.placement import AHEAD_BLOCKS
@@ -32,12 +36,14 @@ class OnDemand(Lookahead):
 
 
 class Counting(Sim):
-    """Counts what is loaded to the device, and notes what leaves it."""
+    """Counts what is loaded to the device, read from NVMe and written back."""
 
-    loads = 0
+    loads = reads = saves = 0
 
     def _start(self, order: Order) -> None:
         self.loads += order.action is Action.H2D
+        self.reads += order.action is Action.READ
+        self.saves += order.action is Action.D2H
         super()._start(order)
 
     def resident(self) -> list[str]:
@@ -65,7 +71,8 @@ def loads_per_period(policy: Policy, period: list[int], room: int, *, periods: i
 
 def belady(trace: list[int], room: int) -> list[bool]:
     """Per access: whether the optimal replacement misses."""
-    following, last = [0] * len(trace), {}
+    following = [0] * len(trace)
+    last: dict[int, int] = {}
     for index in reversed(range(len(trace))):
         following[index] = last.get(trace[index], len(trace))
         last[trace[index]] = index
@@ -142,26 +149,30 @@ def test_prefetching_hides_every_load_at_the_price_of_a_short_window(period: lis
 def test_without_a_pattern_it_is_lru() -> None:
     choose = random.Random(3)
     accesses = list(range(12)) + choose.sample(range(12), 12)
-    told = {}
-    for name, policy in (("lru", Lru()), ("lookahead", OnDemand())):
+    told: list[list[list[str]]] = []
+    policies: list[Policy] = [Lru(), OnDemand()]
+    for policy in policies:
         sim, records = open_sim(policy, 12, 5)
-        told[name] = []
+        told.append([])
         for number in accesses[:14]:
             sim.use(records[number])
-            told[name].append(sim.resident())
-    assert told["lru"] == told["lookahead"]
+            told[-1].append(sim.resident())
+    assert told[0] == told[1]
 
 
-def test_a_clean_copy_goes_before_a_dirty_one_needed_no_sooner() -> None:
-    """One dirty block among clean ones: keeping it saves a write-back in each period."""
+def test_a_clean_copy_goes_before_a_dirty_one_needed_hardly_sooner() -> None:
+    """One block of eight is written: weighed by what its return costs, it is written back less often than Belady's rule would."""
     sim, records = open_sim(OnDemand(), 8, 4)
-    written = 3
-    for _ in range(12):
+    periods = 40
+    for _ in range(periods):
         for number in range(8):
-            sim.use(records[number], write=number == written)
-    assert records[written].version == 12
-    saves = sum(order.action is Action.D2H for order in sim.placement.flying.values())
-    assert saves == 0
+            sim.use(records[number], write=number == 3)
+    assert sim.saves <= periods / 2, f"the written block was written back in {sim.saves} of {periods} periods"
+    blind, records = open_sim(Lru(), 8, 4)
+    for _ in range(periods):
+        for number in range(8):
+            blind.use(records[number], write=number == 3)
+    assert blind.saves >= periods - 1
 
 
 # -- static ---------------------------------------------------------------------------------------------------------------
@@ -212,13 +223,11 @@ def test_the_bytes_on_nvme_are_read_no_more_often_than_needed(name: str) -> None
     sim, records = open_sim(POLICIES[name](1), 10, 4, ram=14)
     for record in records:
         sim.use(record)
-    reads: list[Order] = []
-    start = sim._start
-    sim._start = lambda order: (reads.append(order) if order.action is Action.READ else None, start(order))[1]  # type: ignore[method-assign]
+    before = sim.reads
     for _ in range(4):
         for record in records:
             sim.use(record)
-    assert not reads
+    assert sim.reads == before
 
 
 class Bare:
@@ -253,7 +262,7 @@ class Bare:
 
 def test_any_object_with_the_protocol_is_a_policy() -> None:
     policy = Bare()
-    assert resolve(policy) is policy  # type: ignore[arg-type]
+    assert id(resolve(policy)) == id(policy)  # type: ignore[arg-type]
     assert isinstance(resolve(Bare), Bare)
     sim, records = open_sim(policy, 8, 3)  # type: ignore[arg-type]
     for _ in range(3):
@@ -273,3 +282,44 @@ def test_policies_are_found_by_name() -> None:
         resolve(object())  # type: ignore[arg-type]
     with pytest.raises(NotImplementedError):
         next(PolicyBase().victims(Tier.GPU))
+
+
+class Restless(Lru):
+    """Expects every block at every position, for ever, and changes its mind whenever it is asked."""
+
+    asked = 0
+
+    def __init__(self, *, fickle: bool) -> None:
+        super().__init__()
+        self.fickle = fickle
+
+    def expected(self, position: int) -> BlockId | None:
+        return BlockId(position % 8)
+
+    @property
+    def epoch(self) -> int:
+        self.asked += self.fickle
+        return self.asked
+
+
+def test_a_policy_that_expects_too_much_does_not_keep_the_engine_busy() -> None:
+    sim, records = open_sim(Restless(fickle=False), 8, 8)
+    for record in records:
+        sim.use(record)
+    for _ in range(10_000):
+        if not sim.scheduler.advance()[1]:
+            return
+    raise AssertionError("it looks ahead without end")
+
+
+def test_a_store_closes_while_its_policy_fetches_without_end(tmp_path: Path) -> None:
+    store = TierStore(8 << 12, 16 << 12, tmp_path / "swap", device="cpu", policy=Restless(fickle=True))
+    for number in range(8):
+        store.put(f"{number}", torch.full((4096,), number, dtype=torch.uint8).repeat(3))
+    for number in range(8):
+        with store.use(f"{number}", timeout=20) as tensor:
+            assert tensor[0] == number
+    closer = threading.Thread(target=store.close, daemon=True)
+    closer.start()
+    closer.join(20)
+    assert not closer.is_alive(), "close() hangs"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import struct
@@ -88,7 +89,7 @@ def test_every_file_holds_its_block_exactly(tmp_path: Path, tier: str) -> None:
                     assert (start + entry["data_offsets"][0]) % 256 == 0, (block, name)
             covered = sorted(entry["data_offsets"] for name, entry in header.items() if name != "__metadata__")
             assert covered[0][0] == 0
-            assert all(one[1] == two[0] for one, two in zip(covered, covered[1:], strict=False))
+            assert all(one[1] == two[0] for one, two in itertools.pairwise(covered))
             assert start + covered[-1][1] == os.path.getsize(path)
         assert not left
 
@@ -162,4 +163,4 @@ def test_what_the_caller_changes_afterwards_changes_nothing(tmp_path: Path) -> N
             assert isinstance(read, dict)
             assert read["x"].sum() == 100
             read["x"].zero_()
-            assert store.read(tier)["x"].sum() == 100  # type: ignore[index, union-attr, call-overload]
+            assert store.read(tier)["x"].sum() == 100  # type: ignore[index]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.quiet import assert_quiet
+from tests.quiet import assert_quiet, tensor_of
 from tierstore import TierStore
 from tierstore.errors import BlockNotFoundError, FrozenError, LeaseError, LeaseTimeoutError
 
@@ -59,8 +59,8 @@ def test_a_name_given_twice_yields_the_same_bytes_twice_and_one_lease(store: Tie
 def test_no_names_at_all_yield_an_empty_tuple(store: TierStore) -> None:
     with store.use() as nothing:
         assert nothing == ()
-        with store.use() as nothing, store.use("lone", write=True):
-            assert nothing == ()
+        with store.use() as still_nothing, store.use("lone", write=True):
+            assert still_nothing == ()
     with store.use(write=True) as nothing:
         assert nothing == ()
         store.commit()  # no lease is out
@@ -105,7 +105,7 @@ def test_what_was_written_stays_also_when_an_exception_leaves(store: TierStore, 
     assert store.info("lone").dirty
     assert store.info("lone").leases == 0
     store.evict("lone")
-    assert torch.equal(store.read("lone"), torch.full((5,), 3.0))
+    assert torch.equal(tensor_of(store, "lone"), torch.full((5,), 3.0))
 
 
 def test_writing_under_a_read_lease_is_found_on_leaving(store: TierStore) -> None:

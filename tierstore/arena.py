@@ -236,35 +236,55 @@ def _slide(run: Sequence[_Piece], out: Sequence[Move]) -> Compaction:
     return Compaction(tuple(moves), position, end - position)
 
 
-def pack(gaps: Sequence[int], sizes: Sequence[int], *, effort: int = 20_000) -> bool:
+def pack(gaps: Sequence[int], sizes: Sequence[int], *, effort: int = 5_000) -> bool:
     """Whether extents of `sizes` can be placed into gaps of the given lengths, whatever else is moved.
 
-    Exact up to `effort` steps of search (largest first, equal gaps tried once), beyond which the answer is no.
+    First each extent, the largest first, goes into the tightest gap that takes it. Where that fails other choices are
+    searched, for at most `effort` steps. A no is certain; where the search runs out, the answer is yes: "perhaps".
     """
     left = sorted((size for size in sizes if size), reverse=True)
     room = sorted(gaps)
-    if sum(left) > sum(room):
+    if sum(left) > sum(room) or (left and left[0] > room[-1]):
         return False
-    if len(room) <= 1:
+    if len(room) <= 1 or _fits_tightly(room, left):
         return True
-    steps = 0
+    return _search(room, left, effort)
 
-    def place(index: int) -> bool:
-        nonlocal steps
-        if index == len(left):
-            return True
-        tried: set[int] = set()
-        for gap in sorted(range(len(room)), key=lambda gap: room[gap]):
-            if room[gap] < left[index] or room[gap] in tried:
-                continue
-            steps += 1
-            if steps > effort:
-                return False
-            tried.add(room[gap])
-            room[gap] -= left[index]
-            if place(index + 1):
+
+def _fits_tightly(gaps: Sequence[int], sizes: Sequence[int]) -> bool:
+    room = SortedList(gaps)
+    for size in sizes:
+        index = room.bisect_left(size)
+        if index == len(room):
+            return False
+        gap = room.pop(index)
+        room.add(gap - size)
+    return True
+
+
+def _search(gaps: Sequence[int], sizes: Sequence[int], effort: int) -> bool:
+    """Depth-first over the gap of each extent; gaps of equal length are tried once."""
+    room = list(gaps)
+    placed: list[int] = []  # the gap of each extent so far
+    untried = [_choices(room, sizes[0])]
+    for _ in range(effort):
+        if untried[-1]:
+            gap = untried[-1].pop()
+            room[gap] -= sizes[len(placed)]
+            placed.append(gap)
+            if len(placed) == len(sizes):
                 return True
-            room[gap] += left[index]
-        return False
+            untried.append(_choices(room, sizes[len(placed)]))
+        else:
+            untried.pop()
+            if not placed:
+                return False
+            gap = placed.pop()
+            room[gap] += sizes[len(placed)]
+    return True
 
-    return place(0)
+
+def _choices(room: Sequence[int], size: int) -> list[int]:
+    """Gaps that take `size`, one of each length, the tightest last."""
+    by_length = {length: gap for gap, length in enumerate(room) if length >= size}
+    return [by_length[length] for length in sorted(by_length, reverse=True)]

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from tierstore.arena import Arena
 from tierstore.catalog import BlockId
 from tierstore.policies.base import Policy
+from tierstore.policies.guard import Guard
 from tierstore.requests import Record
 from tierstore.residency import Event, State, Tier
 from tierstore.trace import Link
@@ -35,14 +36,15 @@ class Extents:
         self.save_failed: dict[BlockId, Record] = {}
         self.arenas = {Tier.GPU: Arena(gpu_bytes), Tier.RAM: Arena(ram_bytes)}
         self.has_nvme = has_nvme
-        self.policy = policy
+        self.policy = Guard(policy)
         self._seconds_per_byte = seconds_per_byte
         self._at: dict[Tier, dict[int, Record]] = {Tier.GPU: {}, Tier.RAM: {}}
         self._stale: dict[BlockId, Record] = {}
         self._cursor = {Tier.GPU: 0, Tier.RAM: 0}
         self._ahead: dict[Tier, dict[BlockId, int]] = {Tier.GPU: {}, Tier.RAM: {}}
         self._ahead_bytes = {Tier.GPU: 0, Tier.RAM: 0}
-        policy.bind(self)
+        self.left_device: list[BlockId] = []  # whose bytes on the device are not where they were, until the engine has seen it
+        self.policy.bind(self)
 
     # -- what a policy may ask (policies.base.View) ----------------------------------------------------------------------
 
@@ -114,6 +116,8 @@ class Extents:
         elif copy.state is not State.RESERVED:
             self.policy.removed(record.id, tier)
             self._forget_prefetched(record, tier)
+        if tier is Tier.GPU:
+            self.left_device.append(record.id)
         copy.apply(event)
         del self._at[tier][copy.offset]
         self.arenas[tier].release(copy.offset)

@@ -49,7 +49,9 @@ def scattered(placement: Placement, request: Request) -> CapacityError:
         f"no place for {names_of(request.records)}: what is held or under way leaves no hole that is large enough",
         need=f"{max((record.nbytes for record in request.records), default=0)} bytes in one piece",
         have=", ".join(f"{arena.largest_hole} of {arena.free_bytes} free bytes on {tier.value}" for tier, arena in arenas),
-        remedy="unhold() blocks, use smaller blocks or raise the budget",
+        remedy="unhold() blocks, use smaller blocks or raise the budget"
+        if placement.has_nvme
+        else "raise ram= or delete() blocks: without nvme= every block has its home in RAM",
     )
 
 
@@ -57,7 +59,7 @@ def lacks_room(request: Request) -> bool:
     """Whether a request, when nothing is under way, waits for space and not for a lease."""
     if isinstance(request, Save):
         return request.started and any(record.writer is None for record in request.pending)
-    return request.cause in ("space", "nvme")
+    return request.cause not in ("lease", "commit")
 
 
 def grantable(placement: Placement, request: Request, released: Set[Owner], others: Iterable[Request]) -> bool:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import psutil
 import torch
 
-from tierstore.errors import OptionError, SizeError
+from tierstore.errors import DirectoryError, OptionError, SizeError
 from tierstore.units import LinkRates, format_bytes, parse_size
 
 __all__ = [
@@ -85,7 +85,7 @@ def measure_hardware(device: torch.device | None = None, nvme: str | os.PathLike
     memory = psutil.virtual_memory()
     total, available = _within_cgroup(memory.total, memory.available, Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
     gpu_name, gpu_total, gpu_free = _gpu_memory(device) if device is not None and device.type == "cuda" else (None, 0, 0)
-    disk = None if nvme is None else shutil.disk_usage(_nearest_existing(Path(nvme)))
+    disk = None if nvme is None else _disk_usage(Path(nvme).expanduser())
     return Hardware(
         cpu_count=len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1,
         ram_total_bytes=total,
@@ -98,9 +98,30 @@ def measure_hardware(device: torch.device | None = None, nvme: str | os.PathLike
     )
 
 
-def _nearest_existing(path: Path) -> Path:
-    path = path.absolute()
-    return next(parent for parent in (path, *path.parents) if parent.exists())
+def _disk_usage(path: Path) -> Any:
+    """(total, used, free) of the file system that holds a path, or would.
+
+    Raises:
+        DirectoryError: The path cannot be looked at.
+    """
+    try:
+        path = path.absolute()
+        return shutil.disk_usage(next(parent for parent in (path, *path.parents) if parent.exists()))
+    except OSError as error:
+        raise DirectoryError(
+            f"{str(path)[:200]!r} cannot hold a store", have=error.strerror or str(error), remedy="name another directory", path=str(path)
+        ) from error
+
+
+def held_bytes(nvme: str | os.PathLike[str] | None) -> int:
+    """What the files in a directory occupy; 0 where there is none, or it cannot be read (opening it will say so)."""
+    if nvme is None:
+        return 0
+    try:
+        with os.scandir(Path(nvme).expanduser()) as found:
+            return sum(entry.stat(follow_symlinks=False).st_size for entry in found)
+    except OSError:
+        return 0
 
 
 def _gpu_memory(device: torch.device) -> tuple[str, int, int]:

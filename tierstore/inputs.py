@@ -32,7 +32,7 @@ def source_of(block: str, tensors: torch.Tensor | Tensors) -> tuple[Source, bool
             block=block,
         )
     checked: dict[str, torch.Tensor] = {}
-    made: torch.cuda.Event | None = None
+    made: dict[torch.device, torch.cuda.Event] = {}
     for name, tensor in mapping.items():
         problem, remedy = _unsuitable(tensor)
         if problem:
@@ -40,10 +40,10 @@ def source_of(block: str, tensors: torch.Tensor | Tensors) -> tuple[Source, bool
                 f"tensor {name!r} of block {block!r} {problem}", need="a dense tensor with values", remedy=remedy, block=block, tensor=name
             )
         checked[name] = tensor.detach()
-        if tensor.is_cuda and made is None:
-            made = torch.cuda.Event(blocking=True)
-            made.record(torch.cuda.current_stream(tensor.device))
-    return Source(checked, made), single
+        if tensor.is_cuda and tensor.device not in made:
+            made[tensor.device] = torch.cuda.Event(blocking=True)
+            made[tensor.device].record(torch.cuda.current_stream(tensor.device))
+    return Source(checked, tuple(made.values())), single
 
 
 def _unsuitable(tensor: object) -> tuple[str, str]:

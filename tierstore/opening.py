@@ -13,7 +13,7 @@ import torch
 from tierstore.catalog import PAGE
 from tierstore.clock import RealClock
 from tierstore.errors import OptionError, SizeError
-from tierstore.hardware import measure_hardware, resolve_budgets, resolve_device
+from tierstore.hardware import held_bytes, measure_hardware, resolve_budgets, resolve_device
 from tierstore.mover.budget import NUM_SLOTS, RING_SLOTS, slot_bytes
 from tierstore.mover.engine import Engine
 from tierstore.mover.streams import Copies, CudaCopies, ThreadCopies
@@ -62,6 +62,7 @@ def open_engine(options: Options) -> Engine:
         options.nvme_limit,
         device=device,
         hardware=measure_hardware(device, options.nvme),
+        nvme_held_bytes=held_bytes(options.nvme),
     )
     directory = None
     if options.nvme is not None:
@@ -150,11 +151,13 @@ def _assemble(
     threads = min(16, os.cpu_count() or 1)
     host = HostArena(max(1, placement.capacity_bytes(Tier.RAM)), page_lock=lock_pages, threads=threads)
     transfer = HostArena(transfer_bytes, page_lock=lock_pages, threads=threads)
-    if options.page_locked is True and cuda and host.page_lock_error is not None:
+    refused = host.page_lock_error or transfer.page_lock_error
+    if options.page_locked is True and (not cuda or refused is not None):
         host.close()
         transfer.close()
+        have = refused or "no driver to lock pages for: the device is the CPU"
         remedy = 'lower ram= or use page_locked="auto"'
-        raise OptionError("the RAM tier could not be page-locked", need=f"{host.nbytes} bytes", have=host.page_lock_error, remedy=remedy)
+        raise OptionError("the RAM tier cannot be page-locked", need=f"{host.nbytes + transfer.nbytes} bytes", have=have, remedy=remedy)
     copies: Copies = CudaCopies(arena, host, transfer, (slot * NUM_SLOTS, slot)) if cuda else ThreadCopies(arena, host)
     engine = Engine(
         Scheduler(placement, clock),

@@ -38,6 +38,8 @@ AHEAD_SHARE = 4
 NEVER = 1e300
 """A position later than any expected access, though not later than "never again"."""
 _RANKED = VALID | {State.LOADING}
+HORIZON = 1 << 16
+"""Accesses looked ahead at most: a policy that always expects something must not keep the engine busy for ever."""
 SCAN = 32
 """Expected accesses looked at per call of `look_ahead`: bounds the time under the lock."""
 
@@ -226,6 +228,8 @@ class Placement(Extents):
             at[move.target] = record
             copy = record.copy(tier)
             copy.offset, copy.moving = move.target, True
+            if tier is Tier.GPU:
+                self.left_device.append(record.id)
         self.arenas[tier].apply(plan)
         self.compactions += 1
         self._order(
@@ -484,7 +488,7 @@ class Placement(Extents):
         for tier in MEMORY_TIERS if self.has_nvme else (Tier.GPU,):
             position = max(self._cursor[tier], now)
             for _ in range(SCAN):
-                number = self.policy.expected(position)
+                number = self.policy.expected(position) if position - now < HORIZON else None
                 if number is None:
                     break
                 record = self.records.get(number)

@@ -57,7 +57,7 @@ class Record:
         nvme_version: Version of the shard's content, -1 without one.
         nvme_writing: A write of this block to NVMe is under way.
         readers: Read leases per owner. writer, writer_depth: the write lease.
-        born: Its `put` has finished.
+        born: When its `put` finished, in the sequence of requests; None before.
         locked: A `put`, `write` or `delete` works on the bytes from the host; no transfer may start.
         hold: The tier it was ordered to stay on.
         commit_pending: Must reach NVMe for a commit before it may be written again.
@@ -96,7 +96,7 @@ class Record:
         self.readers: dict[Owner, int] = {}
         self.writer: Owner | None = None
         self.writer_depth = 0
-        self.born = False
+        self.born: int | None = None
         self.locked = False
         self.hold: Tier | None = None
         self.commit_pending = 0
@@ -177,7 +177,7 @@ class Request:
     owner: Owner
     records: tuple[Record, ...]
     sequence: int = 0
-    cause: str = "space"
+    cause: str = "copy"
     resolved: bool = False
     error: BaseException | None = None
     queued_ns: int = 0
@@ -209,6 +209,7 @@ class Vacate(Request):
 class Make(Request):
     """An extent for a new block on `tier`; the caller fills it."""
 
+    cause: str = "space"
     tier: Tier = Tier.RAM
 
 
@@ -240,6 +241,10 @@ class Save(Request):
     waited: bool = True
     started: bool = False
     pending: dict[Record, int] = field(default_factory=dict)
+
+    def covers(self, record: Record) -> bool:
+        """Whether the block was there when this was asked for."""
+        return record.born is not None and record.born < self.sequence
 
 
 @dataclass(eq=False, slots=True)

@@ -75,6 +75,7 @@ class Scheduler(Leases):
         self._hinted: dict[Record, int] = {}
         self._now = 0
         self._starved = False
+        self.closing = False  # nothing is fetched ahead any more
         self._favourite = -1
         self._tried: set[int] = set()
         self._locked: dict[Record, None] = {}
@@ -196,7 +197,7 @@ class Scheduler(Leases):
     def recover(self, block: Block) -> Record:
         """Book a block that the directory already holds."""
         record = Record(BlockId(next(self._ids)), block)
-        record.born = True
+        record.born = -1
         record.nvme_version = record.version
         self.names[block.name] = record
         self.placement.add(record)
@@ -242,8 +243,8 @@ class Scheduler(Leases):
         self._learn()
         protect = self._serve_all()
         claimed = {record for request in self.waiting.values() if alone(request) for record in request.records}
-        again = self._serve_hints(protect, claimed)
-        if not self._starved:
+        again = self._serve_hints(protect, claimed) if not self.closing else False
+        if not self._starved and not self.closing:
             again |= self.placement.look_ahead(self._now, protect, claimed)
         orders, self.placement.orders = self.placement.orders, []
         return orders, again
@@ -277,7 +278,7 @@ class Scheduler(Leases):
     def _serve(self) -> set[Record]:
         """One pass over the waiting requests. Returns the records they need, which nothing less urgent may evict."""
         protect: set[Record] = set()
-        claims: list[tuple[Owner, frozenset[int], frozenset[int]]] = []
+        claims = _Claims()
         self._starved = False
         for request in self._order():
             if request.resolved:
@@ -290,10 +291,11 @@ class Scheduler(Leases):
                 self._conflict(record, request.owner, record.id in writes, overtake=request.sequence == self._favourite)
                 for record in request.records
             )
-            blocked = blocked or any(self._behind(request.owner, reads, writes, claim) for claim in claims)
-            claims.append((request.owner, reads, writes))
+            contended = claims.contended(request.owner, reads, writes)
+            blocked = blocked or (bool(contended) and not self._owns(request.owner, contended))
+            claims.add(request.owner, reads, writes)
             if blocked:
-                request.cause = "lease"
+                request.cause = "commit" if any(record.commit_pending for record in request.records) else "lease"
             elif error := self._failure_of(request):
                 self._resolve(request, error)
             elif self._stalled and request.owner not in self._owned and isinstance(request, Use):
@@ -308,16 +310,6 @@ class Scheduler(Leases):
     def _stalled(self) -> bool:
         """A request lacks space and only the release of leases can give it some: nobody new may take leases."""
         return self._starved and not self.placement.flying
-
-    def _behind(
-        self, owner: Owner, reads: frozenset[int], writes: frozenset[int], claim: tuple[Owner, frozenset[int], frozenset[int]]
-    ) -> bool:
-        """Whether an earlier request of somebody else has a claim to one of these blocks that the owner does not hold yet."""
-        other, other_reads, other_writes = claim
-        if other == owner:
-            return False
-        contended = (writes & (other_reads | other_writes)) | (reads & other_writes)
-        return bool(contended) and not self._owns(owner, contended)
 
     def _failure_of(self, request: Request) -> BaseException | None:
         for record in request.records:
@@ -354,17 +346,18 @@ class Scheduler(Leases):
 
     def _bring_all(self, request: Use, protect: set[Record]) -> None:
         wanted = protect | set(request.records)
+        causes = {"copy"}
         for record in request.records:
             if record.gpu.valid or record.gpu.loading:
                 continue
-            if self._starved and record.gpu.state is State.ABSENT:
-                continue
             if not record.ram.valid:
-                request.cause = "nvme"
-            if not self.placement.bring(record, Kind.DEMAND, protect=wanted):
+                causes.add("nvme")
+            if self._starved and record.gpu.state is State.ABSENT:
+                causes.add("space")
+            elif not self.placement.bring(record, Kind.DEMAND, protect=wanted):
                 self._starved = True
-                if request.cause != "nvme":
-                    request.cause = "space"
+                causes.add("space")
+        request.cause = next(cause for cause in ("nvme", "space", "copy") if cause in causes)
 
     def _serve_place(self, request: Place, record: Record, protect: set[Record]) -> bool:
         if request.tier is Tier.GPU:
@@ -420,19 +413,28 @@ class Scheduler(Leases):
                 return
             request.started = True
             for record in self.placement.records.values():
-                if record.born and not self._saved(record):
+                if request.covers(record) and not self._saved(record):
                     request.pending[record] = record.version
                     record.commit_pending += request.commit
-        for record in list(itertools.islice(request.pending, BURST)):
+        for record in [*self._urgent(request), *itertools.islice(request.pending, BURST)]:
             if self._saved(record) or record.version != request.pending[record] or record.id not in self.placement.records:
                 self.saved_for(request, record)
             elif record.save_error is not None:
                 self._resolve(request, record.save_error)
                 return
             elif not self.placement.save_down(record, Kind.WRITE_BACK):
+                if self.placement.save_failed and not self.placement.flying:  # what is full of these will stay so
+                    self._resolve(request, next(iter(self.placement.save_failed.values())).save_error)
+                    return
                 break
         if request.started and not request.pending:
             self._resolve(request, None)
+
+    def _urgent(self, save: Save) -> list[Record]:
+        """What somebody waits to write, and may once it is saved."""
+        if not save.commit:
+            return []
+        return [record for request in self.waiting.values() for record in request.records if record in save.pending]
 
     def saved_for(self, request: Save, record: Record) -> None:
         if request.pending.pop(record, None) is not None and request.commit:
@@ -592,7 +594,7 @@ class Scheduler(Leases):
         if not filled:
             self.forget(record)
             return
-        record.born = True
+        record.born = next(self._sequence)
         if on_nvme:
             record.nvme_version = record.version
 
@@ -638,3 +640,24 @@ class Scheduler(Leases):
             victim = max(left, key=lambda request: (request.owner in self._owned, request.sequence))
             self._resolve(victim, deadlock(victim, len(left)))
         return True
+
+
+class _Claims:
+    """What the requests looked at so far want of each block. An earlier claim is not overtaken."""
+
+    def __init__(self) -> None:
+        self._readers: dict[int, set[Owner]] = {}
+        self._writers: dict[int, set[Owner]] = {}
+
+    def contended(self, owner: Owner, reads: frozenset[int], writes: frozenset[int]) -> list[int]:
+        """The blocks that somebody else claimed before, in a way that excludes this."""
+        mine = {owner}
+        found = [number for number in reads if self._writers.get(number, mine) - mine]
+        found += [number for number in writes if self._writers.get(number, mine) - mine or self._readers.get(number, mine) - mine]
+        return found
+
+    def add(self, owner: Owner, reads: frozenset[int], writes: frozenset[int]) -> None:
+        for number in reads:
+            self._readers.setdefault(number, set()).add(owner)
+        for number in writes:
+            self._writers.setdefault(number, set()).add(owner)

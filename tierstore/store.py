@@ -7,8 +7,11 @@ transfer. The fast path of `use()` touches neither loop.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
+import sys
+import threading
 from collections.abc import Collection, Coroutine, Generator, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -79,6 +82,14 @@ class StoreBase:
 
     _engine: Engine | None
 
+    def __del__(self) -> None:
+        engine = getattr(self, "_engine", None)
+        if engine is None or engine.closed or engine.forked or sys.is_finalizing():
+            return
+        log.warning("a store was dropped without close(); it is closed now")
+        with contextlib.suppress(RuntimeError):  # the interpreter ends and starts no more threads
+            threading.Thread(target=close_dropped, args=(engine,), name="tierstore-close").start()
+
     @property
     def engine(self) -> Engine:
         """The engine; for this package's own modules."""
@@ -89,12 +100,12 @@ class StoreBase:
 
     def __contains__(self, name: object) -> bool:
         record = self.engine.scheduler.names.get(name)  # type: ignore[call-overload]
-        return record is not None and record.born
+        return record is not None and record.born is not None
 
     def __iter__(self) -> Iterator[str]:
         engine = self.engine
         with engine.lock:
-            return iter([name for name, record in engine.scheduler.names.items() if record.born])
+            return iter([name for name, record in engine.scheduler.names.items() if record.born is not None])
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -195,13 +206,13 @@ class StoreBase:
         engine = self.engine
         with engine.lock:
             engine.scheduler.hint([engine.scheduler.find(name) for name in names])
-        engine.wake()
+            engine.wanted = True
 
     def _unhold(self, name: str) -> None:
         engine = self.engine
         with engine.lock:
             engine.scheduler.set_hold(engine.scheduler.find(name), None)
-        engine.wake()
+            engine.wanted = True
 
 
 class UseBase:
@@ -276,6 +287,17 @@ class UseBase:
         ticket = self._ticket
         if ticket is not None and (ticket.lease is not None or ticket.request is not None):
             self._engine.abandon_dropped(ticket)
+
+
+def close_dropped(engine: Engine) -> None:
+    """Close a store that nobody has any more. On a thread of its own: finalisers run anywhere, also under the lock."""
+    call = engine.begin_close(operations.close(engine))
+    if call is None:
+        return
+    try:
+        warn_of_loss(call.result.result())
+    finally:
+        engine.shut_down()
 
 
 def warn_of_loss(lost: int) -> None:

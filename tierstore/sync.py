@@ -297,5 +297,7 @@ class TierStore(StoreBase):
                 warn_of_loss(wait_for(call.result))
         finally:
             if call is not None:
-                wait_for(call.ended)
-                engine.shut_down()
+                try:
+                    wait_for(call.ended)
+                finally:
+                    engine.shut_down()

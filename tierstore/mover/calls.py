@@ -20,13 +20,20 @@ T = TypeVar("T")
 
 @dataclass(eq=False)
 class Ticket:
-    """One `use()`: what it asks for and what it was given."""
+    """One `use()`: what it asks for and what it was given.
+
+    Attributes:
+        used: Its tensors were handed out.
+        stream: What `Copies.lease` returned then.
+    """
 
     owner: Owner
     records: tuple[Record, ...] = ()
     writes: frozenset[int] = frozenset()
     request: Use | None = None
     lease: Lease | None = None
+    used: bool = False
+    stream: object = None
 
 
 @dataclass(eq=False)
@@ -38,6 +45,7 @@ class Capture:
     shards: dict[Record, Shard] = field(default_factory=dict)
     needs: dict[Record, int] = field(default_factory=dict)
     versions: dict[Record, int] = field(default_factory=dict)
+    ended: Future[None] = field(default_factory=Future)
 
 
 class Call(Generic[T]):
@@ -73,10 +81,10 @@ class Call(Generic[T]):
             self.task.cancel()
 
     def _end(self, task: asyncio.Task[T]) -> None:
-        self._engine.tasks.discard(task)
-        self._engine.calls.discard(self)
         if self._finally_do is not None:
             self._finally_do()
+        self._engine.tasks.discard(task)
+        self._engine.calls.discard(self)
         error = asyncio.CancelledError() if task.cancelled() else task.exception()
         if self.result.set_running_or_notify_cancel():
             if error is None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -48,9 +49,14 @@ class Uninterrupted:
 
 
 class CriticalLock:
-    """A non-reentrant mutex; `with lock:` also defers SIGINT in the main thread."""
+    """A non-reentrant mutex; `with lock:` also defers SIGINT in the main thread.
 
-    def __init__(self) -> None:
+    Args:
+        afterwards: Called right after every release, before a SIGINT that was noted is handled.
+    """
+
+    def __init__(self, afterwards: Callable[[], None]) -> None:
+        self._afterwards = afterwards
         self._lock = threading.Lock()
         self._main = threading.main_thread().ident
         self._previous: object = None
@@ -66,6 +72,7 @@ class CriticalLock:
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
+        self._afterwards()
         if threading.get_ident() == self._main and self._previous is not None:
             previous, self._previous = self._previous, None
             set_handler(SIGINT, previous)
@@ -79,6 +86,7 @@ class CriticalLock:
 
     def release(self) -> None:
         self._lock.release()
+        self._afterwards()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._noted = (number, frame)

@@ -13,6 +13,7 @@ granted meanwhile; the lease is stored in the ticket under the lock, so there is
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import logging
 import os
@@ -70,7 +71,8 @@ class Engine:
         self.copies = copies
         self.directory = directory
         self.clock = clock
-        self.lock = CriticalLock()
+        self.lock = CriticalLock(self._wake_if_wanted)
+        self.wanted = False
         self.timeline = Timeline()
         self.links = {link: LinkStats() for link in Link}
         self.waits: dict[str, WaitStats] = {}
@@ -115,7 +117,7 @@ class Engine:
     def check_open(self) -> None:
         if self.forked:
             raise ForkedError("this store belongs to the parent process", remedy="open data in the child, use the store in the parent")
-        if self.closed:
+        if self.closed or self._closing:
             raise ClosedError("the store is closed", remedy="open a new TierStore")
         if self.failure is not None:
             raise ClosedError(
@@ -145,9 +147,7 @@ class Engine:
                 future = self.submit(request)
                 ticket.request = request
             scheduler.note_use(ticket.records, ticket.writes)
-            wake = future is not None or self._has_work()
-        if wake:
-            self.wake()
+            self.wanted |= future is not None or self._has_work()
         return future
 
     def finish_wait(self, ticket: Ticket) -> None:
@@ -158,12 +158,13 @@ class Engine:
         with self.lock:
             ticket.lease, request.lease = request.lease, None
             ticket.request = None
-        self.note_wait(request.cause, request.queued_ns, end_ns, tuple(record.block.name for record in ticket.records))
+            self.note_wait(request.cause, request.queued_ns, end_ns, tuple(record.block.name for record in ticket.records))
 
     def tensors(self, ticket: Ticket) -> dict[Record, tuple[torch.Tensor, ...]]:
         """The leased tensors, usable on the caller's current stream from here on."""
         records = ticket.records
-        self.copies.lease([(record.gpu.offset, record.nbytes) for record in records], bool(ticket.writes))
+        ticket.stream = self.copies.lease([(record.gpu.offset, record.nbytes) for record in records])
+        ticket.used = True
         return {record: self.device.tensors(record.id, record.block, record.gpu.offset) for record in records}
 
     def end_use(self, ticket: Ticket) -> None:
@@ -177,11 +178,9 @@ class Engine:
             if lease is None:
                 return
             self.scheduler.release(lease)
-            wake = self._has_work()
-        if waited:
-            self.note_wait("run-ahead", start_ns, start_ns + waited, tuple(record.block.name for record in ticket.records))
-        if wake:
-            self.wake()
+            self.wanted |= self._has_work()
+            if waited:
+                self.note_wait("run-ahead", start_ns, start_ns + waited, tuple(record.block.name for record in ticket.records))
 
     def abandon(self, ticket: Ticket) -> None:
         """Whatever became of the ticket, nothing of it remains. See [Note: Abandoned requests]."""
@@ -189,9 +188,9 @@ class Engine:
             return
         with self.lock:
             self._abandon(ticket)
-        self.wake()
 
     def _abandon(self, ticket: Ticket) -> None:
+        self.wanted = True
         request, ticket.request = ticket.request, None
         lease, ticket.lease = ticket.lease, None
         if request is not None:
@@ -201,6 +200,8 @@ class Engine:
                 self.scheduler.cancel(request)
                 self._futures.pop(request, None)
         if lease is not None:
+            if ticket.used:  # kernels that read the extents may still be queued on the stream that took the lease
+                self.copies.note_use([(record.gpu.offset, record.nbytes) for record in lease.records], ticket.stream)
             self.scheduler.release(lease)
 
     def abandon_dropped(self, ticket: Ticket) -> None:
@@ -213,10 +214,10 @@ class Engine:
                     self._abandon(ticket)
                 finally:
                     self.lock.release()
-                self.wake()
             else:
+                left = Ticket(ticket.owner, request=ticket.request, lease=ticket.lease, used=ticket.used, stream=ticket.stream)
                 with contextlib.suppress(RuntimeError):  # the loop is closed, and so is the store
-                    self.loop.call_soon_threadsafe(self.abandon, Ticket(ticket.owner, request=ticket.request, lease=ticket.lease))
+                    self.loop.call_soon_threadsafe(self.abandon, left)
 
     def call(self, coroutine: Coroutine[Any, Any, T]) -> Call[T]:
         """Run a coroutine on the engine's loop. Any thread."""
@@ -251,7 +252,16 @@ class Engine:
             return self._begin(Call(self, coroutine))
 
     def wake(self) -> None:
-        """Have the scheduler looked at soon. Any thread; cheap when already asked for."""
+        """Have the scheduler looked at soon. Any thread; cheap when already asked for. Under the lock, set `wanted` instead."""
+        with Uninterrupted():
+            self._wake()
+
+    def _wake_if_wanted(self) -> None:
+        if self.wanted:
+            self.wanted = False
+            self._wake()
+
+    def _wake(self) -> None:
         if not self._woken and not self.forked:
             self._woken = True
             try:
@@ -294,6 +304,9 @@ class Engine:
         except asyncio.CancelledError:
             with self.lock:
                 if request.resolved and request.error is None:
+                    task = asyncio.current_task()
+                    assert task is not None
+                    task.cancel()  # again, to strike at the next await
                     return
                 self.withdraw(request)
             self.wake()
@@ -313,6 +326,7 @@ class Engine:
         try:
             with self.lock:
                 orders, again = self.scheduler.advance()
+                self.device.invalidate(self.placement.left_device)
                 self._capture()
                 resolved, self.scheduler.resolved = self.scheduler.resolved, []
                 answers = [(request, self._futures.pop(request, None)) for request in resolved]
@@ -355,7 +369,10 @@ class Engine:
         elif order.action is Action.WRITE:
             self._spawn(self._write(order))
         else:
-            self.copies.start(order, self._ordered, self._done)
+            try:
+                self.copies.start(order, self._ordered, self._done)
+            except Exception as error:  # of the driver, or of a thread pool that is shutting down
+                self._done(order, error)
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = self.loop.create_task(coroutine)
@@ -378,6 +395,10 @@ class Engine:
     def _done(self, order: Order, error: BaseException | None) -> None:
         if threading.current_thread() is not self._thread:
             self.loop.call_soon_threadsafe(self._done, order, error)
+            return
+        if error is not None and self.copies.asynchronous and order.action not in (Action.READ, Action.WRITE):
+            self._landed.set()
+            self._fail(error)  # an error of CUDA is there to stay: this process cannot use the device any more
             return
         with self.lock:
             if error is None:
@@ -437,7 +458,7 @@ class Engine:
             assert self.directory is not None
             capture.taken = True
             for record in self.placement.records.values():
-                if not record.born:
+                if not capture.request.covers(record):
                     continue
                 capture.versions[record] = record.version
                 if record.nvme_version == record.version:
@@ -472,10 +493,16 @@ class Engine:
 
     # -- the end ---------------------------------------------------------------------------------------------------------------
 
+    async def finish_commits(self) -> None:
+        """Let commits end whose state is fixed, or can be at once. New calls are refused already."""
+        self._pump()
+        for capture in [capture for capture in self.captures if capture.request.started or capture.request.resolved]:
+            await asyncio.wrap_future(capture.ended)
+
     async def drain(self) -> None:
         """Refuse who waits, let transfers under way end. The store is closed from here on."""
         with self.lock:
-            self.closed = True
+            self.closed = self.scheduler.closing = True
             others = [call for call in self.calls if call.task is not asyncio.current_task()]
             for request in list(self.scheduler.waiting.values()):
                 self.scheduler.cancel(request)
@@ -492,21 +519,25 @@ class Engine:
 
     def shut_down(self) -> None:
         """Stop the loop and free the arenas. After `drain`, from any other thread."""
-        _LIVE.discard(self)
-        try:
-            self.copies.close()
+        with contextlib.ExitStack() as steps:  # last in, first out, each whatever became of the others
+            steps.callback(self.ended.set)
+            steps.callback(self.device.close)
+            steps.callback(self.transfer.close)
+            steps.callback(self.host.close)
+            steps.callback(self._hosts.shutdown)
+            steps.callback(self._stop)
+            steps.callback(self.copies.close)
+            _LIVE.discard(self)
+
+    def _stop(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed already
             self.loop.call_soon_threadsafe(self.loop.stop)
-            self._thread.join()
-            self._hosts.shutdown()
-            self.host.close()
-            self.transfer.close()
-            self.device.close()
-        finally:
-            self.ended.set()
+        self._thread.join()
 
     def forget_in_child(self) -> None:
         self.forked = True
-        self.lock = CriticalLock()  # the parent's may be held by a thread that the child does not have
+        self.lock = CriticalLock(self._wake_if_wanted)
+        self.wanted = False  # the parent's may be held by a thread that the child does not have
         if self.directory is not None:
             self.directory.forget_in_child()
 
@@ -535,3 +566,12 @@ def _after_fork() -> None:
 
 if sys.platform != "win32":
     os.register_at_fork(after_in_child=_after_fork)
+
+
+def _at_exit() -> None:
+    """The interpreter ends and takes the thread pools with it: an open store orders nothing more."""
+    for engine in list(_LIVE):
+        engine.closed = True
+
+
+atexit.register(_at_exit)

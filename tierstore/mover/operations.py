@@ -7,6 +7,7 @@ back what it took and leaves the block as it was.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import AsyncIterator, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from tierstore.catalog import Block, TensorSpec
-from tierstore.errors import FrozenError, LeaseError, NoDirectoryError, TensorError
+from tierstore.errors import FrozenError, LeaseError, NoDirectoryError, TensorError, TierstoreError
 from tierstore.mover.calls import Call, Capture
 from tierstore.mover.engine import Engine
 from tierstore.nvme.directory import Directory
@@ -23,21 +24,23 @@ from tierstore.nvme.manifest import encode_metadata
 from tierstore.nvme.shards import Entry
 from tierstore.requests import HostAccess, Make, Owner, Place, Record, Save, Vacate
 from tierstore.residency import Event, State, Tier
-from tierstore.tiers.device import DTYPES, view_of
+from tierstore.tiers.device import DTYPES, flat_bytes, view_of
+
+log = logging.getLogger("tierstore")
 
 Tensors = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Source:
-    """Tensors of a caller, and the event behind which a CUDA stream has made them."""
+    """Tensors of a caller, and the events behind which CUDA streams have made them."""
 
     tensors: Tensors
-    made: torch.cuda.Event | None = None
+    made: tuple[torch.cuda.Event, ...] = ()
 
     def wait(self) -> None:
-        if self.made is not None:
-            self.made.synchronize()
+        for event in self.made:
+            event.synchronize()
 
 
 async def put(engine: Engine, block: Block, source: Source, tier: Tier, owner: Owner) -> None:
@@ -90,7 +93,7 @@ def _fill_device(engine: Engine, offset: int, block: Block, source: Source) -> N
     source.wait()
     for spec in block.tensors:
         if spec.name in source.tensors and spec.nbytes:
-            engine.copies.write(offset + spec.offset, flat_bytes(source.tensors[spec.name]))
+            engine.copies.write(offset + spec.offset, source.tensors[spec.name])
 
 
 async def _make_on_nvme(engine: Engine, record: Record, source: Source) -> None:
@@ -106,6 +109,7 @@ async def _write_shard(engine: Engine, directory: Directory, record: Record, sou
         keep: Bytes that `source` does not cover are taken from the present shard.
     """
     writer = await directory.create(record.block)
+    gather = _Gather(record.block, source.tensors)
     try:
         async with engine.slots.take() as slot:
             for start in range(0, record.nbytes, engine.slots.nbytes):
@@ -114,7 +118,7 @@ async def _write_shard(engine: Engine, directory: Directory, record: Record, sou
                     if keep:
                         await directory.read(engine.shards[record], piece, offset=start)
                     target = engine.transfer.tensor[slot : slot + length]
-                    await engine.offload(_gather, record.block, source.tensors, start, target)
+                    await engine.offload(gather, start, target)
                     await writer.write(start, piece)
         shard = await writer.finish()
     except BaseException:
@@ -124,11 +128,21 @@ async def _write_shard(engine: Engine, directory: Directory, record: Record, sou
         engine.replace_shard(record, shard, record.version)
 
 
-def _gather(block: Block, tensors: Tensors, start: int, target: torch.Tensor) -> None:
-    """Copy payload bytes [start, start + len(target)) from the tensors that make them up."""
-    for spec, inside, outside, length in _overlaps(block, start, target.numel()):
-        if spec.name in tensors:
-            target[outside : outside + length].copy_(flat_bytes(tensors[spec.name])[inside : inside + length])
+class _Gather:
+    """Copies pieces of a payload, in order, from the tensors that make it up. One of them at a time is made contiguous."""
+
+    def __init__(self, block: Block, tensors: Tensors) -> None:
+        self._block = block
+        self._tensors = tensors
+        self._flat: tuple[str, torch.Tensor] | None = None
+
+    def __call__(self, start: int, target: torch.Tensor) -> None:
+        """Fill `target` with payload bytes [start, start + len(target))."""
+        for spec, inside, outside, length in _overlaps(self._block, start, target.numel()):
+            if spec.name in self._tensors:
+                if self._flat is None or self._flat[0] != spec.name:
+                    self._flat = (spec.name, flat_bytes(self._tensors[spec.name]))
+                target[outside : outside + length].copy_(self._flat[1][inside : inside + length])
 
 
 def _overlaps(block: Block, start: int, nbytes: int) -> Iterator[tuple[TensorSpec, int, int, int]]:
@@ -137,11 +151,6 @@ def _overlaps(block: Block, start: int, nbytes: int) -> Iterator[tuple[TensorSpe
         low, high = max(spec.offset, start), min(spec.offset + spec.nbytes, start + nbytes)
         if low < high:
             yield spec, low - spec.offset, low - start, high - low
-
-
-def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor's elements in row-major order, as uint8 in one dimension."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 @asynccontextmanager
@@ -240,6 +249,7 @@ async def write(engine: Engine, record: Record, source: Source, owner: Owner) ->
                     record.version += 1
                     record.gpu.apply(Event.WRITE)
                     placement.supersede_ram(record)
+                    placement.left_device.append(record.id)
         else:
             await engine.offload(source.wait)
             with engine.lock:
@@ -261,7 +271,6 @@ async def delete(engine: Engine, record: Record, owner: Owner) -> None:
         with engine.lock:
             engine.scheduler.host_write_ended(record)
             engine.scheduler.forget(record)
-            engine.device.forget(record.id)
             engine.total_bytes -= record.nbytes
             shard = engine.shards.pop(record, None)
             if shard is not None and engine.directory is not None:
@@ -342,9 +351,14 @@ def start_commit(engine: Engine, owner: Owner, metadata: object, *, wait: bool) 
 
 async def _finish_commit(engine: Engine, capture: Capture, future: Future[None], metadata: object) -> int:
     """Save what is dirty, then make it durable. Returns the generation."""
-    await engine.served(capture.request, future)
-    entries = [Entry(record.block, shard) for record, shard in capture.shards.items()]
-    generation = await need_directory(engine).commit(entries, metadata)
+    try:
+        await engine.served(capture.request, future)
+        entries = [Entry(record.block, shard) for record, shard in capture.shards.items()]
+        generation = await need_directory(engine).commit(entries, metadata)
+    except TierstoreError as error:
+        if not capture.request.waited:  # nobody may ever ask the handle
+            log.error("a commit failed: %s", error)
+        raise
     engine.committed_versions = capture.versions
     engine.commits += 1
     return generation
@@ -358,14 +372,16 @@ def _end_commit(engine: Engine, capture: Capture) -> None:
     engine.wake()
     for shard in capture.shards.values():
         need_directory(engine).release(shard)
+    capture.ended.set_result(None)
 
 
 async def close(engine: Engine) -> int:
     """End cleanly. Returns how many blocks are not as the last commit has them."""
+    await engine.finish_commits()
     await engine.drain()
     lost = 0
     if engine.directory is not None:
-        present = [record for record in engine.placement.records.values() if record.born]
+        present = [record for record in engine.placement.records.values() if record.born is not None]
         lost = sum(engine.committed_versions.get(record) != record.version for record in present)
         lost += len(engine.committed_versions.keys() - set(present))
         await engine.directory.close()

@@ -14,6 +14,7 @@ while somebody may still wait for it.
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -27,8 +28,10 @@ import torch
 
 from tierstore.requests import Action, Order
 from tierstore.residency import Tier
-from tierstore.tiers.device import DeviceArena
+from tierstore.tiers.device import DeviceArena, flat_bytes
 from tierstore.tiers.ram import HostArena
+
+log = logging.getLogger("tierstore")
 
 Report = Callable[[Order, BaseException | None], None]
 
@@ -49,8 +52,12 @@ class Copies(Protocol):
         """Carry the order out. Called on the engine's thread; `done` may come from any thread, `ordered` before it."""
         ...
 
-    def lease(self, offsets: Iterable[tuple[int, int]], write: bool) -> None:
-        """Have the caller's current stream wait for what is under way on extents (offset, bytes)."""
+    def lease(self, offsets: Iterable[tuple[int, int]]) -> object:
+        """Have the caller's current stream wait for what is under way on extents (offset, bytes). Returns that stream."""
+        ...
+
+    def note_use(self, offsets: Iterable[tuple[int, int]], stream: object) -> None:
+        """Note that a stream, as `lease` returned it, uses the extents up to here. Any thread; does not wait."""
         ...
 
     def release(self, offsets: Iterable[tuple[int, int]]) -> int:
@@ -62,7 +69,7 @@ class Copies(Protocol):
         ...
 
     def write(self, offset: int, source: torch.Tensor) -> None:
-        """Copy a tensor's bytes to the device at `offset`, and wait for it."""
+        """Copy a tensor's elements, row-major, to the device at `offset`, and wait for it."""
         ...
 
     def close(self) -> None: ...
@@ -105,7 +112,10 @@ class ThreadCopies:
         else:
             ram.copy_(gpu)
 
-    def lease(self, offsets: Iterable[tuple[int, int]], write: bool) -> None:
+    def lease(self, offsets: Iterable[tuple[int, int]]) -> object:
+        return None
+
+    def note_use(self, offsets: Iterable[tuple[int, int]], stream: object) -> None:
         pass
 
     def release(self, offsets: Iterable[tuple[int, int]]) -> int:
@@ -115,7 +125,8 @@ class ThreadCopies:
         target.copy_(self._device.tensor[offset : offset + target.numel()])
 
     def write(self, offset: int, source: torch.Tensor) -> None:
-        self._device.tensor[offset : offset + source.numel()].copy_(source)
+        flat = flat_bytes(source)
+        self._device.tensor[offset : offset + flat.numel()].copy_(flat)
 
     def close(self) -> None:
         for pool in self._pools.values():
@@ -176,7 +187,7 @@ class CudaCopies:
                 self._copy(order, self._host.tensor[offset : offset + nbytes], offset - order.offset_ram)
             event = self._record_behind(order, stream)
         ordered(order, None)
-        self._waiters[order.action].wait_for(event, lambda: done(order, None))
+        self._waiters[order.action].wait_for(event, lambda error: done(order, error))
 
     # -- one copy ----------------------------------------------------------------------------------------------------------
 
@@ -191,6 +202,9 @@ class CudaCopies:
         event = torch.cuda.Event(blocking=True)
         event.record(stream)
         if order.action is Action.H2D:
+            if len(self._ready) > PRUNE_AT:
+                for offset in [offset for offset, ready in list(self._ready.items()) if ready.query()]:
+                    self._ready.pop(offset, None)
             self._ready[order.offset_gpu] = event
         else:
             with self._lock:
@@ -307,7 +321,7 @@ class CudaCopies:
 
     # -- leases -----------------------------------------------------------------------------------------------------------------
 
-    def lease(self, offsets: Iterable[tuple[int, int]], write: bool) -> None:
+    def lease(self, offsets: Iterable[tuple[int, int]]) -> object:
         stream = torch.cuda.current_stream(self._at)
         for offset, _ in offsets:
             ready = self._ready.get(offset)
@@ -321,6 +335,15 @@ class CudaCopies:
                 for key, (_, event) in self._uses.get(offset, {}).items():
                     if key != stream.cuda_stream and not event.query():
                         stream.wait_event(event)
+        return stream
+
+    def note_use(self, offsets: Iterable[tuple[int, int]], stream: object) -> None:
+        assert isinstance(stream, torch.cuda.Stream)
+        event = torch.cuda.Event(blocking=True)
+        event.record(stream)
+        with self._lock:
+            for offset, nbytes in offsets:
+                self._note_use(offset, nbytes, stream, event)
 
     def release(self, offsets: Iterable[tuple[int, int]]) -> int:
         stream = torch.cuda.current_stream(self._at)
@@ -348,12 +371,16 @@ class CudaCopies:
 
     def write(self, offset: int, source: torch.Tensor) -> None:
         with torch.cuda.device(self._at), torch.cuda.stream(self._h2d):
-            self._wait_for_uses(self._h2d, offset, offset + source.numel(), writes=False)
-            self._device.tensor[offset : offset + source.numel()].copy_(source)
+            flat = flat_bytes(source)  # on this stream: it may have to be gathered
+            self._wait_for_uses(self._h2d, offset, offset + flat.numel(), writes=False)
+            self._device.tensor[offset : offset + flat.numel()].copy_(flat)
             self._h2d.synchronize()
 
     def close(self) -> None:
-        torch.cuda.synchronize(self._at)
+        try:
+            torch.cuda.synchronize(self._at)
+        except RuntimeError as error:
+            log.error("closing after a CUDA error: %s", error)
         for waiter in self._waiters.values():
             waiter.close()
         for pool in (self._host_moves, *self._staged.values()):
@@ -364,12 +391,12 @@ class _Waiter:
     """A thread that sleeps until events have happened, in order, and calls back."""
 
     def __init__(self, name: str, device: torch.device) -> None:
-        self._queue: queue.SimpleQueue[tuple[torch.cuda.Event, Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[torch.cuda.Event, Callable[[BaseException | None], Any]] | None] = queue.SimpleQueue()
         self._device = device
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    def wait_for(self, event: torch.cuda.Event, then: Callable[[], Any]) -> None:
+    def wait_for(self, event: torch.cuda.Event, then: Callable[[BaseException | None], Any]) -> None:
         self._queue.put((event, then))
 
     def close(self) -> None:
@@ -380,5 +407,9 @@ class _Waiter:
         torch.cuda.set_device(self._device)
         while (item := self._queue.get()) is not None:
             event, then = item
-            event.synchronize()
-            then()
+            error: BaseException | None = None
+            try:
+                event.synchronize()
+            except BaseException as failure:  # CUDA is lost to this process, but nobody may wait for ever
+                error = failure
+            then(error)

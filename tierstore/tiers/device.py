@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tierstore.catalog import Block, TensorSpec
+from tierstore.catalog import Block, BlockId, TensorSpec
 from tierstore.errors import CapacityError
 from tierstore.tiers.ram import map_memory
 
@@ -54,6 +54,11 @@ def view_of(storage: torch.UntypedStorage, device: torch.device, start: int, spe
     return tensor.set_(storage, begin, spec.shape, strides(spec.shape))
 
 
+def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's elements in row-major order, as uint8 in one dimension."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
 class DeviceArena:
     """`nbytes` on the compute device; ordinary memory when that is the CPU.
 
@@ -67,8 +72,8 @@ class DeviceArena:
         self._views: dict[int, tuple[int, tuple[torch.Tensor, ...]]] = {}
         try:
             if device.type == "cpu":
-                self._map = map_memory(nbytes)  # page-aligned, which torch's own allocator is not
-                self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)
+                memory = map_memory(nbytes)  # page-aligned, which torch's own allocator is not
+                self.tensor = torch.frombuffer(memory, dtype=torch.uint8)
                 self.tensor.zero_()
             else:
                 self.tensor = torch.zeros(nbytes, dtype=torch.uint8, device=device)
@@ -86,17 +91,25 @@ class DeviceArena:
         self._storage = self.tensor.untyped_storage()
 
     def tensors(self, number: int, block: Block, offset: int) -> tuple[torch.Tensor, ...]:
-        """The block's tensors at `offset`, fresh objects on every call (so that no `.grad` outlives a lease). Under the lock."""
+        """The block's tensors at `offset`, fresh objects on every call: no `.grad` outlives a lease."""
         cached = self._views.get(number)
         if cached is None or cached[0] != offset:
             views = tuple(view_of(self._storage, self.device, offset, spec) for spec in block.tensors)
             cached = self._views[number] = (offset, views)
         return tuple([view.detach() for view in cached[1]])
 
-    def forget(self, number: int) -> None:
-        """The block is gone."""
-        self._views.pop(number, None)
+    def invalidate(self, numbers: list[BlockId]) -> None:
+        """These blocks' extents are about to hold something else: what autograd saved of them must not be used. Empties the list.
+
+        The views' version counters move, so that a backward pass through them raises instead of giving wrong gradients.
+        """
+        for number in numbers:
+            cached = self._views.pop(number, None)
+            if cached is not None:
+                torch.autograd.graph.increment_version(cached[1])
+        numbers.clear()
 
     def close(self) -> None:
+        """Let the memory go, as soon as the caller holds no tensor in it."""
         self._views.clear()
         del self.tensor, self._storage

@@ -102,13 +102,14 @@ class HostArena:
             offset = stop
 
     def close(self) -> None:
-        """Unregister. The memory goes when the last view of it does."""
+        """Unregister, and let the memory go as soon as nobody holds a view of it."""
         if self.page_locked_bytes:
             runtime = torch.cuda.cudart()
             for start in range(0, self.page_locked_bytes, SEGMENT_BYTES):
                 runtime.cudaHostUnregister(self.address + start)
             self.page_locked_bytes = 0
         self.memory.release()
+        del self.tensor, self._map
 
     def _touch(self, threads: int) -> None:
         starts = range(0, self.nbytes, TOUCH_BYTES)
@@ -122,7 +123,7 @@ class HostArena:
             code = int(runtime.cudaHostRegister(self.address + start, length, 0))
             if code:
                 self.page_lock_error = f"cudaHostRegister returned {code}"
-                torch.cuda.cudart().cudaGetLastError() if hasattr(runtime, "cudaGetLastError") else None
+                _clear_cuda_error()
                 log.warning(
                     "only %d of %d bytes of the RAM tier could be page-locked (%s); the rest is pageable and its copies are slower",
                     self.page_locked_bytes,
@@ -131,3 +132,11 @@ class HostArena:
                 )
                 return
             self.page_locked_bytes += length
+
+
+def _clear_cuda_error() -> None:
+    """A refused registration is remembered, and raised at the next kernel, whosever it is: let it be one of ours."""
+    try:
+        torch.zeros(1, device="cuda").add_(1)
+    except RuntimeError as error:
+        log.debug("cleared: %s", error)

@@ -1,0 +1,98 @@
+"""What stands between the scheduler and a policy: however wrong the policy is, the store is only slower."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from tierstore.catalog import BlockId
+from tierstore.errors import OptionError
+from tierstore.policies.base import Policy, View
+from tierstore.policies.lru import Lru
+from tierstore.residency import Tier
+
+log = logging.getLogger("tierstore")
+T = TypeVar("T")
+_BOUND = "_tierstore_bound"
+
+
+class Guard:
+    """Asks the policy; from its first error on, LRU in its place.
+
+    Raises:
+        OptionError: On binding a policy object that another store uses or has used.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._given = policy
+        self._resident: dict[Tier, dict[BlockId, None]] = {Tier.GPU: {}, Tier.RAM: {}}
+        self._epoch = 0
+
+    def bind(self, view: View) -> None:
+        if getattr(self._given, _BOUND, False):
+            raise OptionError(
+                "policy= is an object that another store uses or has used",
+                need="a policy of its own for each store",
+                have=repr(self._given),
+                remedy="pass its class or its name, or make a new object",
+            )
+        try:
+            setattr(self._given, _BOUND, True)
+        except AttributeError:  # it has slots: then nothing can be told
+            log.debug("%r cannot be marked as used", self._given)
+        self._view = view
+        self._ask(lambda policy: policy.bind(view), None)
+
+    def accessed(self, block: BlockId, write: bool) -> None:
+        self._ask(lambda policy: policy.accessed(block, write), None)
+
+    def touched(self, block: BlockId, tier: Tier) -> None:
+        self._ask(lambda policy: policy.touched(block, tier), None)
+
+    def admitted(self, block: BlockId, tier: Tier) -> None:
+        self._resident[tier][block] = None
+        self._ask(lambda policy: policy.admitted(block, tier), None)
+
+    def removed(self, block: BlockId, tier: Tier) -> None:
+        self._resident[tier].pop(block, None)
+        self._ask(lambda policy: policy.removed(block, tier), None)
+
+    def victims(self, tier: Tier) -> Iterator[BlockId]:
+        try:
+            yield from self._policy.victims(tier)
+        except Exception as error:
+            self._give_up(error)
+            yield from self._policy.victims(tier)
+
+    def next_use(self, block: BlockId) -> float:
+        answer = self._ask(lambda policy: policy.next_use(block), math.inf)
+        return answer if isinstance(answer, int | float) else math.inf
+
+    def expected(self, position: int) -> BlockId | None:
+        return self._ask(lambda policy: policy.expected(position), None)
+
+    @property
+    def epoch(self) -> int:
+        return self._epoch + self._ask(lambda policy: policy.epoch, 0)
+
+    def _ask(self, question: Callable[[Policy], T], otherwise: T) -> T:
+        try:
+            return question(self._policy)
+        except Exception as error:
+            self._give_up(error)
+            return otherwise
+
+    def _give_up(self, error: Exception) -> None:
+        """The policy is a user's code, and a user's error must not cost him his tensors."""
+        if isinstance(self._policy, Lru) and self._policy is not self._given:
+            raise error
+        log.error("policy %r failed and is replaced by lru: %r", self._given, error, exc_info=error)
+        self._policy = Lru()
+        self._policy.bind(self._view)
+        self._epoch += 1
+        for tier, blocks in self._resident.items():
+            for block in blocks:
+                self._policy.admitted(block, tier)
