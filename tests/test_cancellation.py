@@ -310,7 +310,7 @@ from tierstore.errors import TierstoreError
 chance = random.Random(int(sys.argv[2]))
 PAGE = 4096
 page = lambda value: torch.full((2 * PAGE // 8,), float(value), dtype=torch.float64)
-caught = 0
+caught, struck = 0, False
 store = TierStore(gpu=8 * PAGE, ram=24 * PAGE, nvme=sys.argv[1], device="cpu")
 low, high = [0.0] * 12, [0.0] * 12
 for number in range(12):
@@ -358,6 +358,9 @@ while time.monotonic() < end:
             store.unhold(f"b{number}")
         armed = False  # the loop's own head is not what is tested
     except KeyboardInterrupt:
+        struck = True
+    if struck:  # the exception has been dropped, and with it whatever it kept alive
+        struck = False
         caught += 1
         for number in range(12):  # it may have struck between the change and the note of it
             value = store.read(f"b{number}")

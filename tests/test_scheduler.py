@@ -659,3 +659,75 @@ def test_what_fits_after_moving_unleased_blocks_is_served(has_nvme: bool) -> Non
             served += 1
     assert served > 100
     assert refused > 10
+
+
+def test_bytes_read_for_ram_do_not_outlive_a_write_on_the_device() -> None:
+    """A hold on RAM was given up while its read was under way, and the block was written before the read landed."""
+    sim = Sim(gpu=4, ram=4)
+    block = sim.put("a", 1, tier=Tier.NVME)
+    sim.use(block)
+    sim.placement.drop(block, Tier.RAM)
+    hold = Place("main", (block,), tier=Tier.RAM)
+    sim.scheduler.submit(hold)
+    sim.pump()
+    (read,) = sim.flying
+    assert read.action is Action.READ
+    sim.scheduler.cancel(hold)
+    lease = sim.ask("main", (block,), (block,))
+    assert isinstance(lease, Lease)
+    sim.release(lease)
+    sim.complete(read)
+    assert block.ram.state is State.STALE
+    sim.check_tiers()
+    sim.use(block)
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_a_block_that_is_being_moved_is_leased_at_its_new_place(ordered: bool) -> None:
+    sim = Sim(gpu=8, ram=16, device_is_ordered=ordered)
+    blocks = [sim.put(f"{index}", 2, tier=Tier.GPU) for index in range(4)]
+    large = sim.put("large", 4)
+    keep = sim.ask("other", (blocks[0],))
+    assert isinstance(keep, Lease)
+    for index in (1, 3):
+        sim.scheduler.forget(blocks[index])
+    wanted = sim.ask("main", (large,))
+    sim.pump()
+    (move,) = [order for order in sim.flying if order.action is Action.COMPACT]
+    assert [record for record, _, _ in move.moves] == [blocks[2]]
+    lease = sim.ask("third", (blocks[2],))
+    assert isinstance(lease, Lease) == ordered, "on the device a lease is ordered behind the move; the host has to wait for it"
+    sim.settle()
+    if isinstance(lease, Use):
+        assert lease.lease is not None
+        lease = lease.lease
+    sim.check_lease(lease)
+    assert isinstance(wanted, Use)
+    assert wanted.lease is not None
+    sim.check_lease(wanted.lease)
+    sim.check_lease(keep)
+
+
+def test_a_commit_waits_for_no_writer_that_waits_for_it() -> None:
+    """One holds a block and waits for the commit, which waits for the other's write lease, which waits for the block."""
+    sim = Sim(gpu=8, ram=8)
+    first, second = sim.put("first", 1), sim.put("second", 1)
+    reading = sim.ask("one", (first,))
+    writing = sim.ask("two", (second,), (second,))
+    sim.settle()
+    assert isinstance(reading, Use)
+    assert isinstance(writing, Use)
+    assert reading.lease is not None
+    assert writing.lease is not None
+    save = Save("one", (), commit=True)
+    sim.scheduler.submit(save)
+    sim.settle()
+    assert not save.resolved
+    blocked = sim.ask("two", (first,), (first,))
+    assert isinstance(blocked, Use)
+    sim.settle()
+    assert isinstance(blocked.error, DeadlockError)
+    sim.release(writing.lease)
+    sim.settle()
+    assert save.resolved
+    assert save.error is None

@@ -110,7 +110,8 @@ def check_options(options: Options) -> None:
 def _is_path(value: object) -> bool:
     try:
         path = os.fspath(value)  # type: ignore[call-overload]
-    except TypeError:
+        os.fsencode(path)
+    except (TypeError, UnicodeEncodeError):
         return False
     return isinstance(path, str) and path != "" and "\0" not in path
 

@@ -264,15 +264,20 @@ class UseBase:
         # Before the lease ends: the next writer's changes count on the same counter.
         changed = [name for name, tensor, version in self._watched if tensor._version != version]
         self._watched = []
-        try:
-            self._engine.end_use(ticket)
-        finally:
-            if ticket.lease is not None:
-                self._engine.abandon(ticket)
-            self._ticket = None  # only now: if Ctrl-C strikes, the finaliser ends the lease
+        self._engine.end_use(ticket)
+        self._ticket = None  # only now, see `_drop`
         if changed and not failed:
             name = changed[0]
             raise LeaseError(f"block {name!r} was changed under a lease that only reads", remedy="use(..., write=True)", block=name)
+
+    def _drop(self) -> None:
+        """Entering or leaving failed, perhaps because Ctrl-C struck: have no lease and no request.
+
+        If it strikes before the first line of `__exit__`, the finaliser does the same once the exception has been dropped.
+        """
+        ticket, self._ticket = self._ticket, None
+        if ticket is not None:
+            self._engine.abandon(ticket)
 
     def _timed_out(self) -> LeaseTimeoutError:
         cause = self._ticket.request.cause if self._ticket is not None and self._ticket.request is not None else "lease"
@@ -292,12 +297,9 @@ class UseBase:
 def close_dropped(engine: Engine) -> None:
     """Close a store that nobody has any more. On a thread of its own: finalisers run anywhere, also under the lock."""
     call = engine.begin_close(operations.close(engine))
-    if call is None:
-        return
-    try:
+    if call is not None:
+        operations.shut_down_after(engine, call)
         warn_of_loss(call.result.result())
-    finally:
-        engine.shut_down()
 
 
 def warn_of_loss(lost: int) -> None:
@@ -322,13 +324,15 @@ class AsyncUse(UseBase):
                 self._engine.finish_wait(self._ticket)
             return self._yield()
         except BaseException:
-            ticket, self._ticket = self._ticket, None
-            if ticket is not None:
-                self._engine.abandon(ticket)
+            self._drop()
             raise
 
     async def __aexit__(self, kind: object, *_: object) -> None:
-        self._end(kind is not None)
+        try:
+            self._end(kind is not None)
+        except BaseException:
+            self._drop()
+            raise
 
 
 async def _finish(call: Call[T]) -> T:

@@ -62,13 +62,15 @@ class Use(UseBase):
                 self._engine.finish_wait(self._ticket)
             return self._yield()
         except BaseException:
-            ticket, self._ticket = self._ticket, None
-            if ticket is not None:
-                self._engine.abandon(ticket)
+            self._drop()
             raise
 
     def __exit__(self, kind: object, *_: object) -> None:
-        self._end(kind is not None)
+        try:
+            self._end(kind is not None)
+        except BaseException:
+            self._drop()
+            raise
 
 
 class CommitHandle:
@@ -287,17 +289,11 @@ class TierStore(StoreBase):
         engine = self._engine
         if engine is None or engine.forked:
             return
-        call: Call[int] | None = None
-        try:
-            with Uninterrupted():
-                call = engine.begin_close(operations.close(engine))
-            if call is None:  # another thread closes it, or has
-                engine.ended.wait()
-            else:
-                warn_of_loss(wait_for(call.result))
-        finally:
-            if call is not None:
-                try:
-                    wait_for(call.ended)
-                finally:
-                    engine.shut_down()
+        with Uninterrupted():
+            call = engine.begin_close(operations.close(engine))
+            if call is not None:  # on a thread of its own: it must come to its end even if Ctrl-C ends the wait for it
+                threading.Thread(target=operations.shut_down_after, args=(engine, call), name="tierstore-close").start()
+        while not engine.ended.wait(0.2 if sys.platform == "win32" else None):
+            pass
+        if call is not None:
+            warn_of_loss(call.result.result())

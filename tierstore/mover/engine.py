@@ -536,8 +536,8 @@ class Engine:
 
     def forget_in_child(self) -> None:
         self.forked = True
-        self.lock = CriticalLock(self._wake_if_wanted)
-        self.wanted = False  # the parent's may be held by a thread that the child does not have
+        self.lock = CriticalLock(self._wake_if_wanted)  # the parent's may be held by a thread that the child does not have
+        self.wanted = False
         if self.directory is not None:
             self.directory.forget_in_child()
 

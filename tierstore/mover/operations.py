@@ -388,6 +388,12 @@ async def close(engine: Engine) -> int:
     return lost
 
 
+def shut_down_after(engine: Engine, call: Call[int]) -> None:
+    """The last step of closing, for a thread of its own: stop the engine once `close` has ended, well or not."""
+    call.ended.result()
+    engine.shut_down()
+
+
 def need_directory(engine: Engine) -> Directory:
     if engine.directory is None:
         raise NoDirectoryError("the store has no NVMe tier", remedy="open it with nvme=DIRECTORY")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.metadata import entry_points
+from inspect import getattr_static
 
 from tierstore.errors import OptionError
 from tierstore.policies.base import Policy, PolicyBase, View
@@ -39,11 +40,21 @@ def resolve(policy: str | Policy | type) -> Policy:
         known = ", ".join(available())
         raise OptionError(f"unknown policy {policy!r}", need=f"one of {known}", remedy="name one of these, or pass an object")
     made = policy() if isinstance(policy, type) else policy
-    if not isinstance(made, Policy):
-        missing = [name for name in _PROTOCOL if not hasattr(made, name)]
+    missing = [name for name in _PROTOCOL if _lacks(made, name)]
+    if missing:
         remedy = "inherit from tierstore.policies.PolicyBase"
-        raise OptionError(f"policy {made!r} does not have the policy protocol", need=", ".join(missing), remedy=remedy)
+        have = f"without {', '.join(missing)}"
+        raise OptionError(f"policy {made!r} does not have the policy protocol", need=", ".join(_PROTOCOL), have=have, remedy=remedy)
     return made
 
 
 _PROTOCOL = ("bind", "accessed", "touched", "admitted", "removed", "victims", "next_use", "expected", "epoch")
+
+
+def _lacks(policy: object, name: str) -> bool:
+    """Looked up without running the policy's own code, which may fail."""
+    try:
+        getattr_static(policy, name)
+    except AttributeError:
+        return True
+    return False

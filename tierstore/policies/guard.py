@@ -62,21 +62,26 @@ class Guard:
 
     def victims(self, tier: Tier) -> Iterator[BlockId]:
         try:
-            yield from self._policy.victims(tier)
+            for block in self._policy.victims(tier):
+                if not isinstance(block, int):
+                    raise TypeError(f"victims() gave {block!r}, which is no block id")
+                yield block
         except Exception as error:
             self._give_up(error)
             yield from self._policy.victims(tier)
 
     def next_use(self, block: BlockId) -> float:
-        answer = self._ask(lambda policy: policy.next_use(block), math.inf)
+        answer: object = self._ask(lambda policy: policy.next_use(block), math.inf)
         return answer if isinstance(answer, int | float) else math.inf
 
     def expected(self, position: int) -> BlockId | None:
-        return self._ask(lambda policy: policy.expected(position), None)
+        answer: object = self._ask(lambda policy: policy.expected(position), None)
+        return BlockId(answer) if isinstance(answer, int) else None
 
     @property
     def epoch(self) -> int:
-        return self._epoch + self._ask(lambda policy: policy.epoch, 0)
+        answer: object = self._ask(lambda policy: policy.epoch, 0)
+        return self._epoch + answer if isinstance(answer, int) else self._epoch
 
     def _ask(self, question: Callable[[Policy], T], otherwise: T) -> T:
         try:
