@@ -326,6 +326,7 @@ class Scheduler(Leases):
                 return True
             self._bring_all(request, protect)
             return False
+        request.cause = "space"  # and no longer a lease
         record = request.records[0]
         if isinstance(request, Place):
             return self._serve_place(request, record, protect)

@@ -1,6 +1,8 @@
 """Runs on a machine with a GPU what continuous integration, which has none, cannot: and keeps the outcome as JSON.
 
-python tests/gpu/prove.py benchmarks/results/gpu-NAME.json
+python tests/gpu/prove.py benchmarks/results/gpu-NAME.json [PART ...]
+
+Named parts only are run anew; the rest of an existing file stays.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,23 +52,23 @@ MUTANTS = {
 }
 """Faults planted in tierstore/mover/streams.py, each of which tests/gpu must notice."""
 
+HUNT = "mixed or another_stream or values_from or (race_hunt and True and not static)"
+"""The tests that hunt for races."""
+
+QUIET = ("-q", "-p", "no:cacheprovider", "-p", "no:benchmark")
+
 
 def run(*command: str, **environment: str) -> tuple[int, str, float]:
     """(exit code, output, seconds) of a Python command."""
     start = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, *command],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
-    )
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    settings = os.environ | {"PYTHONPATH": path} | environment
+    done = subprocess.run([sys.executable, *command], check=False, capture_output=True, text=True, cwd=ROOT, env=settings)
     return done.returncode, done.stdout + done.stderr, round(time.perf_counter() - start, 1)
 
 
 def pytest(*arguments: str, **environment: str) -> dict[str, Any]:
-    code, output, seconds = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark", *arguments, **environment)
+    code, output, seconds = run("-m", "pytest", *QUIET, *arguments, **environment)
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", output.splitlines()[-1])}
     if code:
         print(output[-6000:])
@@ -81,9 +84,7 @@ def plant_mutants() -> dict[str, str]:
         for name, (right, wrong) in MUTANTS.items():
             assert original.count(right) == 1, f"the mutant {name!r} no longer fits the code"
             path.write_text(original.replace(right, wrong), encoding="utf-8")
-            code, output, _ = run(
-                "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:benchmark", "--timeout", "60", "tests/gpu"
-            )
+            code, output, _ = run("-m", "pytest", *QUIET, "-x", "--timeout", "60", "tests/gpu", "-k", HUNT)
             first = re.search(r"^FAILED \S+::(\S+)", output, re.MULTILINE)
             outcome[name] = f"caught by {first[1]}" if code == 1 and first else "survived"
     finally:
@@ -99,21 +100,28 @@ def demo() -> dict[str, Any]:
     return {"exit_code": code, "verdict": verdict[0] if verdict else None, "seconds": seconds}
 
 
-def main(target: str) -> int:
+def main(target: str, *only: str) -> int:
     sys.path.insert(0, str(ROOT))
     from tierstore.hardware import machine_facts  # noqa: PLC0415 - the path is set only now
 
-    report: dict[str, Any] = {"machine": machine_facts()}
-    report["tests/gpu"] = pytest("tests/gpu")
-    report["state machine on cuda"] = pytest("tests/test_state_machine.py", TIERSTORE_TEST_DEVICE="cuda", HYPOTHESIS_PROFILE="ci")
-    report["demo --check on cuda"] = demo()
-    report["planted bugs"] = plant_mutants()
+    before = json.loads(Path(target).read_text(encoding="utf-8")) if only else {}
+    report: dict[str, Any] = before | {"machine": machine_facts()}
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "tests/gpu": lambda: pytest("tests/gpu"),
+        "state machine on cuda": lambda: pytest("tests/test_state_machine.py", TIERSTORE_TEST_DEVICE="cuda", HYPOTHESIS_PROFILE="ci"),
+        "demo --check on cuda": demo,
+        "planted bugs": plant_mutants,
+    }
     Path(target).parent.mkdir(parents=True, exist_ok=True)
-    Path(target).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    for name, part in parts.items():
+        if only and name not in only:
+            continue
+        report[name] = part()
+        Path(target).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(report, indent=1))
     failed = any(isinstance(part, dict) and part.get("exit_code") for part in report.values())
     return int(failed or "survived" in report["planted bugs"].values())
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(*sys.argv[1:]))

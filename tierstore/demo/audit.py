@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import time
 import weakref
 from collections.abc import Iterable, Sequence
 
@@ -12,6 +13,9 @@ from torch import Tensor
 
 SMALL_BYTES = 4096
 """Tensors up to this size (norms, token windows, gains of a norm) are not state worth streaming."""
+
+PATIENCE_S = 2.0
+"""Autograd's device threads let go of a gradient a moment after `backward()` has returned; what is kept is still there then."""
 
 
 class AuditError(AssertionError):
@@ -56,6 +60,11 @@ class Audit:
             return
         self.looks += 1
         kept = self.find(declared)
+        patience_until = time.monotonic() + PATIENCE_S
+        while kept and time.monotonic() < patience_until:
+            kept.clear()
+            time.sleep(0.01)
+            kept = self.find(declared)
         if kept:
             listed = ", ".join(f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in kept[:5])
             raise AuditError(f"{moment} of step {step} the loop still held {len(kept)} tensors outside the store: {listed}")

@@ -574,4 +574,5 @@ def _at_exit() -> None:
         engine.closed = True
 
 
-atexit.register(_at_exit)
+# The private hook runs before the thread pools are shut down, the public one after that.
+getattr(threading, "_register_atexit", atexit.register)(_at_exit)
