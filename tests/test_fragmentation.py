@@ -169,13 +169,12 @@ def test_what_fits_is_granted_and_what_does_not_is_refused(data: st.DataObject) 
         wanted = data.draw(st.sets(st.integers(0, len(sizes) - 1), min_size=1), label="wanted")
         if sum(sizes[number] for number in own) > capacity:
             return
-        leases = [store.use(str(number)) for number in sorted(own)]
-        for lease in leases:
+        leases = {number: store.use(str(number)) for number in sorted(own)}
+        for number, lease in leases.items():
             try:
                 lease.__enter__()
-            except CapacityError:
-                own = set()
-                break
+            except CapacityError:  # beside those before it, which lie where they lie
+                own.discard(number)
         try:
             scheduler = store.engine.scheduler
             fixed = sorted((scheduler.names[str(number)].gpu.offset // PAGE, sizes[number]) for number in own)
@@ -192,7 +191,7 @@ def test_what_fits_is_granted_and_what_does_not_is_refused(data: st.DataObject) 
             except CapacityError:
                 assert not fits
         finally:
-            for lease in reversed(leases):
+            for lease in reversed(leases.values()):
                 if lease._ticket is not None:
                     lease.__exit__(None, None, None)
         assert_quiet(store)

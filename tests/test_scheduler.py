@@ -614,6 +614,58 @@ def shrink(seed: int, steps: list[Step]) -> list[Step]:
     return steps
 
 
+FOUND: dict[str, tuple[int, list[Step]]] = {
+    "prefetching kept a block busy that was to be evicted": (
+        80,
+        [
+            ("put", 2001, 587, 2827), ("use", 1348, 987, 1735), ("end_work", 3585, 2007, 1314), ("use", 1009, 2913, 42),
+            ("evict", 2403, 2047, 3268), ("use", 1313, 2580, 2375),
+        ],
+    ),
+    "a hint and the write-back that it caused pushed one another out of RAM": (
+        376,
+        [
+            ("put", 3714, 2252, 2680), ("put", 3980, 2135, 2547), ("put", 1720, 1418, 2197), ("end_work", 951, 510, 1888),
+            ("end_work", 566, 115, 752), ("prefetch", 3645, 2219, 1326),
+        ],
+    ),
+    "hold() and an earlier evict() undid one another for ever": (
+        491,
+        [("put", 1707, 2149, 2155), ("evict", 2504, 985, 1838), ("hold", 1954, 1886, 144)],
+    ),
+    "static asked about a deleted block": (
+        5130,
+        [
+            ("put", 3699, 1528, 3209), ("use", 3101, 730, 2372), ("end_work", 3444, 3901, 3921), ("land", 3551, 2078, 1687),
+            ("land", 3406, 3299, 3363), ("host", 4044, 2820, 3114), ("release", 512, 1656, 2497), ("use", 3472, 53, 4055),
+            ("use", 2420, 3779, 3112), ("end_work", 2616, 3669, 2608), ("put", 1703, 1745, 2216), ("put", 82, 865, 1185),
+            ("end_work", 119, 3554, 2196), ("prefetch", 2482, 1469, 1223),
+        ],
+    ),
+    "a flush waited for ever behind another block's failed write-back": (
+        50214,
+        [
+            ("put", 1060, 1430, 135), ("put", 1397, 1007, 1366), ("end_work", 3388, 3831, 2065), ("save", 1378, 3713, 590),
+            ("end_work", 884, 3190, 900), ("fail", 1894, 2443, 3381),
+        ],
+    ),
+    "so did an evict() that had waited for a lease before": (
+        30679,
+        [
+            ("put", 620, 3179, 1668), ("put", 2064, 451, 2499), ("put", 1990, 3067, 1208), ("end_work", 3590, 342, 3243),
+            ("evict", 290, 3550, 1665), ("end_work", 216, 4013, 1668), ("land", 3086, 2657, 3921), ("fail", 409, 3097, 2465),
+        ],
+    ),
+}  # fmt: skip
+"""What random runs have found, shrunk."""
+
+
+@pytest.mark.parametrize("bug", FOUND)
+def test_what_was_found_once_stays_mended(bug: str) -> None:
+    seed, steps = FOUND[bug]
+    Interleaving(seed).run(steps)
+
+
 NUM_SEEDS = int(os.environ.get("TIERSTORE_SEEDS", max(1000, 20 * settings().max_examples)))
 
 
@@ -731,3 +783,34 @@ def test_a_commit_waits_for_no_writer_that_waits_for_it() -> None:
     sim.settle()
     assert save.resolved
     assert save.error is None
+
+
+def test_a_flush_goes_on_when_many_of_its_blocks_are_written_at_once() -> None:
+    sim = Sim(gpu=100, ram=200)
+    blocks = tuple(sim.put(f"{index}", 1) for index in range(80))
+    sim.use(*blocks, write=True)
+    lease = sim.ask("writer", blocks[:70], blocks[:70])
+    assert isinstance(lease, Lease)
+    flush = Save("main", ())
+    sim.scheduler.submit(flush)
+    sim.settle()
+    sim.release(lease)
+    sim.settle()
+    assert flush.resolved
+    assert flush.error is None
+    assert all(record.nvme_version == record.version for record in blocks[70:])
+
+
+def test_a_move_that_fails_half_way_is_not_taken_for_done() -> None:
+    sim = Sim(gpu=8, ram=16)
+    blocks = [sim.put(f"{index}", 2, tier=Tier.GPU) for index in range(4)]
+    large = sim.put("large", 4)
+    assert isinstance(sim.ask("other", (blocks[0],)), Lease)
+    for index in (1, 3):
+        sim.scheduler.forget(blocks[index])
+    sim.ask("main", (large,))
+    sim.pump()
+    (move,) = [order for order in sim.flying if order.action is Action.COMPACT]
+    with pytest.raises(OSError, match="half-way"):
+        sim.placement.failed(move, OSError("stopped half-way"))
+    assert blocks[2].gpu.moving, "it may not be leased, read or moved again"

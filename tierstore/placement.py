@@ -400,11 +400,10 @@ class Placement(Extents):
 
     def failed(self, order: Order, error: BaseException) -> None:
         """The order was not carried out; the newest copy is where it was. `ordered` was not called."""
-        self._landed(order)
         record = order.record
         if record is None:
-            self._settle_moves(order)
-            return
+            raise error  # a move stopped half-way: which bytes are where is not known any more, and none may be served
+        self._landed(order)
         if order.action in (Action.H2D, Action.READ):
             tier = Tier.GPU if order.action is Action.H2D else Tier.RAM
             if order.action is Action.H2D:

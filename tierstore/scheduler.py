@@ -417,19 +417,32 @@ class Scheduler(Leases):
                 if request.covers(record) and not self._saved(record):
                     request.pending[record] = record.version
                     record.commit_pending += request.commit
-        for record in [*self._urgent(request), *itertools.islice(request.pending, BURST)]:
-            if self._saved(record) or record.version != request.pending[record] or record.id not in self.placement.records:
-                self.saved_for(request, record)
-            elif record.save_error is not None:
+        self._strike_off(request)
+        for record in dict.fromkeys([*self._urgent(request), *itertools.islice(request.pending, BURST)]):
+            if record.save_error is not None:
                 self._resolve(request, record.save_error)
                 return
-            elif not self.placement.save_down(record, Kind.WRITE_BACK):
+            if not self.placement.save_down(record, Kind.WRITE_BACK):
                 if self.placement.save_failed and not self.placement.flying:  # what is full of these will stay so
                     self._resolve(request, next(iter(self.placement.save_failed.values())).save_error)
                     return
                 break
         if request.started and not request.pending:
             self._resolve(request, None)
+
+    def _strike_off(self, save: Save) -> None:
+        """Forget what is saved by now, or was written anew or deleted meanwhile, until something is left to do."""
+        while True:
+            first = dict.fromkeys([*self._urgent(save), *itertools.islice(save.pending, BURST)])
+            ended = [
+                record
+                for record in first
+                if self._saved(record) or record.version != save.pending[record] or record.id not in self.placement.records
+            ]
+            for record in ended:
+                self.saved_for(save, record)
+            if len(ended) < BURST:
+                return
 
     def _urgent(self, save: Save) -> list[Record]:
         """What somebody waits to write, and may once it is saved."""
