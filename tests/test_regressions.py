@@ -24,7 +24,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tierstore.sync
 from tests.quiet import assert_quiet, tensor_of
 from tierstore import AsyncTierStore, CommitHandle, TierStore
 from tierstore.arena import pack
