@@ -89,11 +89,6 @@ class Block:
     single: bool = False
     frozen: bool = False
 
-    @property
-    def tensor_bytes(self) -> int:
-        """Bytes of the tensors alone, gaps not counted."""
-        return sum(spec.nbytes for spec in self.tensors)
-
 
 def lay_out(name: str, tensors: Iterable[tuple[str, str, tuple[int, ...]]], *, single: bool = False, frozen: bool = False) -> Block:
     """Place tensors one behind the other, each at the next multiple of 256 bytes.

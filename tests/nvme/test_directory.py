@@ -7,13 +7,14 @@ import contextlib
 import os
 import random
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 from safetensors.torch import load_file
 
+from tests.nvme.common import contents, shard_files, with_directory
 from tierstore.catalog import FILLER_PREFIX, Block
 from tierstore.errors import BusyError, ClosedError, DirectoryError, OptionError, ShardError, TierFullError
 from tierstore.nvme.checksums import CHUNK_BYTES
@@ -24,29 +25,6 @@ from tierstore.nvme.shards import Entry, Shard
 from tierstore.nvme.space import FIXED_BYTES, footprint
 
 T = TypeVar("T")
-
-
-def with_directory(path: str, use: Callable[[Directory], Awaitable[T]], **options: Any) -> T:
-    """Open, use, close."""
-    directory = Directory.open(path, **options)
-
-    async def go() -> T:
-        try:
-            return await use(directory)
-        finally:
-            await directory.close()
-
-    return asyncio.run(go())
-
-
-async def contents(directory: Directory, shard: Shard) -> memoryview:
-    into = aligned_buffer(shard.payload_bytes)
-    await directory.read(shard, into)
-    return into
-
-
-def shard_files(path: str) -> set[str]:
-    return {name for name in os.listdir(path) if name.startswith("block-")}
 
 
 def snapshot(path: str) -> tuple[bytes, int]:

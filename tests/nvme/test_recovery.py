@@ -9,42 +9,20 @@ import random
 import signal
 import time
 import warnings
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 
+from tests.nvme.common import contents, shard_files, with_directory
 from tierstore.errors import BusyError, DirectoryError, ShardError, TierFullError, TransferError
 from tierstore.nvme.directory import Directory
-from tierstore.nvme.files import aligned_buffer
 from tierstore.nvme.local import LocalFiles
 from tierstore.nvme.shards import Entry, Shard
 
 T = TypeVar("T")
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-
-
-def with_directory(path: str, use: Callable[[Directory], Awaitable[T]], **options: Any) -> T:
-    directory = Directory.open(path, **options)
-
-    async def go() -> T:
-        try:
-            return await use(directory)
-        finally:
-            await directory.close()
-
-    return asyncio.run(go())
-
-
-async def contents(directory: Directory, shard: Shard) -> memoryview:
-    into = aligned_buffer(shard.payload_bytes)
-    await directory.read(shard, into)
-    return into
-
-
-def shard_files(path: str) -> set[str]:
-    return {name for name in os.listdir(path) if name.startswith("block-")}
 
 
 def leave_half_a_manifest(path: str) -> None:
