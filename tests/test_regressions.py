@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -178,15 +179,16 @@ def test_a_second_close_after_an_interrupted_one_ends(tmp_path: Path, monkeypatc
     assert store is not None
     store.put("a", page(1))
     store.commit()
-    ended = store.engine.ended
-    wait = ended.wait
+    engine = store.engine
+    wait = engine.runtime.wait
 
-    def strike(timeout: float | None = None) -> bool:
-        signal.raise_signal(signal.SIGINT)
-        return wait(timeout)
+    def strike(future: Future[None], timeout: float | None = None) -> None:
+        if future is engine.ended:
+            signal.raise_signal(signal.SIGINT)
+        wait(future, timeout)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ended, "wait", strike)
+        patch.setattr(engine.runtime, "wait", strike)
         for _ in range(times):
             with pytest.raises(KeyboardInterrupt):
                 store.close()
@@ -853,4 +855,4 @@ def test_no_engine_is_left_behind() -> None:
 
 
 def living_engines() -> list[Engine]:
-    return [thing for thing in gc.get_objects() if type(thing) is Engine and not thing.ended.is_set()]
+    return [thing for thing in gc.get_objects() if type(thing) is Engine and not thing.ended.done()]

@@ -11,11 +11,11 @@ from typing import Literal
 import torch
 
 from tierstore.catalog import PAGE
-from tierstore.clock import RealClock
 from tierstore.errors import OptionError, SizeError
 from tierstore.hardware import held_bytes, measure_hardware, resolve_budgets, resolve_device
 from tierstore.mover.budget import NUM_SLOTS, RING_SLOTS, slot_bytes
 from tierstore.mover.engine import Engine
+from tierstore.mover.runtime import Machine
 from tierstore.mover.streams import Copies, CudaCopies, ThreadCopies
 from tierstore.nvme.directory import Directory
 from tierstore.placement import Limits, Placement
@@ -132,7 +132,7 @@ def _assemble(
             size=options.ram,
         )
     lock_pages = cuda and options.page_locked is not False
-    clock = RealClock()
+    runtime = Machine()
     rates = LinkRates()
     placement = Placement(
         gpu_bytes=gpu_bytes,
@@ -146,7 +146,7 @@ def _assemble(
             Link.NVME_WRITE: 1 / rates.nvme_write_bytes_per_s,
         },
         limits=dict.fromkeys(Link, Limits()),
-        clock=clock,
+        clock=runtime.clock,
     )
     arena = DeviceArena(gpu_bytes, device)
     threads = min(16, os.cpu_count() or 1)
@@ -161,14 +161,14 @@ def _assemble(
         raise OptionError("the RAM tier cannot be page-locked", need=f"{host.nbytes + transfer.nbytes} bytes", have=have, remedy=remedy)
     copies: Copies = CudaCopies(arena, host, transfer, (slot * NUM_SLOTS, slot)) if cuda else ThreadCopies(arena, host)
     engine = Engine(
-        Scheduler(placement, clock),
+        Scheduler(placement, runtime.clock),
         device=arena,
         host=host,
         copies=copies,
         directory=directory,
         transfer=transfer,
         slot_bytes=slot,
-        clock=clock,
+        runtime=runtime,
     )
     if directory is not None:
         for entry in directory.entries.values():

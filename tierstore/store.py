@@ -11,10 +11,10 @@ import contextlib
 import logging
 import os
 import sys
-import threading
 from collections.abc import Collection, Coroutine, Generator, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -88,7 +88,7 @@ class StoreBase:
             return
         log.warning("a store was dropped without close(); it is closed now")
         with contextlib.suppress(RuntimeError):  # the interpreter ends and starts no more threads
-            threading.Thread(target=close_dropped, args=(engine,), name="tierstore-close").start()
+            engine.runtime.start_thread(partial(close_dropped, engine), "tierstore-close")
 
     @property
     def engine(self) -> Engine:
@@ -213,6 +213,16 @@ class StoreBase:
         with engine.lock:
             engine.scheduler.set_hold(engine.scheduler.find(name), None)
             engine.wanted = True
+
+
+Face = TypeVar("Face", bound=StoreBase)
+
+
+def face_over(face: type[Face], engine: Engine) -> Face:
+    """A `TierStore` or `AsyncTierStore` over an engine that runs already, for simulations. The face closes it."""
+    store = face.__new__(face)
+    store._engine = engine
+    return store
 
 
 class UseBase:
@@ -348,12 +358,12 @@ async def _finish(call: Call[T]) -> T:
 class AsyncCommitHandle:
     """A commit under way."""
 
-    def __init__(self, future: Future[int]) -> None:
-        self._future = future
+    def __init__(self, call: Call[int]) -> None:
+        self._call = call
 
     def done(self) -> bool:
         """Whether it has ended, well or not."""
-        return self._future.done()
+        return self._call.result.done()
 
     async def result(self, timeout: float | None = None) -> int:
         """The generation, once the commit is durable.
@@ -363,7 +373,7 @@ class AsyncCommitHandle:
             TierstoreError: It failed; the previous commit stands.
         """
         async with asyncio.timeout(timeout):
-            return await asyncio.shield(asyncio.wrap_future(self._future))
+            return await asyncio.shield(asyncio.wrap_future(self._call.result))
 
 
 class AsyncTierStore(StoreBase):
@@ -464,7 +474,7 @@ class AsyncTierStore(StoreBase):
         """Make the present state durable; see `TierStore.commit`."""
         call = operations.start_commit(self.engine, asyncio.current_task(), metadata, wait=wait)
         if not wait:
-            return AsyncCommitHandle(call.result)
+            return AsyncCommitHandle(call)
         return await _finish(call)
 
     async def flush(self) -> None:
@@ -478,7 +488,7 @@ class AsyncTierStore(StoreBase):
             return
         call = engine.begin_close(operations.close(engine))
         if call is None:  # another task closes it, or has
-            await asyncio.to_thread(engine.ended.wait)
+            await asyncio.shield(asyncio.wrap_future(engine.ended))
             return
 
         async def end() -> None:

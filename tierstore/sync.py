@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import os
-import sys
 import threading
-import time
 from collections.abc import Callable, Collection, Coroutine
-from concurrent.futures import Future
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -25,25 +22,6 @@ from tierstore.store import Leased, StoreBase, UseBase, make, unwrap, warn_of_lo
 T = TypeVar("T")
 
 
-def wait_for(future: Future[T], timeout: float | None = None) -> T:
-    """`future.result`, which Ctrl-C may end anywhere, see [Note: Ctrl-C under the lock].
-
-    Raises:
-        TimeoutError: It has not ended within `timeout` seconds.
-    """
-    gate = threading.Lock()
-    gate.acquire()
-    with Uninterrupted():
-        future.add_done_callback(lambda _: gate.release())
-    deadline = math.inf if timeout is None else time.monotonic() + timeout
-    longest = 0.2 if sys.platform == "win32" else threading.TIMEOUT_MAX  # Windows hears Ctrl-C only between waits
-    while not gate.acquire(timeout=min(longest, max(0.0, deadline - time.monotonic()))):
-        if time.monotonic() >= deadline:
-            raise TimeoutError
-    with Uninterrupted():
-        return future.result()
-
-
 class Use(UseBase):
     """`with store.use(...)`."""
 
@@ -54,7 +32,7 @@ class Use(UseBase):
             if future is not None:
                 assert self._ticket is not None
                 try:
-                    wait_for(future, self._timeout)
+                    self._engine.runtime.wait(future, self._timeout)
                 except TimeoutError as error:
                     if future.done() and future.exception() is error:
                         raise
@@ -76,12 +54,12 @@ class Use(UseBase):
 class CommitHandle:
     """A commit under way."""
 
-    def __init__(self, future: Future[int]) -> None:
-        self._future = future
+    def __init__(self, call: Call[int]) -> None:
+        self._call = call
 
     def done(self) -> bool:
         """Whether it has ended, well or not."""
-        return self._future.done()
+        return self._call.result.done()
 
     def result(self, timeout: float | None = None) -> int:
         """The generation, once the commit is durable.
@@ -90,7 +68,7 @@ class CommitHandle:
             TimeoutError: Not yet; the commit goes on.
             TierstoreError: It failed; the previous commit stands.
         """
-        return wait_for(self._future, timeout)
+        return self._call.engine.runtime.wait(self._call.result, timeout)
 
 
 class TierStore(StoreBase):
@@ -152,15 +130,16 @@ class TierStore(StoreBase):
 
     def _finish(self, start: Callable[[], Call[T]]) -> T:
         """Start a call and wait for it. On Ctrl-C it is cancelled, and nothing of it is left."""
+        engine = self.engine
         call: Call[T] | None = None
         try:
             with Uninterrupted():
                 call = start()
-            return wait_for(call.result)
+            return engine.runtime.wait(call.result)
         except BaseException:
             if call is not None:
                 call.cancel()
-                wait_for(call.ended)
+                engine.runtime.wait(call.ended)
             raise
 
     def put(self, name: str, tensors: torch.Tensor | Tensors, *, tier: str = "ram", frozen: bool = False) -> None:
@@ -277,7 +256,7 @@ class TierStore(StoreBase):
         """
         engine, owner = self.engine, threading.get_ident()
         if not wait:
-            return CommitHandle(operations.start_commit(engine, owner, metadata, wait=False).result)
+            return CommitHandle(operations.start_commit(engine, owner, metadata, wait=False))
         return self._finish(lambda: operations.start_commit(engine, owner, metadata, wait=True))
 
     def flush(self) -> None:
@@ -292,8 +271,7 @@ class TierStore(StoreBase):
         with Uninterrupted():
             call = engine.begin_close(operations.close(engine))
             if call is not None:  # on a thread of its own: it must come to its end even if Ctrl-C ends the wait for it
-                threading.Thread(target=operations.shut_down_after, args=(engine, call), name="tierstore-close").start()
-        while not engine.ended.wait(0.2 if sys.platform == "win32" else None):
-            pass
+                engine.runtime.start_thread(partial(operations.shut_down_after, engine, call), "tierstore-close")
+        engine.runtime.wait(engine.ended)
         if call is not None:
             warn_of_loss(call.result.result())

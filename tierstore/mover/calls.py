@@ -62,18 +62,18 @@ class Call(Generic[T]):
         self._finally_do = finally_do
         self.result: Future[T] = Future()
         self.ended: Future[None] = Future()
-        self._engine = engine
+        self.engine = engine
         self._coroutine = coroutine
         self.task: asyncio.Task[T] | None = None
 
     def cancel(self) -> None:
         """Have it give back what it took, and end. Any thread; at once."""
         with contextlib.suppress(RuntimeError):  # the loop is closed: it has ended
-            self._engine.loop.call_soon_threadsafe(self._cancel)
+            self.engine.loop.call_soon_threadsafe(self._cancel)
 
     def begin(self) -> None:
-        self.task = self._engine.loop.create_task(self._coroutine)
-        self._engine.tasks.add(self.task)
+        self.task = self.engine.loop.create_task(self._coroutine)
+        self.engine.tasks.add(self.task)
         self.task.add_done_callback(self._end)
 
     def _cancel(self) -> None:
@@ -83,8 +83,8 @@ class Call(Generic[T]):
     def _end(self, task: asyncio.Task[T]) -> None:
         if self._finally_do is not None:
             self._finally_do()
-        self._engine.tasks.discard(task)
-        self._engine.calls.discard(self)
+        self.engine.tasks.discard(task)
+        self.engine.calls.discard(self)
         error = asyncio.CancelledError() if task.cancelled() else task.exception()
         if self.result.set_running_or_notify_cancel():
             if error is None:

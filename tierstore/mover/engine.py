@@ -26,12 +26,12 @@ from typing import Any, TypeVar
 
 import torch
 
-from tierstore.clock import Clock
 from tierstore.counters import LinkStats, WaitStats
 from tierstore.errors import ClosedError, ForkedError, TierstoreError, TransferError
 from tierstore.mover.budget import Slots
 from tierstore.mover.calls import Call, Capture, Ticket
-from tierstore.mover.critical import CriticalLock, Uninterrupted
+from tierstore.mover.critical import Uninterrupted
+from tierstore.mover.runtime import Runtime
 from tierstore.mover.streams import Copies
 from tierstore.nvme.directory import Directory
 from tierstore.nvme.shards import Shard
@@ -61,7 +61,7 @@ class Engine:
         directory: Directory | None,
         transfer: HostArena,
         slot_bytes: int,
-        clock: Clock,
+        runtime: Runtime,
     ) -> None:
         self.scheduler = scheduler
         self.placement = scheduler.placement
@@ -70,8 +70,9 @@ class Engine:
         self.transfer = transfer
         self.copies = copies
         self.directory = directory
-        self.clock = clock
-        self.lock = CriticalLock(self._wake_if_wanted)
+        self.runtime = runtime
+        self.clock = runtime.clock
+        self.lock = runtime.new_lock(self._wake_if_wanted)
         self.wanted = False
         self.timeline = Timeline()
         self.links = {link: LinkStats() for link in Link}
@@ -89,24 +90,20 @@ class Engine:
         self._woken = False
         self.tasks: set[asyncio.Task[Any]] = set()
         self.calls: set[Call[Any]] = set()
-        self.ended = threading.Event()
+        self.ended: Future[None] = Future()
         self._closing = False
         self._landed = asyncio.Event()
         self._hosts = ThreadPoolExecutor(2, thread_name_prefix="tierstore-host")
-        self.loop = asyncio.new_event_loop()
-        started = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(started, slot_bytes), name="tierstore-engine", daemon=True)
-        self._thread.start()
-        started.wait()
+        self.slots = Slots(slot_bytes)
+        self.loop = runtime.new_loop()
+        self.loop.set_exception_handler(self._unexpected)
+        self._thread = runtime.start_thread(self._run, "tierstore-engine", daemon=True)
         _LIVE.add(self)
 
-    def _run(self, started: threading.Event, slot_bytes: int) -> None:
+    def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
-        self.loop.set_exception_handler(self._unexpected)
         if self.device.device.type == "cuda":
             torch.cuda.set_device(self.device.device)
-        self.slots = Slots(slot_bytes)
-        started.set()
         try:
             self.loop.run_forever()
         finally:
@@ -520,7 +517,7 @@ class Engine:
     def shut_down(self) -> None:
         """Stop the loop and free the arenas. After `drain`, from any other thread."""
         with contextlib.ExitStack() as steps:  # last in, first out, each whatever became of the others
-            steps.callback(self.ended.set)
+            steps.callback(self.ended.set_result, None)
             steps.callback(self.device.close)
             steps.callback(self.transfer.close)
             steps.callback(self.host.close)
@@ -532,11 +529,11 @@ class Engine:
     def _stop(self) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed already
             self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join()
+        self.runtime.join(self._thread)
 
     def forget_in_child(self) -> None:
         self.forked = True
-        self.lock = CriticalLock(self._wake_if_wanted)  # the parent's may be held by a thread that the child does not have
+        self.lock = self.runtime.new_lock(self._wake_if_wanted)  # the parent's may be held by a thread that the child does not have
         self.wanted = False
         if self.directory is not None:
             self.directory.forget_in_child()

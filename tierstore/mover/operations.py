@@ -390,7 +390,7 @@ async def close(engine: Engine) -> int:
 
 def shut_down_after(engine: Engine, call: Call[int]) -> None:
     """The last step of closing, for a thread of its own: stop the engine once `close` has ended, well or not."""
-    call.ended.result()
+    engine.runtime.wait(call.ended)
     engine.shut_down()
 
 
