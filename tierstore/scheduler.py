@@ -347,7 +347,7 @@ class Scheduler(Leases):
 
     def _bring_all(self, request: Use, protect: set[Record]) -> None:
         wanted = protect | set(request.records)
-        causes = {"copy"}
+        causes = {"copy", "nvme"} & {"copy", request.cause}  # who waited for the drive first did not wait for the last copy only
         for record in request.records:
             if record.gpu.valid or record.gpu.loading:
                 continue
