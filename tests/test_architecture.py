@@ -17,14 +17,14 @@ PACKAGE = ROOT / "tierstore"
 # Inside one entry imports are free. "" is tierstore/__init__.py, the face that users import.
 ORDER = [
     *("errors", "units", "clock", "hardware", "catalog", "residency", "arena", "monitor.perfetto", "trace", "counters", "policies"),
-    *("requests", "extents", "placement", "fitness", "leases", "scheduler", "tiers", "nvme", "mover"),
+    *("requests", "extents", "placement", "fitness", "leases", "waiting", "scheduler", "tiers", "nvme", "mover"),
     *("inputs", "opening", "store", "sync", "training", "planner", "monitor"),
     *("huggingface", "distributed", "<face>", "testing", "demo", "cli", "__main__"),
 ]
 
 # Whether directly or through what they import.
 PURE = (
-    *("catalog", "residency", "arena", "policies", "requests", "extents", "placement", "fitness", "leases", "scheduler"),
+    *("catalog", "residency", "arena", "policies", "requests", "extents", "placement", "fitness", "leases", "waiting", "scheduler"),
     *("planner.fit", "planner.simulate"),
 )
 NOT_PURE = {"torch", "asyncio"}

@@ -246,7 +246,7 @@ def pack(gaps: Sequence[int], sizes: Sequence[int], *, effort: int = 5_000) -> b
     room = sorted(gaps)
     if sum(left) > sum(room) or (left and left[0] > room[-1]):
         return False
-    if len(room) <= 1 or _fits_tightly(room, left):
+    if len(room) <= 1 or len(left) <= 1 or _fits_tightly(room, left):
         return True
     return _search(room, left, effort)
 

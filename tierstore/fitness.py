@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Set
+from collections.abc import Callable, Collection, Iterable, Set
 
+from tierstore.arena import pack
 from tierstore.errors import CapacityError, DeadlockError
 from tierstore.placement import Placement
 from tierstore.requests import Make, Owner, Place, Record, Request, Save, Use, claim, names_of
@@ -31,7 +32,7 @@ def check_fits(placement: Placement, request: Request, owned: Collection[Record]
     held = sum(record.nbytes for record in others if record not in request.records and record not in owned)
     if need + held <= capacity and not owned:
         return
-    if placement.fits(request.records, lambda record: record in owned):
+    if Beside(placement, lambda record: record in owned).fits(request.records):
         return
     have = capacity - held - own_bytes
     raise CapacityError(
@@ -62,30 +63,67 @@ def lacks_room(request: Request) -> bool:
     return request.cause not in ("lease", "commit")
 
 
-def grantable(placement: Placement, request: Request, released: Set[Owner], others: Iterable[Request]) -> bool:
-    """Whether the request could be served once the owners in `released` hold nothing, and while `others` wait."""
+class Beside:
+    """The room on the device beside those leased records that are `fixed`. All else may move or be evicted, but held blocks stay."""
 
-    def fixed(record: Record) -> bool:
+    def __init__(self, placement: Placement, fixed: Callable[[Record], bool]) -> None:
+        staying = [record for record in placement.leased.values() if record.gpu.offset >= 0 and fixed(record)]
+        self._inside = {record.id for record in staying}
+        self._gaps: list[int] = []
+        position = 0
+        for offset, nbytes in sorted((record.gpu.offset, record.nbytes) for record in staying):
+            self._gaps.append(offset - position)
+            position = offset + nbytes
+        self._gaps.append(placement.arenas[Tier.GPU].capacity_bytes - position)
+        self._held = {record.id: record.nbytes for record in placement.held.values() if record.hold is Tier.GPU}
+
+    def fits(self, records: Iterable[Record]) -> bool:
+        """Whether they fit there, however everything else is moved."""
+        wanted = self._held | {record.id: record.nbytes for record in records}
+        return pack(self._gaps, [nbytes for number, nbytes in wanted.items() if number not in self._inside])
+
+
+class Prospect:
+    """What could be granted once the owners in `released` hold nothing, and while `others` wait.
+
+    Good for one look at any number of requests, as long as nothing changes.
+    """
+
+    def __init__(self, placement: Placement, released: Set[Owner], others: Iterable[Request] = ()) -> None:
+        self._placement = placement
+        self._released = released
+        self._made = {record for other in others if isinstance(other, Make) for record in other.records}
+        self._beside: Beside | None = None
+
+    def grantable(self, request: Request) -> bool:
+        """Whether the request could be served then."""
+        placement, released = self._placement, self._released
+        if isinstance(request, Save):
+            blocking = request.pending if request.started else placement.leased.values()
+            return not any(record.writer is not None and record.writer not in released for record in blocking)
+        if isinstance(request, Make):
+            (record,) = request.records
+            if not placement.has_nvme and record.ram.state is State.ABSENT and placement.arenas[Tier.RAM].free_bytes < record.nbytes:
+                return False  # without NVMe nothing ever leaves RAM
+            return request.tier is not Tier.GPU or self._fits(request.records)
+        _, writes = claim(request)
+        for record in request.records:
+            if record in self._made:
+                return False
+            if record.writer is not None and record.writer not in released and record.writer != request.owner:
+                return False
+            if record.id in writes and any(owner not in released and owner != request.owner for owner in record.readers):
+                return False
+        return not isinstance(request, Use | Place) or self._fits(request.records)
+
+    def _fits(self, records: Collection[Record]) -> bool:
+        if self._beside is None:
+            self._beside = Beside(self._placement, self._fixed)
+        return self._beside.fits(records)
+
+    def _fixed(self, record: Record) -> bool:
+        released = self._released
         return (record.writer is not None and record.writer not in released) or any(owner not in released for owner in record.readers)
-
-    if isinstance(request, Save):
-        blocking = request.pending if request.started else placement.leased.values()
-        return not any(record.writer is not None and record.writer not in released for record in blocking)
-    if isinstance(request, Make):
-        (record,) = request.records
-        if not placement.has_nvme and record.ram.state is State.ABSENT and placement.arenas[Tier.RAM].free_bytes < record.nbytes:
-            return False  # without NVMe nothing ever leaves RAM
-        return request.tier is not Tier.GPU or placement.fits(request.records, fixed)
-    _, writes = claim(request)
-    for record in request.records:
-        if any(isinstance(other, Make) and record in other.records for other in others):
-            return False
-        readers = {owner for owner in record.readers if owner not in released and owner != request.owner}
-        if record.writer is not None and record.writer not in released and record.writer != request.owner:
-            return False
-        if record.id in writes and readers:
-            return False
-    return not isinstance(request, Use | Place) or placement.fits(request.records, fixed)
 
 
 def deadlock(victim: Request, num_requests: int) -> DeadlockError:

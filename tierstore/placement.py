@@ -19,10 +19,9 @@ at most a quarter of the tier); into space that is free, or held by what is neve
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
-from tierstore.arena import pack
 from tierstore.catalog import BlockId
 from tierstore.clock import Clock
 from tierstore.errors import CapacityError
@@ -518,22 +517,6 @@ class Placement(Extents):
         return record.gpu.loading if tier is Tier.GPU else record.ram.valid or record.ram.loading
 
     # -- what fits -------------------------------------------------------------------------------------------------------
-
-    def fits(self, records: Collection[Record], fixed: Callable[[Record], bool]) -> bool:
-        """Whether `records` fit on the device beside those leased records that are `fixed`.
-
-        Everything else may move or be evicted, but held blocks stay.
-        """
-        staying = [record for record in self.leased.values() if record.gpu.offset >= 0 and fixed(record)]
-        inside = {record.id for record in staying}
-        gaps, position = [], 0
-        for offset, nbytes in sorted((record.gpu.offset, record.nbytes) for record in staying):
-            gaps.append(offset - position)
-            position = offset + nbytes
-        gaps.append(self.arenas[Tier.GPU].capacity_bytes - position)
-        wanted = {record.id: record.nbytes for record in records if record.id not in inside}
-        wanted |= {record.id: record.nbytes for record in self.held.values() if record.hold is Tier.GPU and record.id not in inside}
-        return pack(gaps, list(wanted.values()))
 
     def check_hold(self, record: Record, tier: Tier) -> None:
         """Refuse a hold that would leave too little room for the other blocks to move through.

@@ -172,6 +172,7 @@ class Request:
         owner: Who asked; the leases it already holds are fixed while it waits.
         records: The blocks concerned.
         cause: What it waited for last, as in `WaitEvent.cause`.
+        claimed: What `claim` found.
     """
 
     owner: Owner
@@ -181,6 +182,7 @@ class Request:
     resolved: bool = False
     error: BaseException | None = None
     queued_ns: int = 0
+    claimed: tuple[frozenset[int], frozenset[int]] | None = field(default=None, repr=False)
 
 
 @dataclass(eq=False)
@@ -266,7 +268,13 @@ def alone(request: Request) -> bool:
 
 
 def claim(request: Request) -> tuple[frozenset[int], frozenset[int]]:
-    """(block ids it reads, block ids it writes or takes exclusively)."""
+    """(block ids it reads, block ids it writes or takes exclusively): the same for as long as it waits."""
+    if request.claimed is None:
+        request.claimed = _claim(request)
+    return request.claimed
+
+
+def _claim(request: Request) -> tuple[frozenset[int], frozenset[int]]:
     numbers = frozenset(record.id for record in request.records)
     if isinstance(request, Use):
         return numbers - request.writes, request.writes

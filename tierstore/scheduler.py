@@ -25,7 +25,7 @@ from tierstore.catalog import Block, BlockId
 from tierstore.clock import Clock
 from tierstore.errors import BlockExistsError, BlockNotFoundError, CapacityError
 from tierstore.extents import MEMORY_TIERS
-from tierstore.fitness import check_fits, deadlock, grantable, lacks_room, scattered
+from tierstore.fitness import Prospect, check_fits, deadlock, lacks_room, scattered
 from tierstore.leases import Leases
 from tierstore.placement import Placement
 from tierstore.requests import (
@@ -45,6 +45,7 @@ from tierstore.requests import (
 )
 from tierstore.residency import State, Tier
 from tierstore.trace import Kind, Trace
+from tierstore.waiting import Claims, Waiting
 
 HINT_LIFE = 256
 """Accesses for which a prefetched hint is kept from being evicted by later hints."""
@@ -66,7 +67,7 @@ class Scheduler(Leases):
         self.hits = 0
         self.misses = 0
         self.resolved: list[Request] = []
-        self.waiting: dict[int, Request] = {}
+        self.waiting = Waiting()
         self._clock = clock
         self._sequence = itertools.count()
         self._ids = itertools.count()
@@ -104,7 +105,7 @@ class Scheduler(Leases):
             write = record.id in writes
             if not self._ready(record, owner, write) or self._conflict(record, owner, write):
                 return None
-        if self.waiting and any(self._contends(request, owner, records, writes) for request in self.waiting.values()):
+        if self.waiting and any(self._contended(record, owner, record.id in writes) for record in records):
             return None
         return self._grant(owner, records, writes)
 
@@ -131,11 +132,11 @@ class Scheduler(Leases):
             record.load_error = None
         self.placement.forgive()
         self._tried.clear()
-        self.waiting[request.sequence] = request
+        self.waiting.add(request)
 
     def cancel(self, request: Request) -> None:
         """Withdraw a request that was not resolved."""
-        if self.waiting.pop(request.sequence, None) is None:
+        if not self.waiting.remove(request):
             return
         if isinstance(request, Save):
             self._end_save(request)
@@ -212,9 +213,8 @@ class Scheduler(Leases):
         self.placement.held.pop(record.id, None)
         if record.id in self.placement.records:
             self.placement.remove(record)
-        for request in list(self.waiting.values()):
-            if record in request.records:
-                self._resolve(request, self._gone(record))
+        for request in list(self.waiting.wanting(record)):
+            self._resolve(request, self._gone(record))
 
     @staticmethod
     def _gone(record: Record) -> BlockNotFoundError:
@@ -225,6 +225,7 @@ class Scheduler(Leases):
 
     def set_hold(self, record: Record, tier: Tier | None) -> None:
         self._tried.clear()
+        self.waiting.doubt()
         record.hold = tier
         if tier is None:
             self.placement.held.pop(record.id, None)
@@ -268,32 +269,27 @@ class Scheduler(Leases):
             if len(self.resolved) == num_resolved and not self._break_standstill():
                 return protect
 
-    def _order(self) -> list[Request]:
-        """Who waits, most urgent first. See [Note: Who goes first]."""
-        return sorted(
-            self.waiting.values(),
-            key=lambda request: (request.sequence != self._favourite, request.owner not in self._owned, request.sequence),
-        )
-
     def _serve(self) -> set[Record]:
         """One pass over the waiting requests. Returns the records they need, which nothing less urgent may evict."""
         protect: set[Record] = set()
-        claims = _Claims()
+        claims = Claims()
         self._starved = False
-        for request in self._order():
+        for request in self.waiting.in_order(self._owned.keys(), self._favourite):
             if request.resolved:
                 continue
             if isinstance(request, Save):
                 self._serve_save(request)
                 continue
             reads, writes = claim(request)
-            blocked = not isinstance(request, Make) and any(
-                self._conflict(record, request.owner, record.id in writes, overtake=request.sequence == self._favourite)
-                for record in request.records
-            )
             contended = claims.contended(request.owner, reads, writes)
-            blocked = blocked or (bool(contended) and not self._owns(request.owner, contended))
             claims.add(request.owner, reads, writes)
+            blocked = (bool(contended) and not self._owns(request.owner, contended)) or (
+                not isinstance(request, Make)
+                and any(
+                    self._conflict(record, request.owner, record.id in writes, overtake=request.sequence == self._favourite)
+                    for record in request.records
+                )
+            )
             if blocked:
                 request.cause = "commit" if any(record.commit_pending for record in request.records) else "lease"
             elif error := self._failure_of(request):
@@ -320,10 +316,11 @@ class Scheduler(Leases):
         return None
 
     def _try_serve(self, request: Request, protect: set[Record]) -> bool:
-        """Serve a request without conflicts, or do what brings it nearer."""
+        """Serve a request without conflicts, or do what brings it nearer. A `Use` protects its own blocks too."""
         if isinstance(request, Use):
             if all(self._ready(record, request.owner, record.id in request.writes) for record in request.records):
                 return True
+            protect.update(request.records)  # in place: a copy for each who waits would cost the square of their number
             self._bring_all(request, protect)
             return False
         request.cause = "space"  # and no longer a lease
@@ -346,7 +343,6 @@ class Scheduler(Leases):
         return next((tier for tier in found if tier is Tier.NVME or not record.copy(tier).moving), None)
 
     def _bring_all(self, request: Use, protect: set[Record]) -> None:
-        wanted = protect | set(request.records)
         causes = {"copy", "nvme"} & {"copy", request.cause}  # who waited for the drive first did not wait for the last copy only
         for record in request.records:
             if record.gpu.valid or record.gpu.loading:
@@ -355,7 +351,7 @@ class Scheduler(Leases):
                 causes.add("nvme")
             if self._starved and record.gpu.state is State.ABSENT:
                 causes.add("space")
-            elif not self.placement.bring(record, Kind.DEMAND, protect=wanted):
+            elif not self.placement.bring(record, Kind.DEMAND, protect=protect):
                 self._starved = True
                 causes.add("space")
         request.cause = next(cause for cause in ("nvme", "space", "copy") if cause in causes)
@@ -374,9 +370,7 @@ class Scheduler(Leases):
         return False
 
     def _serve_vacate(self, request: Vacate, record: Record) -> bool:
-        if request.background and (
-            record.leased or any(isinstance(other, Use) and record in other.records for other in self.waiting.values())
-        ):
+        if request.background and (record.leased or any(isinstance(other, Use) for other in self.waiting.wanting(record))):
             return True
         if record.leased or record.locked:
             return False
@@ -412,7 +406,7 @@ class Scheduler(Leases):
             if request.commit and (self._locked or any(record.writer is not None for record in self.placement.leased.values())):
                 request.cause = "lease"
                 return
-            request.started = True
+            self.waiting.begin(request)
             for record in self.placement.records.values():
                 if request.covers(record) and not self._saved(record):
                     request.pending[record] = record.version
@@ -518,17 +512,13 @@ class Scheduler(Leases):
             return True
         if overtake or owner in self._writes_of:
             return False
-        return any(isinstance(request, Save) and request.commit and not request.started for request in self.waiting.values())
+        return self.waiting.unbegun_commits > 0
 
-    def _contends(self, request: Request, owner: Owner, records: tuple[Record, ...], writes: frozenset[int]) -> bool:
-        """Whether a waiting request has an earlier claim to one of these blocks."""
-        if isinstance(request, Save) or request.owner == owner:
-            return False
-        _, claimed = claim(request)
-        for record in records:
-            if (record.id in claimed or (record.id in writes and record in request.records)) and not self._owns(owner, (record.id,)):
-                return True
-        return False
+    def _contended(self, record: Record, owner: Owner, write: bool) -> bool:
+        """Whether a waiting request has an earlier claim to the block."""
+        return not self._owns(owner, (record.id,)) and any(
+            request.owner != owner and (write or record.id in claim(request)[1]) for request in self.waiting.wanting(record)
+        )
 
     def _grant(self, owner: Owner, records: tuple[Record, ...], writes: frozenset[int]) -> Lease:
         for record in records:
@@ -551,7 +541,7 @@ class Scheduler(Leases):
     # -- the ends of requests --------------------------------------------------------------------------------------------
 
     def _resolve(self, request: Request, error: BaseException | None) -> None:
-        del self.waiting[request.sequence]
+        self.waiting.remove(request)
         request.resolved = True
         request.error = error
         self.resolved.append(request)
@@ -619,7 +609,9 @@ class Scheduler(Leases):
         """
         if not self.waiting or self.placement.flying or self._hosts or self._locked:
             return False
-        order = self._order()
+        if not self.placement.save_failed and self._owned and not any(self.waiting.asks(owner) for owner in self._owned):
+            return self._refuse_hopeless()
+        order = self.waiting.in_order(self._owned.keys(), self._favourite)
         stuck = [request for request in order if not isinstance(request, Save)]
         lacking = next((request for request in order if lacks_room(request)), None)
         if lacking is not None and self.placement.save_failed:
@@ -629,24 +621,31 @@ class Scheduler(Leases):
         waiting = {request.owner for request in left}
         released = {owner for owner in self._owned if owner not in waiting}
         will_change = bool(released)
+        prospect = Prospect(self.placement, set(), stuck)
         for request in stuck:
             if will_change and request.owner not in self._owned:
                 continue  # somebody will release a lease: until then, nobody new overtakes
-            if request.sequence not in self._tried and grantable(self.placement, request, set(), stuck):
+            if request.sequence not in self._tried and prospect.grantable(request):
                 self._tried.add(request.sequence)
                 self._favourite = request.sequence
                 for other in stuck:  # what they have reserved may be all that is missing
                     self._unreserve(other)
                 return True
-        while helped := next((request for request in left if grantable(self.placement, request, released, left)), None):
-            left.remove(helped)
-            released.add(helped.owner)
+        while True:
+            prospect = Prospect(self.placement, released, left)
+            helped = [request for request in left if prospect.grantable(request)]
+            if not helped:
+                break
+            found = {request.sequence for request in helped}
+            left = [request for request in left if request.sequence not in found]
+            released |= {request.owner for request in helped}
         if not left and not will_change and lacking is not None:
             self._resolve(lacking, scattered(self.placement, lacking))
             return True
         if not left:
             return False
-        alone_too = (request for request in left if not grantable(self.placement, request, self._owned.keys() - {request.owner}, []))
+        others = self._owned.keys()
+        alone_too = (request for request in left if not Prospect(self.placement, others - {request.owner}).grantable(request))
         hopeless = next(alone_too, None)
         if hopeless is not None:
             self._resolve(hopeless, scattered(self.placement, hopeless))
@@ -655,23 +654,18 @@ class Scheduler(Leases):
             self._resolve(victim, deadlock(victim, len(left)))
         return True
 
+    def _refuse_hopeless(self) -> bool:
+        """All who hold leases go on, and will release them: fail only what even that would not help, and look at each once.
 
-class _Claims:
-    """What the requests looked at so far want of each block. An earlier claim is not overtaken."""
-
-    def __init__(self) -> None:
-        self._readers: dict[int, set[Owner]] = {}
-        self._writers: dict[int, set[Owner]] = {}
-
-    def contended(self, owner: Owner, reads: frozenset[int], writes: frozenset[int]) -> list[int]:
-        """The blocks that somebody else claimed before, in a way that excludes this."""
-        mine = {owner}
-        found = [number for number in reads if self._writers.get(number, mine) - mine]
-        found += [number for number in writes if self._writers.get(number, mine) - mine or self._readers.get(number, mine) - mine]
-        return found
-
-    def add(self, owner: Owner, reads: frozenset[int], writes: frozenset[int]) -> None:
-        for number in reads:
-            self._readers.setdefault(number, set()).add(owner)
-        for number in writes:
-            self._writers.setdefault(number, set()).add(owner)
+        Returns whether one was failed.
+        """
+        if not self.waiting.unproven:
+            return False
+        prospect = Prospect(self.placement, self._owned.keys())
+        for number, request in list(self.waiting.unproven.items()):
+            if not prospect.grantable(request):
+                self._resolve(request, scattered(self.placement, request))
+                return True
+            if not isinstance(request, Make):  # without NVMe, what is free in RAM decides, and changes
+                del self.waiting.unproven[number]
+        return False
