@@ -249,7 +249,7 @@ async def write(engine: Engine, record: Record, source: Source, owner: Owner) ->
                     record.version += 1
                     record.gpu.apply(Event.WRITE)
                     placement.supersede_ram(record)
-                    placement.left_device.append(record.id)
+                    engine.device.invalidate([record.id])  # now: who leases it next must not be blamed for this change
         else:
             await engine.offload(source.wait)
             with engine.lock:

@@ -1,0 +1,286 @@
+"""A simulated drive: files in memory, requests that take simulated time and end in an order of the world's choice.
+
+`Disk` is what the drive holds; `SimulatedFiles` the door to it. Bytes that are read land when the request completes, and the buffer
+is poison until then; bytes that are written are taken when it completes, and must not have changed since it began.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar
+
+from tests.simulation.links import POISON, Pace
+from tests.simulation.world import BrokenPromiseError, World
+from tierstore.nvme.files import File, FileStat, Lock, Outcome, Request, land
+
+T = TypeVar("T")
+
+
+class Disk:
+    """What a drive holds, by path. Survives the worlds that use it.
+
+    Every change goes through one of these methods, so that a disk that forgets what was not synced overrides them:
+    it notes what `write`, `create`, `replace` and `unlink` changed, and makes it durable in `sync` and `sync_directory`.
+    """
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytearray] = {}
+        self.directories: set[str] = set()
+        self.locked: set[str] = set()
+
+    def get(self, path: str) -> bytearray:
+        try:
+            return self.files[path]
+        except KeyError:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from None
+
+    def create(self, path: str, nbytes: int) -> None:
+        if path in self.files:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+        self.files[path] = bytearray(nbytes)
+
+    def write(self, path: str, offset: int, data: bytes) -> None:
+        content = self.get(path)
+        if offset + len(data) > len(content):
+            content.extend(bytes(offset + len(data) - len(content)))
+        content[offset : offset + len(data)] = data
+
+    def save(self, path: str, data: bytes) -> None:
+        self.files[path] = bytearray(data)
+
+    def replace(self, source: str, target: str) -> None:
+        self.files[target] = self.get(source)
+        del self.files[source]
+
+    def unlink(self, path: str) -> None:
+        self.get(path)
+        del self.files[path]
+
+    def sync(self, path: str) -> None:
+        self.get(path)
+
+    def sync_directory(self, path: str) -> None:
+        pass
+
+
+class SimulatedFiles:
+    """See `tierstore.nvme.files.Files`.
+
+    Attributes:
+        world: None: everything ends at once, as while a store is opened.
+        under_way: Requests that have not completed.
+        num_faults: Operations that were made to fail.
+    """
+
+    direct = False
+    syncs_directories = True
+
+    def __init__(self, disk: Disk, pace: Pace) -> None:
+        self.disk = disk
+        self.world: World | None = None
+        self.under_way = 0
+        self.num_faults = 0
+        self._pace = pace
+        self._free_ns = {"read": 0, "write": 0}
+
+    # -- time and faults ---------------------------------------------------------------------------------------------------------
+
+    async def elapse(self, what: str, complete: Callable[[], T], *, nbytes: int = 0, link: str = "", fault: int = 0) -> T:
+        """Let an operation take its time; `complete` is carried out when it is over. Cancelling waits for that.
+
+        Args:
+            fault: The error to fail with, now and then, instead; 0 for never.
+        """
+        world = self.world
+        if world is None:
+            return complete()
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        loop = future.get_loop()
+        failing = bool(fault) and self.strikes()
+        begin = max(world.clock.now_ns(), self._free_ns.get(link, 0))
+        end = begin + self._pace.duration_ns(world, nbytes)
+        if link:
+            self._free_ns[link] = begin + int(nbytes / self._pace.bytes_per_s * 1e9)
+        self.under_way += 1
+
+        def happen() -> None:
+            self.under_way -= 1
+            try:
+                if failing:
+                    raise OSError(fault, os.strerror(fault))
+                result = complete()
+            except BrokenPromiseError:
+                raise
+            except Exception as error:
+                loop.call_soon_threadsafe(future.set_exception, error)
+            else:
+                loop.call_soon_threadsafe(future.set_result, result)
+
+        world.at(end, f"{what}: {os.strerror(fault)}" if failing else what, happen)
+        return await land(future)
+
+    def strikes(self) -> bool:
+        """Whether a fault comes now."""
+        if self.world is None or not self._pace.faults or not self.world.decisions.chance(self._pace.faults):
+            return False
+        self.num_faults += 1
+        return True
+
+    # -- the protocol ------------------------------------------------------------------------------------------------------------
+
+    async def probe(self, directory: str, direct_io: bool | Literal["auto"]) -> None:
+        pass
+
+    def file(self, path: str, *, write: bool = False) -> File:
+        return SimulatedFile(self, path)
+
+    async def load(self, path: str, nbytes: int) -> bytes:
+        return await self.elapse(f"load {name_of(path)}", lambda: bytes(self.disk.get(path)[:nbytes]), fault=errno.EIO)
+
+    async def save(self, path: str, data: bytes, *, sync: bool) -> None:
+        def complete() -> None:
+            self.disk.save(path, data)
+            if sync:
+                self.disk.sync(path)
+
+        await self.elapse(f"save {name_of(path)}", complete, fault=errno.ENOSPC)
+
+    async def replace(self, source: str, target: str) -> None:
+        await self.elapse(f"replace {name_of(target)}", lambda: self.disk.replace(source, target), fault=errno.EIO)
+
+    async def unlink(self, path: str) -> None:
+        await self.elapse(f"unlink {name_of(path)}", lambda: self.disk.unlink(path), fault=errno.EIO)
+
+    async def stat(self, path: str) -> FileStat:
+        def complete() -> FileStat:
+            if path in self.disk.directories:
+                return FileStat(4096, 1, regular=False, directory=True)
+            return FileStat(len(self.disk.get(path)), 1, regular=True, directory=False)
+
+        return await self.elapse(f"stat {name_of(path)}", complete)
+
+    async def listdir(self, path: str) -> list[str]:
+        return [name_of(file) for file in self.disk.files if os.path.dirname(file) == path]
+
+    async def make_directory(self, path: str) -> None:
+        self.disk.directories.add(path)
+
+    async def sync_directory(self, path: str) -> None:
+        await self.elapse("sync the directory", lambda: self.disk.sync_directory(path), fault=errno.EIO)
+
+    async def disk_free(self, path: str) -> int:
+        return 1 << 40
+
+    def lock(self, path: str) -> Lock | None:
+        if path in self.disk.locked:
+            return None
+        self.disk.locked.add(path)
+        self.disk.files.setdefault(path, bytearray())
+        return _Lock(self.disk, path)
+
+    async def work(self, call: Callable[..., T], *args: Any) -> T:
+        return await self.elapse(f"work {getattr(call, '__name__', 'on a buffer')}", lambda: call(*args))
+
+    def close(self) -> None:
+        if self.under_way:
+            raise BrokenPromiseError(f"the files are closed with {self.under_way} requests under way")
+
+
+class _Lock:
+    def __init__(self, disk: Disk, path: str) -> None:
+        self._disk = disk
+        self._path = path
+
+    def release(self) -> None:
+        self._disk.locked.discard(self._path)
+
+    def forget(self) -> None:
+        pass
+
+
+class SimulatedFile:
+    """See `tierstore.nvme.files.File`."""
+
+    keeps_handle = True
+
+    def __init__(self, files: SimulatedFiles, path: str) -> None:
+        self._files = files
+        self._path = path
+
+    async def create(self, nbytes: int) -> None:
+        what = f"create {name_of(self._path)}"
+        await self._files.elapse(what, lambda: self._files.disk.create(self._path, nbytes), fault=errno.ENOSPC)
+
+    async def read(self, requests: Sequence[Request]) -> list[Outcome]:
+        return await land(asyncio.gather(*map(self._read, requests), return_exceptions=True))
+
+    async def write(self, requests: Sequence[Request]) -> list[Outcome]:
+        return await land(asyncio.gather(*map(self._write, requests), return_exceptions=True))
+
+    async def _read(self, request: Request) -> int:
+        files, target = self._files, request.buffer
+        target[:] = bytes([POISON]) * len(target)
+        most, failure = self._fate(len(target), errno.EIO)
+
+        def complete() -> int:
+            if bytes(target).count(POISON) != len(target):
+                raise BrokenPromiseError(f"the buffer of a read from {name_of(self._path)} was written before the bytes had landed")
+            if failure:
+                raise OSError(failure, os.strerror(failure))
+            data = files.disk.get(self._path)[request.offset : request.offset + most]
+            target[: len(data)] = data
+            if request.then is not None and len(data) == len(target):
+                request.then(target)
+            return len(data)
+
+        return await files.elapse(self._what("read", request, most, failure), complete, nbytes=len(target), link="read")
+
+    async def _write(self, request: Request) -> int:
+        files, source = self._files, request.buffer
+        before = bytes(source)
+        most, failure = self._fate(len(source), errno.ENOSPC)
+
+        def complete() -> int:
+            if bytes(source) != before:
+                raise BrokenPromiseError(f"what is written to {name_of(self._path)} changed before the write had completed")
+            if failure:
+                raise OSError(failure, os.strerror(failure))
+            files.disk.write(self._path, request.offset, before[:most])
+            if request.then is not None and most == len(source):
+                request.then(source)
+            return most
+
+        return await files.elapse(self._what("write", request, most, failure), complete, nbytes=len(source), link="write")
+
+    def _fate(self, nbytes: int, code: int) -> tuple[int, int]:
+        """(bytes that will move, error): all and none as a rule; else an error, an interruption or a short count."""
+        if not self._files.strikes():
+            return nbytes, 0
+        assert self._files.world is not None
+        kind = self._files.world.decisions.draw(4)
+        if kind == 3:
+            return max(1, nbytes // 2), 0
+        return nbytes, (code, errno.EIO, errno.EINTR)[kind]
+
+    def _what(self, doing: str, request: Request, most: int, failure: int) -> str:
+        fate = f": {os.strerror(failure)}" if failure else f": only {most}" if most != len(request.buffer) else ""
+        return f"{doing} {name_of(self._path)} [{request.offset}+{len(request.buffer)}]{fate}"
+
+    async def stat(self) -> FileStat:
+        return await self._files.stat(self._path)
+
+    async def sync(self) -> None:
+        await self._files.elapse(f"sync {name_of(self._path)}", lambda: self._files.disk.sync(self._path), fault=errno.EIO)
+
+    async def close(self) -> None:
+        pass
+
+    def forget(self) -> None:
+        pass
+
+
+def name_of(path: str) -> str:
+    return os.path.basename(path)

@@ -1,0 +1,105 @@
+"""What must hold after every event of a run."""
+
+from __future__ import annotations
+
+from tests.helpers import check_scheduler, describe
+from tests.quiet import AnyStore, busy_with
+from tests.simulation.model import Model
+from tests.simulation.opened import Opened
+from tests.simulation.world import BrokenPromiseError, World
+from tierstore.residency import State, Tier
+
+EVERY = 8
+"""The whole bookkeeping, which is checked slowly, is checked at every so many events; what is checked quickly, at each."""
+
+OLDEST_NS = 100_000_000
+"""No order is under way for longer, whatever the world does: the slowest link takes a hundredth of it."""
+
+
+class Invariants:
+    """Watches a store."""
+
+    def __init__(self, world: World, model: Model, opened: Opened) -> None:
+        self._world = world
+        self._model = model
+        self._opened = opened
+        self._count = 0
+
+    def check(self) -> None:
+        engine = self._opened.engine
+        if engine.failure is not None:
+            raise BrokenPromiseError(f"the engine failed: {engine.failure!r}") from engine.failure
+        if engine.closed:
+            return
+        self._check_leases()
+        self._check_orders()
+        self._count += 1
+        if self._count % EVERY == 0:
+            self.check_all()
+
+    def check_all(self) -> None:
+        engine = self._opened.engine
+        check_scheduler(engine.scheduler)
+        directory = engine.directory
+        if directory is not None:
+            assert directory.used_bytes <= directory.peak_bytes <= directory.limit_bytes
+            for record in engine.placement.records.values():
+                assert record.nvme_version < 0 or record in engine.shards, f"{describe(record)} has no shard"
+
+    def _check_leases(self) -> None:
+        """Leased blocks stay where they are."""
+        names = self._opened.engine.scheduler.names
+        for name, leases in self._model.leases.items():
+            for owner, _, place in leases:
+                record = names.get(name)
+                if record is None or record.gpu.offset != place or not record.gpu.valid:
+                    gone = "deleted" if record is None else describe(record)
+                    raise BrokenPromiseError(f"{name}, leased by {owner} at {place}, is {gone}")
+
+    def _check_orders(self) -> None:
+        """What is under way is still wanted, and lies where the order says."""
+        placement, now = self._opened.engine.placement, self._world.clock.now_ns()
+        for order in self._opened.copies.under_way.values():
+            if order.number not in placement.flying:
+                raise BrokenPromiseError(f"an order that the scheduler has forgotten is carried out: {order}")
+            record = order.record
+            if record is None:
+                continue
+            if placement.records.get(record.id) is not record:
+                raise BrokenPromiseError(f"an order is carried out for a block that is gone: {order}")
+            if (record.gpu.offset, record.ram.offset) != (order.offset_gpu, order.offset_ram):
+                raise BrokenPromiseError(f"an order is carried out for extents that are given up: {order}, {describe(record)}")
+            if now - order.queued_ns > OLDEST_NS:
+                raise BrokenPromiseError(f"an order does not end: {order}")
+
+
+def check_quiet(world: World, store: AnyStore, opened: Opened) -> None:
+    """When nobody asks for anything, everything comes to rest, and nothing is left over."""
+    for _ in range(1000):
+        with world.alone():
+            left = busy_with(store)
+            if not left:
+                _check_rest(opened)
+                return
+        world.sleep(20_000)
+    raise BrokenPromiseError(f"the store does not come to rest: {left}")
+
+
+def _check_rest(opened: Opened) -> None:
+    engine = opened.engine
+    records = list(engine.placement.records.values())
+    assert sorted(record.block.name for record in records) == sorted(engine.scheduler.names)
+    assert engine.total_bytes == sum(record.nbytes for record in records), "total_bytes"
+    for tier in (Tier.GPU, Tier.RAM):
+        held = sorted((copy.offset, record.nbytes) for record in records if (copy := record.copy(tier)).state is not State.ABSENT)
+        assert held == list(engine.placement.arenas[tier].extents()), f"extents of {tier} that belong to nobody"
+        assert not any(record.copy(tier).state is State.LOADING for record in records)
+    for record in records:
+        assert record.tiers, f"nobody has the newest values of {record.block.name!r}"
+    directory = engine.directory
+    if directory is not None:
+        kept = [shard for shards in directory._generations.values() for shard in shards]
+        current = [engine.shards[record] for record in records if record in engine.shards]
+        assert set(directory._shards.values()) == {*kept, *current}, "shards that belong to nobody"
+        for shard in directory._shards.values():
+            assert shard.references == kept.count(shard), f"{shard.file} is retained {shard.references} times"

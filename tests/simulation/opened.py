@@ -1,0 +1,94 @@
+"""A store in a simulated world: the product's own parts, put together as `tierstore.opening` does, on simulated links and files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tests.helpers import Hostile, Watched
+from tests.simulation.files import Disk, SimulatedFiles
+from tests.simulation.links import Pace, SimulatedCopies
+from tests.simulation.runtime import SimulatedRuntime
+from tests.simulation.scenario import Scenario
+from tests.simulation.world import World
+from tierstore.catalog import PAGE
+from tierstore.mover.budget import NUM_SLOTS, slot_bytes
+from tierstore.mover.engine import Engine
+from tierstore.nvme.directory import Directory
+from tierstore.placement import Limits, Placement
+from tierstore.policies import Policy, resolve
+from tierstore.scheduler import Scheduler
+from tierstore.tiers.device import DeviceArena
+from tierstore.tiers.ram import HostArena
+from tierstore.trace import Link
+
+PATH = "/simulated"
+
+
+@dataclass
+class Opened:
+    """An engine and the simulated parts below it."""
+
+    engine: Engine
+    copies: SimulatedCopies
+    files: SimulatedFiles | None
+    paces: tuple[Pace, ...]
+
+    @property
+    def num_faults(self) -> int:
+        return self.copies.num_faults + (self.files.num_faults if self.files is not None else 0)
+
+    def set_faults(self, chance: float) -> None:
+        for pace in self.paces:
+            pace.faults = chance
+
+
+def policy_of(name: str) -> Policy:
+    """Every policy but the hostile one is watched: the scheduler must keep to its side of the protocol."""
+    return Hostile(0) if name == "hostile" else Watched(resolve(name))
+
+
+def open_simulated(world: World, scenario: Scenario, disk: Disk) -> Opened:
+    """Open a store on what the disk holds."""
+    link_pace, drive_pace = Pace(), Pace(bytes_per_s=1e9, latency_ns=8_000, jitter_ns=100_000)
+    directory: Directory | None = None
+    files: SimulatedFiles | None = None
+    if scenario.nvme:
+        files = SimulatedFiles(disk, drive_pace)
+        limit = None if scenario.nvme_pages is None else scenario.nvme_pages * PAGE
+        directory = Directory.open(PATH, limit=limit, checksum=scenario.checksum, keep=scenario.keep, direct_io=False, files=files)
+        files.world = world
+    ram_bytes = (scenario.ram_pages + NUM_SLOTS) * PAGE
+    slot = slot_bytes(ram_bytes)
+    runtime = SimulatedRuntime(world)
+    placement = Placement(
+        gpu_bytes=scenario.gpu_pages * PAGE,
+        ram_bytes=ram_bytes - NUM_SLOTS * slot,
+        has_nvme=directory is not None,
+        policy=policy_of(scenario.policy),
+        seconds_per_byte={Link.H2D: 2e-10, Link.D2H: 2e-10, Link.NVME_READ: 1e-9, Link.NVME_WRITE: 1e-9},
+        limits=dict.fromkeys(Link, Limits(max_orders=scenario.orders)),
+        clock=runtime.clock,
+    )
+    device = DeviceArena(scenario.gpu_pages * PAGE, torch.device("cpu"))
+    host = HostArena(scenario.ram_pages * PAGE, threads=1)
+    copies = SimulatedCopies(world, device, host, link_pace)
+    engine = Engine(
+        Scheduler(placement, runtime.clock),
+        device=device,
+        host=host,
+        copies=copies,
+        directory=directory,
+        transfer=HostArena(NUM_SLOTS * slot, threads=1),
+        slot_bytes=slot,
+        runtime=runtime,
+    )
+    copies.loop = engine.loop
+    if directory is not None:
+        for entry in directory.entries.values():
+            record = engine.scheduler.recover(entry.block)
+            engine.shards[record] = entry.shard
+            engine.committed_versions[record] = record.version
+            engine.total_bytes += record.nbytes
+    return Opened(engine, copies, files, (link_pace, drive_pace))

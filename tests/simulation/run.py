@@ -1,0 +1,188 @@
+"""One run: a world, a store in it, its users, and what is checked at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from tests.simulation.decisions import Decisions
+from tests.simulation.files import Disk
+from tests.simulation.invariants import Invariants, check_quiet
+from tests.simulation.model import Model, stamp_of
+from tests.simulation.opened import Opened, open_simulated
+from tests.simulation.runtime import SimulatedLoop
+from tests.simulation.scenario import Calls, Scenario, count_calls
+from tests.simulation.users import Blocking, Stage, User, Waiting, drive, names_in, parts, tensors_of
+from tests.simulation.world import BrokenPromiseError, World
+from tierstore import AsyncTierStore, TierStore
+from tierstore.store import face_over
+
+
+@dataclass
+class Outcome:
+    """What became of a run.
+
+    Attributes:
+        failure: None if all held.
+        digest: Of all that happened.
+    """
+
+    failure: BrokenPromiseError | None
+    world: World
+    outcomes: Counter[str]
+    digest: str
+
+
+def run(scenario: Scenario, seed: int, script: Mapping[int, int] | None = None) -> Outcome:
+    """Run a scenario with the seed's decisions, or with those of a script."""
+    world = World(Decisions(seed, script), patience=scenario.slow, stickiness=scenario.sticky)
+    play = _Play(world, scenario)
+    failure: BrokenPromiseError | None = None
+    with _quiet_machine():
+        try:
+            world.run(play.main)
+        except BrokenPromiseError as error:
+            failure = error
+    return Outcome(failure, world, play.outcomes, world.digest())
+
+
+@contextmanager
+def _quiet_machine() -> Iterator[None]:
+    """No log lines, and no collection of garbage, which would run finalisers at moments that no seed decides."""
+    collecting, disabled = gc.isenabled(), logging.root.manager.disable
+    gc.disable()
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(disabled)
+        if collecting:
+            gc.enable()
+
+
+class _Play:
+    """The run from its first actor's point of view."""
+
+    def __init__(self, world: World, scenario: Scenario) -> None:
+        self.world = world
+        self.scenario = scenario
+        self.model = Model()
+        self.disk = Disk()
+        self.outcomes: Counter[str] = Counter()
+
+    def main(self) -> None:
+        world, scenario = self.world, self.scenario
+        opened = self._open()
+        stage = Stage(world, scenario, self.model, opened, outcomes=self.outcomes)
+        calls = [*scenario.threads, *scenario.tasks]
+        stage.nested = any(call[0] == "use" and call[4] for each in calls for call in _plain(each))
+        stage.has_holds = any(call[0] == "hold" for each in calls for call in _all(each))
+        store = face_over(TierStore, opened.engine)
+        self._put_all(store)
+        opened.set_faults(scenario.faults)
+        actors = [
+            world.spawn(f"thread-{index}", lambda index=index, calls=calls: self._thread(stage, store, f"thread-{index}", calls))
+            for index, calls in enumerate(scenario.threads)
+        ]
+        if scenario.tasks:
+            actors.append(world.spawn("tasks", lambda: self._tasks(stage)))
+        if scenario.close_after is not None:
+            world.sleep(scenario.close_after * 1000)
+            stage.closing = True
+            world.note("main: closes the store")
+            store.close()
+        for actor in actors:
+            world.join(actor)
+        self._end(stage, store)
+        if scenario.nvme:
+            self._reopen(stage)
+
+    def _open(self) -> Opened:
+        opened = open_simulated(self.world, self.scenario, self.disk)
+        self.world.watchers[:] = [Invariants(self.world, self.model, opened).check]
+        return opened
+
+    def _put_all(self, store: TierStore) -> None:
+        for plan in self.scenario.blocks:
+            values = self.model.begin(plan.name, names_in(plan))
+            store.put(plan.name, tensors_of(plan, values), tier=plan.tier, frozen=plan.frozen)
+            self.model.end(values, certain=True)
+
+    def _thread(self, stage: Stage, store: TierStore, name: str, calls: Calls) -> None:
+        drive(User(name, stage, Blocking(store, self.world)).run(calls))
+
+    def _tasks(self, stage: Stage) -> None:
+        loop = SimulatedLoop(self.world, "the tasks")
+        asyncio.set_event_loop(loop)
+        store = face_over(AsyncTierStore, stage.opened.engine)
+
+        async def all_of_them() -> None:
+            users = [User(f"task-{index}", stage, Waiting(store)) for index in range(len(self.scenario.tasks))]
+            await asyncio.gather(*(user.run(calls) for user, calls in zip(users, self.scenario.tasks, strict=True)))
+
+        try:
+            loop.run_until_complete(all_of_them())
+        finally:
+            store._engine = None
+            loop.close()
+            asyncio.set_event_loop(None)
+
+    def _end(self, stage: Stage, store: TierStore) -> None:
+        """When the faults have stopped, everything can be saved and read, and nothing is left over."""
+        if stage.closing:
+            return
+        opened = stage.opened
+        opened.set_faults(0.0)
+        check_quiet(self.world, store, opened)
+        user = User("main", stage, Blocking(store, self.world))
+        for name in list(store):
+            drive(user.call(("read", name)))
+        drive(user.call(("flush",)))
+        for name in list(store):
+            assert not store.info(name).dirty, f"{name} is dirty after flush()"
+        if self.scenario.nvme:
+            drive(user.call(("commit", True)))
+        check_quiet(self.world, store, opened)
+        store.close()
+
+    def _reopen(self, stage: Stage) -> None:
+        """The directory holds the last commit, whole."""
+        self.world.note("main: opens the directory again")
+        opened = self._open()
+        opened.set_faults(0.0)
+        store = face_over(TierStore, opened.engine)
+        committed = store.committed
+        acknowledged = [commit for commit in stage.commits if commit.generation is not None]
+        if committed is None:
+            assert not acknowledged, "the commits are gone"
+            store.close()
+            return
+        newest = max((commit.generation for commit in acknowledged if commit.generation is not None), default=0)
+        assert committed.generation >= newest, f"generation {committed.generation} is there, {newest} was acknowledged"
+        (commit,) = [commit for commit in stage.commits if commit.number == committed.metadata["commit"]]
+        state: dict[tuple[str, str], int] = {}
+        for name in store:
+            for tensor, copy in parts(self.scenario.plan(name), store.read(name)).items():
+                state[name, tensor] = stamp_of(copy, f"{name}/{tensor} of generation {committed.generation}")
+        self.model.check_snapshot(state, commit.start, int(min(commit.end, self.model.tick())), f"generation {committed.generation}")
+        store.close()
+
+
+def _plain(calls: Calls) -> Iterator[tuple[object, ...]]:
+    for call in calls:
+        yield call[2] if call[0] == "cancel" else call
+
+
+def _all(calls: Calls) -> Iterator[tuple[object, ...]]:
+    for call in _plain(calls):
+        yield call
+        if call[0] == "use":
+            yield from _all(call[4])  # type: ignore[arg-type]
+
+
+__all__ = ["Outcome", "count_calls", "run"]

@@ -1,0 +1,239 @@
+"""What a run does: sizes, policy, faults, and what each thread and task calls. Drawn from a seed, and plain enough to be pasted.
+
+A call is a tuple: its name and its arguments, times in microseconds.
+
+    ("use", (("b0", True), ("b1", False)), timeout or None, pause, (calls made inside the lease ...))
+    ("prefetch" | "hold" | "put" | "read" | "write" | "evict" | "delete" | "unhold" | "flush" | "commit" | "sleep", ...)
+    ("cancel", after, call)                                  tasks only: the call is cancelled if it takes longer
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Call = tuple[Any, ...]
+Calls = tuple[Call, ...]
+
+POLICIES = ("lookahead", "lookahead", "lookahead", "lru", "static", "hostile")
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """A block: its length in pages of 4096 bytes, spread over this many tensors, and where it begins."""
+
+    name: str
+    pages: int
+    tensors: int = 1
+    tier: str = "ram"
+    frozen: bool = False
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One run.
+
+    Attributes:
+        blocks: Those that are there from the beginning.
+        extra: Those that `put` calls may add.
+        gpu_pages, ram_pages: Budgets for blocks, in pages.
+        nvme_pages: Limit of the directory; None: no limit. `nvme` False: two tiers.
+        threads, tasks: What each of them calls.
+        faults: The chance that an operation of a link or the drive fails.
+        slow, sticky: See `World`.
+        orders: How many transfers a link takes at once.
+        close_after: Microseconds after which the store is closed under its users' hands; None: when all are done.
+    """
+
+    blocks: tuple[BlockPlan, ...]
+    extra: tuple[BlockPlan, ...]
+    gpu_pages: int
+    ram_pages: int
+    threads: tuple[Calls, ...]
+    tasks: tuple[Calls, ...] = ()
+    nvme: bool = True
+    nvme_pages: int | None = None
+    policy: str = "lookahead"
+    faults: float = 0.0
+    slow: float = 0.05
+    sticky: float = 0.3
+    orders: int = 8
+    keep: int = 1
+    checksum: bool = True
+    close_after: int | None = None
+
+    def plan(self, name: str) -> BlockPlan:
+        return next(plan for plan in (*self.blocks, *self.extra) if plan.name == name)
+
+    @property
+    def num_calls(self) -> int:
+        return sum(map(count_calls, (*self.threads, *self.tasks)))
+
+
+def count_calls(calls: Calls) -> int:
+    return sum(1 + (count_calls(call[4]) if call[0] == "use" else 0) for call in calls)
+
+
+class _Draw:
+    """Draws the parts of a scenario."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(f"scenario {seed}")
+        self.blocks: list[BlockPlan] = []
+        self.extra: list[BlockPlan] = []
+        self.gpu_pages = 0
+        self.nvme = True
+
+    def pause(self) -> int:
+        return self.random.choice((0, 0, 0, 5, 20, 100))
+
+    def timeout(self) -> int | None:
+        return self.random.choice((None,) * 8 + (0, 30, 300))
+
+    def use(self, *names: str, write: bool | None = None, inside: Calls = ()) -> Call:
+        wants = []
+        for name in dict.fromkeys(names):
+            frozen = self.plan(name).frozen
+            wants.append((name, not frozen and (self.random.random() < 0.4 if write is None else write)))
+        return ("use", tuple(wants), self.timeout(), self.pause(), inside)
+
+    def plan(self, name: str) -> BlockPlan:
+        return next(plan for plan in (*self.blocks, *self.extra) if plan.name == name)
+
+    def name(self) -> str:
+        return self.random.choice(self.blocks).name
+
+    def fitting(self, most: int) -> list[str]:
+        """Some blocks that fit on the device together."""
+        chosen: list[str] = []
+        left = self.gpu_pages
+        for plan in self.random.sample(self.blocks, min(most, len(self.blocks))):
+            if plan.pages <= left:
+                left -= plan.pages
+                chosen.append(plan.name)
+        return chosen
+
+    # -- shapes of workloads -----------------------------------------------------------------------------------------------------
+
+    def training(self) -> list[Call]:
+        """Forward, backward and a step that writes; now and then an evaluation in between."""
+        layers = [plan.name for plan in self.blocks]
+        calls: list[Call] = []
+        for _ in range(self.random.randint(1, 3)):
+            calls += [self.use(name, write=False) for name in layers]
+            calls += [self.use(name, write=False) for name in reversed(layers)]
+            calls += [self.use(name, write=True) for name in layers]
+            if self.random.random() < 0.3:
+                calls += [self.use(name, write=False) for name in layers]
+            if self.nvme and self.random.random() < 0.5:
+                calls.append(("commit", self.random.random() < 0.5))
+        return calls
+
+    def cyclic(self) -> list[Call]:
+        return [self.use(plan.name, write=False) for _ in range(self.random.randint(2, 4)) for plan in self.blocks]
+
+    def adapters(self) -> list[Call]:
+        """Most blocks are only read, a few are written, as in a low-rank fine-tune."""
+        calls: list[Call] = []
+        for _ in range(self.random.randint(1, 4)):
+            for index, plan in enumerate(self.blocks):
+                calls.append(self.use(plan.name, write=index % 4 == 0))
+        return calls
+
+    def experts(self) -> list[Call]:
+        """A few of many, at random, with a hint before they are needed."""
+        calls: list[Call] = []
+        for _ in range(self.random.randint(4, 10)):
+            chosen = self.fitting(2)
+            if chosen and self.random.random() < 0.5:
+                calls.append(("prefetch", *chosen))
+            if chosen:
+                calls.append(self.use(*chosen))
+        return calls
+
+    def anything(self, depth: int = 0) -> list[Call]:
+        """All calls there are, at random."""
+        number = self.random.randint(3, 14) if depth == 0 else self.random.randint(1, 2)
+        return [self.any_call(depth) for _ in range(number)]
+
+    def any_call(self, depth: int) -> Call:
+        draw = self.random.random()
+        name = self.name()
+        if draw < 0.35:
+            chosen = self.fitting(self.random.choice((1, 1, 2, 3))) or [self.blocks[0].name]
+            inside = tuple(self.anything(depth + 1)) if depth < 2 and self.random.random() < 0.25 else ()
+            return self.use(*chosen, inside=inside)
+        kinds: list[Callable[[], Call]] = [
+            lambda: ("read", name),
+            lambda: ("write", name, self.random.randrange(4)),
+            lambda: ("evict", name),
+            lambda: ("prefetch", name, self.name()),
+            lambda: ("flush",),
+            lambda: ("sleep", self.random.choice((10, 50, 200))),
+            lambda: ("hold", name, self.random.choice(("gpu", "ram", "nvme") if self.nvme else ("gpu", "ram"))),
+            lambda: ("unhold", name),
+        ]
+        weights = [5, 5, 3, 3, 1, 1, 1, 2]
+        if self.nvme:
+            kinds.append(lambda: ("commit", self.random.random() < 0.5))
+            weights.append(3)
+        if self.extra:
+            extra = self.random.choice(self.extra).name
+            kinds += [lambda: ("put", extra), lambda: ("delete", extra), lambda: self.use(extra), lambda: ("read", extra)]
+            weights += [4, 3, 3, 2]
+        return self.random.choices(kinds, weights)[0]()
+
+    def calls(self) -> Calls:
+        shape = self.random.choice((self.training, self.cyclic, self.adapters, self.experts, self.anything, self.anything, self.anything))
+        calls = shape()
+        if self.nvme and shape != self.anything and self.random.random() < 0.5:
+            calls.insert(self.random.randrange(len(calls) + 1), ("commit", self.random.random() < 0.5))
+        return tuple(calls[:40])
+
+    def with_cancellations(self, calls: Calls) -> Calls:
+        if self.random.random() < 0.4:
+            return calls
+        after = (0, 1, 5, 20, 50, 100, 300)
+        return tuple(("cancel", self.random.choice(after), call) if self.random.random() < 0.3 else call for call in calls)
+
+
+def draw(seed: int) -> Scenario:
+    """The scenario of a seed."""
+    parts = _Draw(seed)
+    rng = parts.random
+    parts.nvme = rng.random() < 0.8
+    frozen = rng.choice((0.0, 0.0, 0.3))
+    tiers = ("gpu", "ram", "ram", "ram", "nvme") if parts.nvme else ("gpu", "ram", "ram")
+    largest = rng.choice((1, 1, 2, 4))
+
+    def plan(name: str) -> BlockPlan:
+        return BlockPlan(name, rng.randint(1, largest), rng.choice((1, 1, 2)), rng.choice(tiers), rng.random() < frozen)
+
+    parts.blocks = [plan(f"b{index}") for index in range(rng.randint(2, 8))]
+    parts.extra = [plan(f"x{index}") for index in range(rng.choice((0, 0, 1, 2)))]
+    everything = [*parts.blocks, *parts.extra]
+    total, most = sum(each.pages for each in everything), max(each.pages for each in everything)
+    parts.gpu_pages = rng.randint(most, max(most, total + 1))
+    ram_pages = rng.randint(most, total + 1) if parts.nvme else total + rng.randint(0, 3)
+    threads = tuple(parts.calls() for _ in range(rng.choice((1, 1, 2, 2, 3, 4))))
+    tasks = tuple(parts.with_cancellations(parts.calls()) for _ in range(rng.choice((0, 0, 0, 1, 2, 3))))
+    return Scenario(
+        blocks=tuple(parts.blocks),
+        extra=tuple(parts.extra),
+        gpu_pages=parts.gpu_pages,
+        ram_pages=ram_pages,
+        threads=threads,
+        tasks=tasks,
+        nvme=parts.nvme,
+        nvme_pages=rng.choice((None, None, None, 3 * total + 40)),
+        policy=rng.choice(POLICIES),
+        faults=rng.choice((0.0, 0.0, 0.01, 0.05)),
+        slow=rng.choice((0.0, 0.05, 0.2)),
+        sticky=rng.choice((0.0, 0.3, 0.8)),
+        orders=rng.choice((1, 2, 8)),
+        keep=rng.choice((1, 1, 2)),
+        checksum=rng.random() < 0.8,
+        close_after=rng.choice((None,) * 9 + (500,)),
+    )

@@ -1,0 +1,80 @@
+"""Many seeds, one after the other or on several processes."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import time
+from collections import Counter
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
+
+import torch
+
+from tests.simulation.run import run
+from tests.simulation.scenario import draw
+
+CHUNK = 25
+
+
+@dataclass
+class Part:
+    """What became of some seeds."""
+
+    seeds: int = 0
+    steps: int = 0
+    failures: list[tuple[int, str]] = field(default_factory=list)
+    outcomes: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: Part) -> None:
+        self.seeds += other.seeds
+        self.steps += other.steps
+        self.failures += other.failures
+        self.outcomes += other.outcomes
+
+
+def run_seeds(first: int, end: int, stop: bool = False) -> Part:
+    """Run seeds one after the other.
+
+    Args:
+        stop: At the first failure.
+    """
+    torch.set_num_threads(1)
+    part = Part()
+    for seed in range(first, end):
+        outcome = run(draw(seed), seed)
+        part.seeds += 1
+        part.steps += outcome.world.steps
+        part.outcomes += outcome.outcomes
+        if outcome.failure is not None:
+            part.failures.append((seed, str(outcome.failure)))
+            if stop:
+                break
+    gc.collect()
+    return part
+
+
+def many(first: int, end: int, jobs: int, *, stop: bool) -> Part:
+    """Run seeds on several processes. Failures are printed as they come."""
+    total = Part()
+    begun = time.monotonic()
+    chunks = iter(range(first, end, CHUNK))
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        running: set[Future[Part]] = set()
+        while True:
+            while len(running) < 2 * jobs and (start := next(chunks, None)) is not None:
+                running.add(pool.submit(run_seeds, start, min(end, start + CHUNK), stop))
+            if not running:
+                return total
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for part in (future.result() for future in done):
+                total.add(part)
+                for seed, message in part.failures:
+                    print(f"seed {seed} fails: {message}\n", flush=True)
+            if stop and total.failures:
+                for future in running:
+                    future.cancel()
+                return total
+            if total.seeds % (CHUNK * 40) < CHUNK * len(done):
+                rate = total.seeds / (time.monotonic() - begun)
+                print(f"{total.seeds} seeds, {len(total.failures)} failures, {rate:.1f} seeds/s", flush=True)

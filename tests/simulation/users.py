@@ -1,0 +1,398 @@
+"""Those who use the store in a run: threads on the blocking face, tasks on the asynchronous one, both carrying out the same calls."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+
+from tests.simulation.model import ABSENT, Model, Value, pattern, stamp_of
+from tests.simulation.opened import Opened
+from tests.simulation.scenario import BlockPlan, Call, Calls, Scenario
+from tests.simulation.world import BrokenPromiseError, World
+from tierstore import AsyncTierStore, TierStore
+from tierstore.catalog import PAGE
+from tierstore.errors import (
+    BlockExistsError,
+    BlockNotFoundError,
+    CapacityError,
+    ClosedError,
+    DeadlockError,
+    LeaseError,
+    LeaseTimeoutError,
+    TierFullError,
+    TransferError,
+)
+
+T = TypeVar("T")
+
+
+@dataclass
+class Committed:
+    """A commit somebody asked for; `generation` None: it has not succeeded yet, as far as is known."""
+
+    number: int
+    start: int
+    end: float
+    generation: int | None = None
+
+
+@dataclass
+class Stage:
+    """What all users of a run share.
+
+    Attributes:
+        holds: Blocks whose hold on the device has been confirmed.
+        nested: Somebody asks for more while he leases: deadlocks may be reported.
+        closing: The store is being closed under its users' hands.
+    """
+
+    world: World
+    scenario: Scenario
+    model: Model
+    opened: Opened
+    commits: list[Committed] = field(default_factory=list)
+    nested: bool = False
+    has_holds: bool = False
+    closing: bool = False
+    outcomes: Counter[str] = field(default_factory=Counter)
+
+
+class Blocking:
+    """`TierStore` as coroutines that never suspend: the thread waits instead."""
+
+    def __init__(self, store: TierStore, world: World) -> None:
+        self._store = store
+        self._world = world
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._store, name)
+
+        async def call(*args: Any, **options: Any) -> Any:
+            return method(*args, **options)
+
+        return call
+
+    def use(self, *names: str, write: Any, timeout: float | None) -> Any:
+        return _BlockingUse(self._store.use(*names, write=write, timeout=timeout))
+
+    async def sleep(self, seconds: float) -> None:
+        self._world.sleep(int(seconds * 1e9))
+
+
+class _BlockingUse:
+    def __init__(self, context: Any) -> None:
+        self._context = context
+
+    async def __aenter__(self) -> Any:
+        return self._context.__enter__()
+
+    async def __aexit__(self, *details: Any) -> None:
+        self._context.__exit__(*details)
+
+
+class Waiting:
+    """`AsyncTierStore`, and how a task sleeps."""
+
+    def __init__(self, store: AsyncTierStore) -> None:
+        self._store = store
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+
+def drive(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine that never suspends."""
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return]
+    raise AssertionError("it suspended")
+
+
+def tensors_of(plan: BlockPlan, values: dict[str, Value]) -> torch.Tensor | dict[str, torch.Tensor]:
+    numel = plan.pages * PAGE // 8 // plan.tensors
+    tensors = {name: pattern(value.stamp, numel) for name, value in values.items()}
+    return next(iter(tensors.values())) if plan.tensors == 1 else tensors
+
+
+def names_in(plan: BlockPlan) -> list[str]:
+    """The model's names of a block's tensors."""
+    return [f"t{index}" for index in range(plan.tensors)]
+
+
+def parts(plan: BlockPlan, given: Any) -> dict[str, torch.Tensor]:
+    """What a lease or read gave, by tensor."""
+    return {"t0": given} if plan.tensors == 1 else dict(given)
+
+
+class User:
+    """One thread, or one task, and what it leases.
+
+    Args:
+        name: For the history.
+        face: A `Blocking` or a `Waiting`.
+    """
+
+    def __init__(self, name: str, stage: Stage, face: Any) -> None:
+        self.name = name
+        self.stage = stage
+        self.world = stage.world
+        self.model = stage.model
+        self.face = face
+        self.reads: Counter[str] = Counter()
+        self.writes: Counter[str] = Counter()
+        self.newest: dict[tuple[str, str], int] = {}
+        self.handles: list[tuple[Any, Committed]] = []
+
+    async def run(self, calls: Calls) -> None:
+        for call in calls:
+            await self.call(call)
+        for handle, committed in self.handles:
+            await self._expecting("commit result", self._finish_commit(handle, committed))
+
+    async def call(self, call: Call) -> None:
+        if call[0] == "cancel":
+            await self._cancel(*call[1:])
+            return
+        what = describe(call)
+        await self._expecting(what, getattr(self, f"_{call[0]}")(*call[1:]))
+
+    async def _expecting(self, what: str, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Carry out a call; the errors it may end with here are no failure of the store."""
+        self.world.note(f"{self.name}: {what}")
+        outcome = "done"
+        try:
+            await coroutine
+        except asyncio.CancelledError:
+            self.world.note(f"{self.name}: cancelled in {what}")
+            raise
+        except Exception as error:
+            if isinstance(error, BrokenPromiseError) or not self._expected(what, error):
+                raise
+            outcome = type(error).__name__
+        self.stage.outcomes[f"{what.split()[0]} {outcome}"] += 1
+        self.world.note(f"{self.name}: {outcome}: {what}")
+
+    def _expected(self, what: str, error: Exception) -> bool:
+        stage = self.stage
+        leasing = bool(+self.reads) or bool(+self.writes)
+        if isinstance(error, ClosedError):
+            return stage.closing
+        if isinstance(error, LeaseTimeoutError):
+            return what.startswith("use") and "within" in what
+        if isinstance(error, TierFullError):
+            return stage.scenario.faults > 0 or stage.scenario.nvme_pages is not None
+        if isinstance(error, TransferError):
+            return stage.scenario.faults > 0
+        if isinstance(error, DeadlockError):
+            return stage.nested
+        if isinstance(error, LeaseError):
+            return leasing or (stage.has_holds and what.startswith("evict"))
+        if isinstance(error, CapacityError):
+            return leasing or stage.has_holds
+        return isinstance(error, BlockNotFoundError | BlockExistsError)  # checked where they were caught first
+
+    async def _cancel(self, after: int, call: Call) -> None:
+        """Carry out a call in a task of its own, and cancel that."""
+        inner = User(f"{self.name}'", self.stage, self.face)
+        task = asyncio.ensure_future(inner.call(call))
+        await asyncio.sleep(after / 1e6)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        self.handles += inner.handles
+
+    # -- calls -------------------------------------------------------------------------------------------------------------------
+
+    async def _use(self, wants: tuple[tuple[str, bool], ...], timeout: int | None, pause: int, inside: Calls) -> None:
+        since = self.model.tick()
+        names = [name for name, _ in wants]
+        seconds = None if timeout is None else timeout / 1e6
+        try:
+            async with self.face.use(*names, write=[name for name, write in wants if write], timeout=seconds) as given:
+                leased = dict(zip(names, (given,) if len(names) == 1 else given, strict=True))
+                await self._leased(wants, leased, since, pause, inside)
+        except BlockNotFoundError as error:
+            self._missing(str(error.block), since)
+            raise
+
+    async def _leased(self, wants: tuple[tuple[str, bool], ...], leased: dict[str, Any], since: int, pause: int, inside: Calls) -> None:
+        model, owner = self.model, self._owner()
+        scheduler = self.stage.opened.engine.scheduler
+        places = {name: scheduler.find(name).gpu.offset for name, _ in wants}
+        model.lease(owner, dict(wants), places)
+        self.world.note(f"{self.name}: has {', '.join(f'{name}@{places[name]}' for name, _ in wants)}")
+        views = {name: parts(self._plan(name), given) for name, given in leased.items()}
+        for name, write in wants:
+            (self.writes if write else self.reads)[name] += 1
+        try:
+            for name, _ in wants:
+                for tensor, view in views[name].items():
+                    self._see(name, tensor, view, since)
+            await self._pause(pause)
+            for name, write in wants:
+                if write:
+                    await self._overwrite(name, views[name], pause)
+            for call in inside:
+                await self.call(call)
+            await self._pause(pause)
+            for name, _ in wants:
+                for tensor, view in views[name].items():
+                    stamp = stamp_of(view, f"{name}/{tensor}, leased by {self.name},")
+                    if stamp != self.newest[name, tensor]:
+                        raise BrokenPromiseError(f"{name}/{tensor} changed under {self.name}'s lease to {stamp}")
+        finally:
+            for name, write in wants:
+                (self.writes if write else self.reads)[name] -= 1
+            model.release(owner, dict(wants), places)
+
+    def _see(self, name: str, tensor: str, view: torch.Tensor, since: int) -> None:
+        stamp = stamp_of(view, f"{name}/{tensor}, leased by {self.name},")
+        if self.writes[name] + self.reads[name] > 1:
+            if stamp != self.newest[name, tensor]:
+                raise BrokenPromiseError(f"{name}/{tensor} is {stamp} in the inner lease and {self.newest[name, tensor]} in the outer")
+        else:
+            self.model.observe(name, tensor, stamp, since)
+        self.newest[name, tensor] = stamp
+
+    async def _overwrite(self, name: str, views: dict[str, torch.Tensor], pause: int) -> None:
+        """Write all tensors, half by half, with time in between."""
+        values = self.model.begin(name, views)
+        try:
+            for half in (0, 1):
+                for tensor, view in views.items():
+                    middle = view.numel() // 2
+                    piece = slice(0, middle) if half == 0 else slice(middle, None)
+                    view[piece] = pattern(values[tensor].stamp, view.numel())[piece]
+                if half == 0:
+                    await self._pause(pause)
+        except BaseException:  # cancelled: what is half written would be nobody's value
+            for tensor, view in views.items():
+                view.copy_(pattern(values[tensor].stamp, view.numel()))
+            raise
+        finally:
+            for tensor in views:
+                self.newest[name, tensor] = values[tensor].stamp
+            self.model.end(values, certain=True)
+
+    async def _read(self, name: str) -> None:
+        since = self.model.tick()
+        try:
+            given = await self.face.read(name)
+        except BlockNotFoundError:
+            self._missing(name, since)
+            raise
+        for tensor, copy in parts(self._plan(name), given).items():
+            self.model.observe(name, tensor, stamp_of(copy, f"{name}/{tensor}, read by {self.name},"), since)
+
+    async def _write(self, name: str, which: int) -> None:
+        """Replace some of the tensors."""
+        plan = self._plan(name)
+        if plan.frozen:
+            return
+        tensors = names_in(plan)
+        chosen = tensors if which >= len(tensors) else [tensors[which]]
+        await self._change(name, self.model.begin(name, chosen), lambda values: self.face.write(name, tensors_of(plan, values)))
+
+    async def _put(self, name: str) -> None:
+        plan = self._plan(name)
+        since = self.model.tick()
+        values = self.model.begin(name, names_in(plan))
+        put = lambda values: self.face.put(name, tensors_of(plan, values), tier=plan.tier, frozen=plan.frozen)  # noqa: E731
+        try:
+            await self._change(name, values, put)
+        except BlockExistsError:
+            if not any(value.stamp != ABSENT and self._possible(name, value, since) for value in self._values(name)):
+                raise BrokenPromiseError(f"put() finds {name} there, which it cannot be") from None
+            raise
+
+    async def _delete(self, name: str) -> None:
+        values = self.model.begin_delete(name, names_in(self._plan(name)))
+        await self._change(name, values, lambda _: self.face.delete(name))
+
+    async def _change(self, name: str, values: dict[str, Value], change: Any) -> None:
+        since = self.model.tick()
+        certain = False
+        try:
+            await change(values)
+            certain = True
+        except BlockNotFoundError:
+            self._missing(name, since)
+            raise
+        finally:
+            self.model.end(values, certain=certain)
+
+    async def _prefetch(self, *names: str) -> None:
+        await self.face.prefetch(*names)
+
+    async def _hold(self, name: str, tier: str) -> None:
+        await self.face.hold(name, tier)
+
+    async def _unhold(self, name: str) -> None:
+        await self.face.unhold(name)
+
+    async def _evict(self, name: str) -> None:
+        await self.face.evict(name)
+
+    async def _flush(self) -> None:
+        await self.face.flush()
+
+    async def _sleep(self, micros: int) -> None:
+        await self._pause(micros)
+
+    async def _commit(self, wait: bool) -> None:
+        committed = Committed(len(self.stage.commits), self.model.tick(), float("inf"))
+        self.stage.commits.append(committed)
+        metadata = {"commit": committed.number}
+        if wait:
+            committed.generation = await self.face.commit(metadata)
+            committed.end = self.model.tick()
+        else:
+            self.handles.append((await self.face.commit(metadata, wait=False), committed))
+
+    async def _finish_commit(self, handle: Any, committed: Committed) -> None:
+        result = handle.result()
+        committed.generation = await result if asyncio.iscoroutine(result) else result
+        committed.end = self.model.tick()
+
+    # -- small things ------------------------------------------------------------------------------------------------------------
+
+    async def _pause(self, micros: int) -> None:
+        if micros:
+            await self.face.sleep(micros / 1e6)
+        else:
+            self.world.switch()
+
+    def _plan(self, name: str) -> BlockPlan:
+        return self.stage.scenario.plan(name)
+
+    def _owner(self) -> str:
+        return self.name
+
+    def _missing(self, name: str, since: int) -> None:
+        """The store says that there is no such block."""
+        for tensor in names_in(self._plan(name)):
+            self.model.observe(name, tensor, ABSENT, since)
+
+    def _values(self, name: str) -> list[Value]:
+        return list(self.model.register(name, "t0").values.values())
+
+    def _possible(self, name: str, value: Value, since: int) -> bool:
+        return self.model.register(name, "t0").last_moment(value) >= since
+
+
+def describe(call: Call) -> str:
+    """A call in the history."""
+    if call[0] != "use":
+        return " ".join(map(str, call))
+    names = ", ".join(f"{name}{' for writing' if write else ''}" for name, write in call[1])
+    return f"use {names}" + (f" within {call[2]} µs" if call[2] is not None else "")
