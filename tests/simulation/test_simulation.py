@@ -64,3 +64,10 @@ def test_a_read_lease_right_after_a_write_on_the_device() -> None:
     writer = (("write", "b0", 0), ("sleep", 10)) * 5
     reader = (("use", (("b0", False),), None, 5, ()), ("sleep", 10)) * 5
     hunt(Scenario((block,), (), 1, 1, threads=(writer, reader)))
+
+
+def test_a_lease_granted_while_the_store_is_closed() -> None:
+    """The device's memory was gone between the grant and the tensors: an AttributeError, where ClosedError is promised."""
+    blocks = (BlockPlan("b0", 1), BlockPlan("b1", 1))
+    reader = (("use", (("b0", False),), None, 0, ()), ("use", (("b1", False),), None, 0, ())) * 8
+    hunt(Scenario(blocks, (), 1, 2, threads=(reader, reader), nvme=False, slow=0.2, close_after=20), range(60))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tierstore.catalog import Block, BlockId, TensorSpec
-from tierstore.errors import CapacityError
+from tierstore.errors import CapacityError, ClosedError
 from tierstore.tiers.ram import map_memory
 
 DTYPES: dict[str, torch.dtype] = {
@@ -88,13 +88,20 @@ class DeviceArena:
             ) from error
         if self.tensor.data_ptr() % 256:
             raise AssertionError("the device arena is not aligned to 256 bytes")
-        self._storage = self.tensor.untyped_storage()
+        self._storage: torch.UntypedStorage | None = self.tensor.untyped_storage()
 
     def tensors(self, number: int, block: Block, offset: int) -> tuple[torch.Tensor, ...]:
-        """The block's tensors at `offset`, fresh objects on every call: no `.grad` outlives a lease."""
+        """The block's tensors at `offset`, fresh objects on every call: no `.grad` outlives a lease.
+
+        Raises:
+            ClosedError: The memory is gone: the store was closed after it gave the lease.
+        """
         cached = self._views.get(number)
         if cached is None or cached[0] != offset:
-            views = tuple(view_of(self._storage, self.device, offset, spec) for spec in block.tensors)
+            storage = self._storage
+            if storage is None:
+                raise ClosedError("the store was closed", remedy="open a new TierStore")
+            views = tuple(view_of(storage, self.device, offset, spec) for spec in block.tensors)
             cached = self._views[number] = (offset, views)
         return tuple([view.detach() for view in cached[1]])
 
@@ -112,4 +119,5 @@ class DeviceArena:
     def close(self) -> None:
         """Let the memory go, as soon as the caller holds no tensor in it."""
         self._views.clear()
-        del self.tensor, self._storage
+        del self.tensor
+        self._storage = None
