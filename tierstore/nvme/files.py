@@ -6,6 +6,7 @@ tears writes, runs full or forgets what was not synced. The real one is `tiersto
 [Note: Bytes in flight]
 A thread that reads into a buffer cannot be called back. Cancelling a task here therefore takes effect only when the thread
 is done: `land` waits first and raises `CancelledError` then, so that no caller can reuse memory that is still being filled.
+The one exception is a thread that hangs: it is given up with `StalledError`, and who gets that must keep the memory out of use.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
 from tierstore.catalog import PAGE
+from tierstore.threads import StalledError
 
 T = TypeVar("T")
 Then = Callable[[memoryview], object]
@@ -171,6 +173,7 @@ async def move_all(files: Files, operation: Operation, requests: Sequence[Reques
 
     Raises:
         OSError: The system's own, or EIO where the file ended early.
+        StalledError: The system did not answer, and may still use the buffers; see there.
         Exception: Whatever a `then` raised.
     """
     left = list(requests)
@@ -191,6 +194,9 @@ async def move_all(files: Files, operation: Operation, requests: Sequence[Reques
             elif request.then is None and (then := whole[request.offset + outcome].then) is not None:
                 await files.work(then, whole[request.offset + outcome].buffer)  # it came in pieces
         if failures:
+            stalled = [failure for failure in failures if isinstance(failure, StalledError)]
+            if stalled:  # of these, all: the buffers are not the caller's until each has landed
+                raise StalledError(max(one.seconds for one in stalled), sum((one.landed for one in stalled), ()))
             raise failures[0]
         left = again
 
