@@ -165,10 +165,12 @@ def test_a_thread_that_is_killed_fails_its_call_and_is_replaced(pool: Threads, m
     def killed(job: object) -> object:
         raise SystemExit  # as if it had come between two calls of ours
 
+    before = threading.active_count()
     with monkeypatch.context() as patch:
         patch.setattr(threads, "_make", killed)
         with pytest.raises(OSError, match="killed"):
             pool.submit(int).result(PATIENCE_S)
+        wait_until(lambda: threading.active_count() <= before + 1)  # the watch stays
     assert pool.submit(int).result(PATIENCE_S) == 0
 
 

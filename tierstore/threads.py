@@ -55,6 +55,10 @@ class StalledError(OSError):
         self.landed = landed
 
 
+class NoThreadError(OSError):
+    """The system starts no more threads: the call was not made, and will not be."""
+
+
 def under_way(error: BaseException | None) -> tuple[Future[None], ...]:
     """The calls behind an error that may still touch memory, also where it was raised `from` a `StalledError`."""
     while error is not None:
@@ -112,7 +116,8 @@ class Threads(Executor):
             patience_s: Seconds beyond `STALL_S` that it may take.
 
         Raises:
-            OSError: The system starts no thread and there is none, or all are lost. The call will not be made.
+            NoThreadError: There is no thread, and the system starts none. The call will not be made.
+            StalledError: All are lost. Neither will it.
             RuntimeError: After `shutdown`.
         """
         job = _Job(call, patience_s)
@@ -169,7 +174,7 @@ class Threads(Executor):
         except RuntimeError as error:
             self._members.discard(thread)
             if not self._members:
-                raise OSError(errno.EAGAIN, f"no thread for {self._name}: {error}") from error
+                raise NoThreadError(errno.EAGAIN, f"no thread for {self._name}: {error}") from error
         except BaseException:
             self._members.discard(thread)
             raise

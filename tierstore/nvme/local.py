@@ -107,7 +107,7 @@ class LocalFiles:
         if not calls:
             return []
         loop = asyncio.get_running_loop()
-        done: asyncio.Future[None] = loop.create_future()
+        done: asyncio.Future[list[Outcome]] = loop.create_future()
         outcomes: list[Outcome] = [StalledError(0.0)] * len(calls)
         futures: list[Future[int]] = []
         left = len(calls)
@@ -121,7 +121,7 @@ class LocalFiles:
                 last = left == 0
             if last:
                 with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                    loop.call_soon_threadsafe(done.set_result, None)
+                    loop.call_soon_threadsafe(done.set_result, outcomes)
 
         def ended(index: int, future: Future[int]) -> None:
             try:
@@ -143,8 +143,7 @@ class LocalFiles:
             else:
                 futures.append(future)
                 future.add_done_callback(partial(ended, index))
-        await land(done)
-        return outcomes
+        return await land(done)
 
     async def work(self, call: Callable[..., T], *args: Any, nbytes: int = 0) -> T:
         """Make a call on a thread.
