@@ -16,8 +16,8 @@ PACKAGE = ROOT / "tierstore"
 # A module imports only from what stands before it. An entry covers what lies below it, unless that has an entry of its own.
 # Inside one entry imports are free. "" is tierstore/__init__.py, the face that users import.
 ORDER = [
-    *("errors", "units", "clock", "hardware", "catalog", "residency", "arena", "monitor.perfetto", "trace", "counters", "policies"),
-    *("requests", "extents", "placement", "fitness", "leases", "waiting", "scheduler", "tiers", "nvme", "mover"),
+    *("errors", "units", "clock", "threads", "hardware", "catalog", "residency", "arena", "monitor.perfetto", "trace", "counters"),
+    *("policies", "requests", "extents", "placement", "fitness", "leases", "waiting", "scheduler", "tiers", "nvme", "mover"),
     *("inputs", "opening", "store", "sync", "training", "planner", "monitor"),
     *("huggingface", "distributed", "<face>", "testing", "demo", "cli", "__main__"),
 ]

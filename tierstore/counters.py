@@ -19,6 +19,7 @@ class TierStats:
         hits, misses: On the GPU, blocks of leases that were found there (or on their way) when asked for, and those that were
             not. In RAM, loads to the device that RAM served by itself, and those that had to read NVMe first.
         evictions: Copies that left for others to have room.
+        quarantined_bytes: Of those used, kept out of use because a call that hangs may still write into them.
     """
 
     capacity_bytes: int
@@ -29,6 +30,7 @@ class TierStats:
     hits: int = 0
     misses: int = 0
     evictions: int = 0
+    quarantined_bytes: int = 0
 
     @property
     def hit_rate(self) -> float | None:

@@ -40,6 +40,7 @@ class Extents:
         self._seconds_per_byte = seconds_per_byte
         self._at: dict[Tier, dict[int, Record]] = {Tier.GPU: {}, Tier.RAM: {}}
         self._stale: dict[BlockId, Record] = {}
+        self.quarantined: dict[int, int] = {}  # extents in RAM, offset to bytes; see `quarantine`
         self._cursor = {Tier.GPU: 0, Tier.RAM: 0}
         self._ahead: dict[Tier, dict[BlockId, int]] = {Tier.GPU: {}, Tier.RAM: {}}
         self._ahead_bytes = {Tier.GPU: 0, Tier.RAM: 0}
@@ -119,9 +120,19 @@ class Extents:
         if tier is Tier.GPU:
             self.left_device.append(record.id)
         copy.apply(event)
-        del self._at[tier][copy.offset]
-        self.arenas[tier].release(copy.offset)
-        copy.offset = -1
+        offset, copy.offset = copy.offset, -1
+        del self._at[tier][offset]
+        if tier is Tier.GPU or offset not in self.quarantined:
+            self.arenas[tier].release(offset)
+
+    def quarantine(self, record: Record) -> None:
+        """The read into a block's extent in RAM was given up: bytes may still arrive in it, so it stays taken when dropped."""
+        self.quarantined[record.ram.offset] = record.nbytes
+
+    def end_quarantine(self, offset: int) -> None:
+        """What was given up has returned."""
+        del self.quarantined[offset]
+        self.arenas[Tier.RAM].release(offset)
 
     def discard(self, record: Record, tier: Tier) -> None:
         self.drop(record, tier, Event.DISCARD)

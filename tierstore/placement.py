@@ -397,8 +397,13 @@ class Placement(Extents):
         elif order.tier is Tier.RAM:
             self._settle_moves(order)
 
-    def failed(self, order: Order, error: BaseException) -> None:
-        """The order was not carried out; the newest copy is where it was. `ordered` was not called."""
+    def failed(self, order: Order, error: BaseException, *, hung: bool = False) -> None:
+        """The order was not carried out; the newest copy is where it was. `ordered` was not called.
+
+        Args:
+            order, error: What and why.
+            hung: It was given up, and may still do what it was to do. The extent it fills is `quarantined`.
+        """
         record = order.record
         if record is None:
             raise error  # a move stopped half-way: which bytes are where is not known any more, and none may be served
@@ -408,6 +413,8 @@ class Placement(Extents):
             if order.action is Action.H2D:
                 record.ram.readers -= 1
             record.load_error = error
+            if hung and order.action is Action.READ:
+                self.quarantine(record)
             self._load_failed(record, tier)
         elif order.action is Action.D2H:
             record.gpu.readers -= 1

@@ -308,10 +308,11 @@ class Scheduler(Leases):
         return self._starved and not self.placement.flying
 
     def _failure_of(self, request: Request) -> BaseException | None:
+        """What keeps the request from ever being served: a failed transfer that it depends on."""
         for record in request.records:
-            if record.load_error is not None:
+            if record.load_error is not None and isinstance(request, Use | Place):
                 return record.load_error
-            if record.save_error is not None and isinstance(request, Vacate):
+            if record.save_error is not None and isinstance(request, Vacate | Place):
                 return record.save_error
         return None
 

@@ -177,6 +177,7 @@ class StoreBase:
                     hits=hits,
                     misses=misses,
                     evictions=placement.evictions[tier],
+                    quarantined_bytes=engine.quarantined_bytes if tier is Tier.RAM else 0,
                 )
             if directory is not None:
                 tiers["nvme"] = TierStats(

@@ -271,7 +271,10 @@ class TierStore(StoreBase):
         with Uninterrupted():
             call = engine.begin_close(operations.close(engine))
             if call is not None:  # on a thread of its own: it must come to its end even if Ctrl-C ends the wait for it
-                engine.runtime.start_thread(partial(operations.shut_down_after, engine, call), "tierstore-close")
+                try:
+                    engine.runtime.start_thread(partial(operations.shut_down_after, engine, call), "tierstore-close")
+                except RuntimeError:  # the system starts no more threads
+                    operations.shut_down_after(engine, call)
         engine.runtime.wait(engine.ended)
         if call is not None:
             warn_of_loss(call.result.result())

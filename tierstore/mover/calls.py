@@ -9,6 +9,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from tierstore.errors import ClosedError
+from tierstore.mover.failures import engine_failed
 from tierstore.nvme.shards import Shard
 from tierstore.requests import Lease, Owner, Record, Save, Use
 
@@ -71,6 +73,25 @@ class Call(Generic[T]):
         with contextlib.suppress(RuntimeError):  # the loop is closed: it has ended
             self.engine.loop.call_soon_threadsafe(self._cancel)
 
+    def drop(self) -> None:
+        """It never began, and nobody waits for it."""
+        self._coroutine.close()
+
+    def refuse(self) -> None:
+        """It will never begin: the engine is gone."""
+        self._coroutine.close()
+        self._finish(None, ClosedError("the store's engine failed", remedy="open the directory again; the last commit is intact"))
+
+    def run_alone(self) -> None:
+        """Run it on a loop of its own, on this thread: the engine's thread is gone."""
+        result: T | None = None
+        error: BaseException | None = None
+        try:
+            result = asyncio.run(self._coroutine)
+        except BaseException as failure:
+            error = failure
+        self._finish(result, error)
+
     def begin(self) -> None:
         self.task = self.engine.loop.create_task(self._coroutine)
         self.engine.tasks.add(self.task)
@@ -81,14 +102,24 @@ class Call(Generic[T]):
             self.task.cancel()
 
     def _end(self, task: asyncio.Task[T]) -> None:
-        if self._finally_do is not None:
-            self._finally_do()
         self.engine.tasks.discard(task)
-        self.engine.calls.discard(self)
-        error = asyncio.CancelledError() if task.cancelled() else task.exception()
-        if self.result.set_running_or_notify_cancel():
-            if error is None:
-                self.result.set_result(task.result())
-            else:
-                self.result.set_exception(error)
-        self.ended.set_result(None)
+        if task.cancelled():
+            failure = self.engine.failure
+            self._finish(None, asyncio.CancelledError() if failure is None else engine_failed(failure))
+        elif (error := task.exception()) is not None:
+            self._finish(None, error)
+        else:
+            self._finish(task.result(), None)
+
+    def _finish(self, result: T | None, error: BaseException | None) -> None:
+        try:
+            if self._finally_do is not None:
+                self._finally_do()
+        finally:
+            self.engine.calls.discard(self)
+            if self.result.set_running_or_notify_cancel():
+                if error is None:
+                    self.result.set_result(result)  # type: ignore[arg-type]
+                else:
+                    self.result.set_exception(error)
+            self.ended.set_result(None)

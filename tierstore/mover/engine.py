@@ -21,31 +21,36 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import torch
 
 from tierstore.counters import LinkStats, WaitStats
-from tierstore.errors import ClosedError, ForkedError, TierstoreError, TransferError
+from tierstore.errors import ClosedError, ForkedError
 from tierstore.mover.budget import Slots
 from tierstore.mover.calls import Call, Capture, Ticket
 from tierstore.mover.critical import Uninterrupted
+from tierstore.mover.failures import engine_failed, explained
 from tierstore.mover.runtime import Runtime
 from tierstore.mover.streams import Copies
 from tierstore.nvme.directory import Directory
+from tierstore.nvme.files import when_landed
 from tierstore.nvme.shards import Shard
 from tierstore.requests import LINK_OF, Action, Order, Record, Request, Use
 from tierstore.scheduler import Scheduler
+from tierstore.threads import NoThreadError, Threads, under_way
 from tierstore.tiers.device import DeviceArena
 from tierstore.tiers.ram import HostArena
-from tierstore.trace import Link, Timeline, TransferEvent, WaitEvent
+from tierstore.trace import Kind, Link, Timeline, TransferEvent, WaitEvent
 
 log = logging.getLogger("tierstore")
 T = TypeVar("T")
 
 ACCESS_BATCH = 64
 """Accesses the policy may lag behind while there is nothing to decide."""
+
+DYING_ROUNDS = 3
 
 
 class Engine:
@@ -92,8 +97,9 @@ class Engine:
         self.calls: set[Call[Any]] = set()
         self.ended: Future[None] = Future()
         self._closing = False
+        self._stopping = False
         self._landed = asyncio.Event()
-        self._hosts = ThreadPoolExecutor(2, thread_name_prefix="tierstore-host")
+        self._hosts = Threads("tierstore-host", 2)
         self.slots = Slots(slot_bytes)
         self.loop = runtime.new_loop()
         self.loop.set_exception_handler(self._unexpected)
@@ -102,12 +108,19 @@ class Engine:
 
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
-        if self.device.device.type == "cuda":
-            torch.cuda.set_device(self.device.device)
+        failure: BaseException = RuntimeError("its thread was stopped")
         try:
+            if self.device.device.type == "cuda":
+                torch.cuda.set_device(self.device.device)
             self.loop.run_forever()
+        except BaseException as error:
+            failure = error
         finally:
+            if not self._stopping:
+                self._died(failure)
             self.loop.close()
+            for call in [call for call in self.calls if call.task is None]:  # came while it died
+                call.refuse()
 
     # -- callers' threads --------------------------------------------------------------------------------------------------
 
@@ -117,9 +130,7 @@ class Engine:
         if self.closed or self._closing:
             raise ClosedError("the store is closed", remedy="open a new TierStore")
         if self.failure is not None:
-            raise ClosedError(
-                f"the store's engine failed: {self.failure!r}", remedy="open the directory again; the last commit is intact"
-            ) from self.failure
+            raise engine_failed(self.failure)
 
     def begin_use(self, ticket: Ticket, names: tuple[str, ...], write: bool | frozenset[str]) -> Future[None] | None:
         """Lease at once if the blocks are ready, else queue the request. Short; any thread.
@@ -236,7 +247,12 @@ class Engine:
 
     def _begin(self, call: Call[T]) -> Call[T]:
         self.calls.add(call)
-        self.loop.call_soon_threadsafe(call.begin)
+        try:
+            self.loop.call_soon_threadsafe(call.begin)
+        except RuntimeError as error:  # the loop ended right now
+            self.calls.discard(call)
+            call.drop()
+            raise engine_failed(self.failure or error) from error
         return call
 
     def begin_close(self, coroutine: Coroutine[Any, Any, T]) -> Call[T] | None:
@@ -246,7 +262,14 @@ class Engine:
                 coroutine.close()
                 return None
             self._closing = True
-            return self._begin(Call(self, coroutine))
+            call = Call(self, coroutine)
+            if not self.loop.is_closed():
+                return self._begin(call)
+        try:  # the engine's thread is gone: a thread and a loop for this one call
+            self.runtime.start_thread(call.run_alone, "tierstore-close")
+        except RuntimeError:
+            call.run_alone()
+        return call
 
     def wake(self) -> None:
         """Have the scheduler looked at soon. Any thread; cheap when already asked for. Under the lock, set `wanted` instead."""
@@ -318,7 +341,7 @@ class Engine:
     def _pump(self) -> None:
         """Let the scheduler decide, carry out its orders, answer those who wait."""
         self._woken = False
-        if self.closed:
+        if self.closed or self.failure is not None:
             return
         try:
             with self.lock:
@@ -351,7 +374,24 @@ class Engine:
         futures, self._futures = self._futures, {}
         for future in futures.values():
             if not future.done():
-                future.set_exception(ClosedError(f"the store's engine failed: {error!r}", remedy="open the directory again"))
+                future.set_exception(engine_failed(error))
+
+    def _died(self, error: BaseException) -> None:
+        """The thread ends before its time: have every coroutine give back what it took, and tell who waits."""
+        with contextlib.suppress(BaseException):  # logging may fail too, where this thread is being killed
+            self._fail(error)
+        for call in [call for call in self.calls if call.task is None]:
+            call.begin()
+        for _ in range(DYING_ROUNDS):  # each may be struck again
+            tasks = asyncio.all_tasks(self.loop)
+            if not tasks:
+                break
+            for task in tasks:
+                task.cancel()
+            with contextlib.suppress(BaseException):
+                self.loop.run_until_complete(asyncio.wait(tasks))
+        with contextlib.suppress(BaseException):
+            self.loop.run_until_complete(asyncio.sleep(0))  # the callbacks of the last of them
 
     def _unexpected(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """A callback of the loop raised."""
@@ -381,9 +421,13 @@ class Engine:
         if not task.cancelled() and (error := task.exception()) is not None:
             self._fail(error)
 
+    def _soon(self, callback: Callable[..., object], *arguments: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody cares any more
+            self.loop.call_soon_threadsafe(callback, *arguments)
+
     def _ordered(self, order: Order, _: BaseException | None) -> None:
         if threading.current_thread() is not self._thread:
-            self.loop.call_soon_threadsafe(self._ordered, order, None)
+            self._soon(self._ordered, order, None)
             return
         with self.lock:
             self.placement.ordered(order)
@@ -391,20 +435,43 @@ class Engine:
 
     def _done(self, order: Order, error: BaseException | None) -> None:
         if threading.current_thread() is not self._thread:
-            self.loop.call_soon_threadsafe(self._done, order, error)
+            self._soon(self._done, order, error)
             return
-        if error is not None and self.copies.asynchronous and order.action not in (Action.READ, Action.WRITE):
+        on_device = self.copies.asynchronous and order.action not in (Action.READ, Action.WRITE)
+        if error is not None and on_device and not isinstance(error, NoThreadError):
             self._landed.set()
             self._fail(error)  # an error of CUDA is there to stay: this process cannot use the device any more
             return
+        hung = under_way(error)
         with self.lock:
             if error is None:
                 self.placement.done(order)
             else:
-                self.placement.failed(order, _explained(order, error))
+                error = explained(order, error, self._path_for(order))
+                self.placement.failed(order, error, hung=bool(hung))
+        if error is not None:
+            log.log(logging.INFO if order.kind is Kind.DEMAND else logging.WARNING, "a transfer failed: %s", error)
+        if hung and order.action is Action.READ:
+            when_landed(hung, lambda: self._end_quarantine(order.offset_ram))
         self._count(order, error)
         self._landed.set()
         self.wake()
+
+    @property
+    def quarantined_bytes(self) -> int:
+        """Of RAM, transfer space included: what calls that hang may still write into."""
+        return sum(self.placement.quarantined.values()) + self.slots.num_quarantined * self.slots.nbytes
+
+    def _end_quarantine(self, offset: int) -> None:
+        """A read that was given up has returned after all. On the loop."""
+        with self.lock:
+            self.placement.end_quarantine(offset)
+        self.wake()
+
+    def _path_for(self, order: Order) -> str | None:
+        """The file a transfer reads or writes. On the loop."""
+        shard = self.shards.get(order.record) if order.record is not None and order.action in (Action.READ, Action.WRITE) else None
+        return self.directory.path_of(shard) if self.directory is not None and shard is not None else None
 
     async def _read(self, order: Order) -> None:
         record, directory = order.record, self.directory
@@ -516,6 +583,8 @@ class Engine:
 
     def shut_down(self) -> None:
         """Stop the loop and free the arenas. After `drain`, from any other thread."""
+        if self.quarantined_bytes:
+            log.warning("closed while reads hang that were given up: %d bytes of RAM stay mapped until they return", self.quarantined_bytes)
         with contextlib.ExitStack() as steps:  # last in, first out, each whatever became of the others
             steps.callback(self.ended.set_result, None)
             steps.callback(self.device.close)
@@ -527,6 +596,7 @@ class Engine:
             _LIVE.discard(self)
 
     def _stop(self) -> None:
+        self._stopping = True
         with contextlib.suppress(RuntimeError):  # the loop is closed already
             self.loop.call_soon_threadsafe(self.loop.stop)
         self.runtime.join(self._thread)
@@ -537,19 +607,6 @@ class Engine:
         self.wanted = False
         if self.directory is not None:
             self.directory.forget_in_child()
-
-
-def _explained(order: Order, error: BaseException) -> BaseException:
-    if isinstance(error, TierstoreError) or order.record is None:
-        return error
-    wrapped = TransferError(
-        f"copying block {order.record.block.name!r} ({order.action.value}) failed: {error!r}",
-        remedy="repeat the call; the newest copy is where it was",
-        block=order.record.block.name,
-        tier=order.action.value,
-    )
-    wrapped.__cause__ = error
-    return wrapped
 
 
 # Forked children (data-loader workers) inherit the store's memory but none of its threads: they must never touch it.

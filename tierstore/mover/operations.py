@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from tierstore.catalog import Block, TensorSpec
 from tierstore.errors import FrozenError, LeaseError, NoDirectoryError, TensorError, TierstoreError
 from tierstore.mover.calls import Call, Capture
 from tierstore.mover.engine import Engine
+from tierstore.mover.failures import explaining
 from tierstore.nvme.directory import Directory
 from tierstore.nvme.manifest import encode_metadata
 from tierstore.nvme.shards import Entry
@@ -63,9 +64,9 @@ async def put(engine: Engine, block: Block, source: Source, tier: Tier, owner: O
             with engine.lock:
                 engine.placement.start_load(record, tier)
             if tier is Tier.RAM:
-                await engine.offload(_fill_host, engine, record, source)
+                await _on_host(engine, record, tier, "put()", _fill_host, engine, record, source)
             else:
-                await engine.offload(_fill_device, engine, record.gpu.offset, block, source)
+                await _on_host(engine, record, tier, "put()", _fill_device, engine, record.gpu.offset, block, source)
             with engine.lock:
                 engine.placement.finish_make(record, tier)
         filled = True
@@ -96,10 +97,21 @@ def _fill_device(engine: Engine, offset: int, block: Block, source: Source) -> N
             engine.copies.write(offset + spec.offset, source.tensors[spec.name])
 
 
+async def _on_host(engine: Engine, record: Record, tier: Tier, call: str, function: Callable[..., None], *arguments: object) -> None:
+    """Copy on a thread for a call of the user's.
+
+    Raises:
+        TransferError: Whatever went wrong, with block and tier.
+    """
+    with explaining(record, tier, f"{call} of block {record.block.name!r} on tier {tier.value!r}"):
+        await engine.offload(function, *arguments)
+
+
 async def _make_on_nvme(engine: Engine, record: Record, source: Source) -> None:
     directory = need_directory(engine)
-    await engine.offload(source.wait)
-    await _write_shard(engine, directory, record, source, keep=False)
+    await _on_host(engine, record, Tier.NVME, "put()", source.wait)
+    with explaining(record, Tier.NVME, f"put() of block {record.block.name!r}", directory.path):
+        await _write_shard(engine, directory, record, source, keep=False)
 
 
 async def _write_shard(engine: Engine, directory: Directory, record: Record, source: Source, *, keep: bool) -> None:
@@ -191,9 +203,10 @@ async def read(engine: Engine, record: Record, owner: Owner) -> dict[str, torch.
         assert access.tier is not None
         flat = {spec.name: torch.empty(spec.nbytes, dtype=torch.uint8) for spec in record.block.tensors}
         if access.tier is Tier.NVME:
-            await _read_shard(engine, record, flat)
+            with explaining(record, Tier.NVME, f"read() of block {record.block.name!r}", need_directory(engine).path):
+                await _read_shard(engine, record, flat)
         else:
-            await engine.offload(_copy_out, engine, record, access.tier, flat)
+            await _on_host(engine, record, access.tier, "read()", _copy_out, engine, record, access.tier, flat)
     return {spec.name: flat[spec.name].view(DTYPES[spec.dtype]).reshape(spec.shape) for spec in record.block.tensors}
 
 
@@ -233,7 +246,7 @@ async def write(engine: Engine, record: Record, source: Source, owner: Owner) ->
         placement = engine.placement
         if record.ram.valid and not (record.gpu.valid and record.hold is Tier.GPU):
             try:
-                await engine.offload(_fill_host, engine, record, source)
+                await _on_host(engine, record, Tier.RAM, "write()", _fill_host, engine, record, source)
             finally:  # also if cancelled: by then the bytes have changed
                 with engine.lock:
                     record.version += 1
@@ -243,7 +256,7 @@ async def write(engine: Engine, record: Record, source: Source, owner: Owner) ->
                         placement.revive_ram(record, Event.WRITE)
         elif record.gpu.valid:
             try:
-                await engine.offload(_fill_device, engine, record.gpu.offset, record.block, source)
+                await _on_host(engine, record, Tier.GPU, "write()", _fill_device, engine, record.gpu.offset, record.block, source)
             finally:
                 with engine.lock:
                     record.version += 1
@@ -251,11 +264,13 @@ async def write(engine: Engine, record: Record, source: Source, owner: Owner) ->
                     placement.supersede_ram(record)
                     engine.device.invalidate([record.id])  # now: who leases it next must not be blamed for this change
         else:
-            await engine.offload(source.wait)
+            directory = need_directory(engine)
+            await _on_host(engine, record, Tier.NVME, "write()", source.wait)
             with engine.lock:
                 record.version += 1
             try:
-                await _write_shard(engine, need_directory(engine), record, source, keep=True)
+                with explaining(record, Tier.NVME, f"write() of block {record.block.name!r}", directory.path):
+                    await _write_shard(engine, directory, record, source, keep=True)
             except BaseException:
                 with engine.lock:
                     record.version -= 1
@@ -344,7 +359,11 @@ def start_commit(engine: Engine, owner: Owner, metadata: object, *, wait: bool) 
         capture = Capture(Save(owner, (), commit=True, waited=wait))
         future = engine.submit(capture.request)
         engine.captures.append(capture)
-        call = engine.call_locked(_finish_commit(engine, capture, future, fixed), lambda: _end_commit(engine, capture))
+        try:
+            call = engine.call_locked(_finish_commit(engine, capture, future, fixed), lambda: _end_commit(engine, capture))
+        except BaseException:
+            engine.captures.remove(capture)
+            raise
     engine.wake()
     return call
 

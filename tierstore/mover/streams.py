@@ -20,7 +20,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from ctypes import memmove
 from typing import Any, Protocol
 
@@ -28,6 +28,7 @@ import torch
 
 from tierstore.requests import Action, Order
 from tierstore.residency import Tier
+from tierstore.threads import Threads
 from tierstore.tiers.device import DeviceArena, flat_bytes
 from tierstore.tiers.ram import HostArena
 
@@ -84,12 +85,16 @@ class ThreadCopies:
         self._device = device
         self._host = host
         self._pools = {
-            Action.H2D: ThreadPoolExecutor(1, thread_name_prefix="tierstore-h2d"),
-            Action.D2H: ThreadPoolExecutor(1, thread_name_prefix="tierstore-d2h"),
+            Action.H2D: Threads("tierstore-h2d", 1),
+            Action.D2H: Threads("tierstore-d2h", 1),
         }
 
     def start(self, order: Order, ordered: Report, done: Report) -> None:
-        pool = self._pools[Action.D2H if order.action is Action.D2H else Action.H2D]
+        if order.action is Action.COMPACT:
+            arena = self._device.tensor if order.tier is Tier.GPU else self._host.tensor
+            start_move(self._pools[Action.H2D], arena, order, ordered, done)
+            return
+        pool = self._pools[order.action]
         future = pool.submit(self._carry_out, order)
 
         def report(future: Future[None]) -> None:
@@ -101,10 +106,6 @@ class ThreadCopies:
         future.add_done_callback(report)
 
     def _carry_out(self, order: Order) -> None:
-        if order.action is Action.COMPACT:
-            arena = self._device.tensor if order.tier is Tier.GPU else self._host.tensor
-            move_on_host(arena, order)
-            return
         gpu = self._device.tensor[order.offset_gpu : order.offset_gpu + order.nbytes]
         ram = self._host.tensor[order.offset_ram : order.offset_ram + order.nbytes]
         if order.action is Action.H2D:
@@ -133,11 +134,36 @@ class ThreadCopies:
             pool.shutdown()
 
 
-def move_on_host(arena: torch.Tensor, order: Order) -> None:
-    """Carry out a compaction in host memory; `memmove` allows ranges to overlap, and releases the GIL."""
-    base = arena.data_ptr()
-    for record, source, target in order.moves:
-        memmove(base + target, base + source, record.nbytes)
+def start_move(pool: Threads, arena: torch.Tensor, order: Order, ordered: Report, done: Report) -> None:
+    """Carry out a compaction in host memory.
+
+    What is booked must come to be, or nobody knows which bytes are where. So where the thread fails, or there is none, the
+    moves that are left are made right here: on the engine's thread, or on the dying one.
+    """
+    left = deque(order.moves)
+
+    def move() -> None:
+        base = arena.data_ptr()
+        while left:
+            record, source, target = left[0]
+            memmove(base + target, base + source, record.nbytes)  # allows ranges to overlap, and releases the GIL
+            left.popleft()
+
+    def report(future: Future[None]) -> None:
+        if future.exception() is not None:
+            move()
+        ordered(order, None)
+        done(order, None)
+
+    try:
+        future = pool.submit(move)
+    except (OSError, RuntimeError) as error:
+        log.warning("moving blocks together on the engine's thread: %s", error)
+        move()
+        ordered(order, None)
+        done(order, None)
+    else:
+        future.add_done_callback(report)
 
 
 class CudaCopies:
@@ -166,10 +192,10 @@ class CudaCopies:
         self._lock = threading.Lock()
         self._run_ahead: deque[torch.cuda.Event] = deque()
         self._waiters = {Action.H2D: _Waiter("tierstore-h2d-done", self._at), Action.D2H: _Waiter("tierstore-d2h-done", self._at)}
-        self._host_moves = ThreadPoolExecutor(1, thread_name_prefix="tierstore-move")
+        self._host_moves = Threads("tierstore-move", 1)
         self._staged = {
-            Action.H2D: ThreadPoolExecutor(1, thread_name_prefix="tierstore-ring-h2d"),
-            Action.D2H: ThreadPoolExecutor(1, thread_name_prefix="tierstore-ring-d2h"),
+            Action.H2D: Threads("tierstore-ring-h2d", 1),
+            Action.D2H: Threads("tierstore-ring-d2h", 1),
         }
 
     def start(self, order: Order, ordered: Report, done: Report) -> None:
@@ -298,8 +324,7 @@ class CudaCopies:
 
     def _compact(self, order: Order, ordered: Report, done: Report) -> None:
         if order.tier is Tier.RAM:
-            future = self._host_moves.submit(move_on_host, self._host.tensor, order)
-            future.add_done_callback(lambda future: done(order, future.exception()))
+            start_move(self._host_moves, self._host.tensor, order, lambda *_: None, done)
             return
         stream, arena = self._h2d, self._device.tensor
         with torch.cuda.device(self._at), torch.cuda.stream(stream):
@@ -412,4 +437,7 @@ class _Waiter:
                 event.synchronize()
             except BaseException as failure:  # CUDA is lost to this process, but nobody may wait for ever
                 error = failure
-            then(error)
+            try:
+                then(error)
+            except Exception:
+                log.exception("reporting a copy failed")

@@ -31,6 +31,7 @@ from tierstore.nvme.manifest import Record, encode_manifest, encode_metadata, en
 from tierstore.nvme.shards import Entry, Shard, io_error
 from tierstore.nvme.shelf import Shelf
 from tierstore.nvme.space import FIXED_BYTES, Space, footprint
+from tierstore.threads import StalledError
 
 log = logging.getLogger(__name__)
 
@@ -252,14 +253,19 @@ class Directory(Shelf):
                 await self._relocate(entry.shard)
         await self._sync_all([entry.shard for entry in entries if not entry.shard.synced])
         generation = self._next_generation
-        data = await self.files.work(_manifest_bytes, generation, self._next_shard, metadata, entries)
+        try:
+            data = await self.files.work(_manifest_bytes, generation, self._next_shard, metadata, entries)
+        except OSError as error:
+            raise io_error(error, "encoding the manifest", path=self.path) from error
         final = self._join(names.manifest_name(generation))
         await self._space.reserve(len(data), what="the manifest")
         try:
             await self.files.save(final + names.TEMPORARY, data, sync=True)
             await self.files.sync_directory(self.path)
         except OSError as error:
-            if await self._unlink_quietly(names.manifest_name(generation) + names.TEMPORARY):
+            if isinstance(error, StalledError):
+                self._next_generation += 1  # it may still be written to: its name is nobody's from now on
+            elif await self._unlink_quietly(names.manifest_name(generation) + names.TEMPORARY):
                 self._space.give_back(len(data))
             raise io_error(error, "writing the manifest", path=final) from error
         # See [Note: A commit in doubt].

@@ -6,19 +6,23 @@ tears writes, runs full or forgets what was not synced. The real one is `tiersto
 [Note: Bytes in flight]
 A thread that reads into a buffer cannot be called back. Cancelling a task here therefore takes effect only when the thread
 is done: `land` waits first and raises `CancelledError` then, so that no caller can reuse memory that is still being filled.
+The one exception is a thread that hangs: it is given up with `StalledError`, and who gets that must keep the memory out of use.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import errno
 import mmap
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
 from tierstore.catalog import PAGE
+from tierstore.threads import StalledError
 
 T = TypeVar("T")
 Then = Callable[[memoryview], object]
@@ -157,9 +161,45 @@ async def land(awaitable: Awaitable[T]) -> T:
             cancelled = error
     if cancelled is None:
         return future.result()
-    if not future.cancelled():
-        future.exception()  # retrieved, so that the loop does not report it as lost
-    raise cancelled
+    raise cancelled from (None if future.cancelled() else _stall_of(future))
+
+
+def _stall_of(future: asyncio.Future[Any]) -> BaseException | None:
+    """What was given up, if that is how it ended: who is cancelled meanwhile must know of it too, see `under_way`."""
+    error = future.exception()  # retrieved, so that the loop does not report it as lost
+    if error is None and isinstance(future.result(), list):
+        return all_stalled(future.result())
+    return error
+
+
+def all_stalled(outcomes: Iterable[object]) -> StalledError | None:
+    """One error for all calls among these that were given up; None if there are none."""
+    stalled = [outcome for outcome in outcomes if isinstance(outcome, StalledError)]
+    if not stalled:
+        return None
+    return StalledError(max(one.seconds for one in stalled), tuple(call for one in stalled for call in one.landed))
+
+
+def when_landed(calls: Sequence[Future[None]], then: Callable[[], object]) -> None:
+    """Have the running loop call `then` once every call has returned that was given up, if ever. At once if there are none."""
+    if not calls:
+        then()
+        return
+    loop = asyncio.get_running_loop()
+    left = len(calls)
+
+    def one_more() -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            then()
+
+    def soon(_: Future[None]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody cares any more
+            loop.call_soon_threadsafe(one_more)
+
+    for call in calls:
+        call.add_done_callback(soon)
 
 
 Operation = Callable[[Sequence[Request]], Awaitable[list[Outcome]]]
@@ -171,6 +211,7 @@ async def move_all(files: Files, operation: Operation, requests: Sequence[Reques
 
     Raises:
         OSError: The system's own, or EIO where the file ended early.
+        StalledError: The system did not answer, and may still use the buffers; see there.
         Exception: Whatever a `then` raised.
     """
     left = list(requests)
@@ -191,7 +232,7 @@ async def move_all(files: Files, operation: Operation, requests: Sequence[Reques
             elif request.then is None and (then := whole[request.offset + outcome].then) is not None:
                 await files.work(then, whole[request.offset + outcome].buffer)  # it came in pieces
         if failures:
-            raise failures[0]
+            raise all_stalled(failures) or failures[0]
         left = again
 
 

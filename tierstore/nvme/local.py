@@ -18,7 +18,7 @@ import shutil
 import stat as stat_flags
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Executor, Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -29,6 +29,7 @@ from tierstore.catalog import PAGE
 from tierstore.errors import OptionError
 from tierstore.nvme.files import File, FileStat, Lock, Outcome, Request, aligned_buffer, is_aligned, land
 from tierstore.nvme.names import PROBE_NAME
+from tierstore.threads import StalledError, Threads, Watch
 
 if TYPE_CHECKING:
     from aiofiles.base import AiofilesContextManager
@@ -44,6 +45,8 @@ _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 _DIRECT: int | None = getattr(os, "O_DIRECT", None)
 _PREADV: Any = getattr(os, "preadv", None)
 _PWRITEV: Any = getattr(os, "pwritev", None)
+_SLOWEST_BYTES_PER_S = 8e6
+"""A sync, or making a file, may take as long as a drive this slow needs for the file's bytes, beyond the stall limit."""
 _REFUSED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 """What a file system answers to a request it does not know."""
 
@@ -84,42 +87,73 @@ class LocalFiles:
         self.direct = False
         self.syncs_directories = os.name == "posix" and not self.portable
         self._threads = threads
-        self._executors: dict[str, ThreadPoolExecutor] = {}
+        self._watch = Watch()
+        self._executors: dict[str, Threads] = {}
 
     def executor(self, kind: str) -> Executor:
         """The threads of a kind, started when first needed."""
+        return self._pool(kind)
+
+    def _pool(self, kind: str) -> Threads:
         if kind not in self._executors:
-            self._executors[kind] = ThreadPoolExecutor(self._threads, thread_name_prefix=f"tierstore-{kind}")
+            self._executors[kind] = Threads(f"tierstore-{kind}", self._threads, self._watch)
         return self._executors[kind]
 
     async def on_threads(self, kind: str, calls: Sequence[Callable[[], int]]) -> list[Outcome]:
-        """Make all calls, each on a thread, and wake this loop once, when the last has ended."""
+        """Make all calls, each on a thread, and wake this loop once, when the last has ended or was given up.
+
+        After one was given up, those that have not begun are not made.
+        """
+        if not calls:
+            return []
         loop = asyncio.get_running_loop()
-        done: asyncio.Future[None] = loop.create_future()
-        outcomes: list[Outcome] = [0] * len(calls)
+        done: asyncio.Future[list[Outcome]] = loop.create_future()
+        outcomes: list[Outcome] = [StalledError(0.0)] * len(calls)
+        futures: list[Future[int]] = []
         left = len(calls)
         counting = threading.Lock()
 
-        def one(index: int, call: Callable[[], int]) -> None:
+        def note(index: int, outcome: Outcome) -> None:
             nonlocal left
-            try:
-                outcomes[index] = call()
-            except BaseException as error:
-                outcomes[index] = error
+            outcomes[index] = outcome
             with counting:
                 left -= 1
                 last = left == 0
             if last:
-                loop.call_soon_threadsafe(done.set_result, None)
+                with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                    loop.call_soon_threadsafe(done.set_result, outcomes)
 
-        executor = self.executor(kind)
+        def ended(index: int, future: Future[int]) -> None:
+            try:
+                note(index, future.result())
+            except CancelledError:
+                note(index, StalledError(0.0))
+            except BaseException as error:
+                note(index, error)
+                if isinstance(error, StalledError):
+                    for other in futures:
+                        other.cancel()
+
+        pool = self._pool(kind)
         for index, call in enumerate(calls):
-            executor.submit(one, index, call)
-        await land(done)
-        return outcomes
+            try:
+                future = pool.start(call)
+            except Exception as error:  # no thread to be had; what has begun is waited for
+                note(index, error)
+            else:
+                futures.append(future)
+                future.add_done_callback(partial(ended, index))
+        return await land(done)
 
-    async def work(self, call: Callable[..., T], *args: Any) -> T:
-        return await land(asyncio.get_running_loop().run_in_executor(self.executor("other"), call, *args))
+    async def work(self, call: Callable[..., T], *args: Any, nbytes: int = 0) -> T:
+        """Make a call on a thread.
+
+        Args:
+            call, args: What blocks.
+            nbytes: Bytes that the system may have to write for it.
+        """
+        future = self._pool("other").start(partial(call, *args), nbytes / _SLOWEST_BYTES_PER_S)
+        return await land(asyncio.wrap_future(future))
 
     def close(self) -> None:
         for executor in self._executors.values():
@@ -209,10 +243,13 @@ class _PositionalFile:
         self._write = write
         self._flags = (os.O_RDWR if write else os.O_RDONLY) | _NO_FOLLOW
         self._descriptors: dict[bool, int] = {}  # by whether direct
-        self._opening = threading.Lock()
+        self._opening = threading.Lock()  # may be held by a call that hangs
+        self._counting = threading.Lock()
+        self._in_use = 0  # calls that have a descriptor, which nobody else's file may get meanwhile
+        self._closing = False
 
     async def create(self, nbytes: int) -> None:
-        await self._files.work(self._create, nbytes)
+        await self._files.work(self._create, nbytes, nbytes=nbytes)
 
     async def read(self, requests: Sequence[Request]) -> list[Outcome]:
         return await self._files.on_threads("read", [partial(self._move, _PREADV, request) for request in requests])
@@ -221,10 +258,11 @@ class _PositionalFile:
         return await self._files.on_threads("write", [partial(self._move, _PWRITEV, request) for request in requests])
 
     async def stat(self) -> FileStat:
-        return _file_stat(await self._files.work(lambda: os.fstat(self._any_descriptor())))
+        return _file_stat(await self._files.work(lambda: self._with_descriptor(os.fstat)))
 
     async def sync(self) -> None:
-        await self._files.work(lambda: os.fsync(self._any_descriptor()))
+        nbytes = (await self.stat()).nbytes
+        await self._files.work(lambda: self._with_descriptor(os.fsync), nbytes=nbytes)
 
     async def close(self) -> None:
         if self._write:
@@ -240,7 +278,7 @@ class _PositionalFile:
 
     def _move(self, call: Callable[[int, list[memoryview], int], int], request: Request) -> int:
         direct = self._files.direct and is_aligned(request.offset, request.buffer)
-        count = call(self._descriptor(direct), [request.buffer], request.offset)
+        count = self._with_descriptor(lambda descriptor: call(descriptor, [request.buffer], request.offset), direct)
         if request.then is not None and count == len(request.buffer):
             request.then(request.buffer)
         return count
@@ -249,29 +287,54 @@ class _PositionalFile:
         with self._opening:
             descriptor = os.open(self._path, self._flags | os.O_CREAT | os.O_EXCL, FILE_MODE)
             self._descriptors[False] = descriptor
-        if hasattr(os, "posix_fallocate"):
-            try:
-                os.posix_fallocate(descriptor, 0, nbytes)
-                return
-            except OSError as error:
-                if error.errno not in _REFUSED:
-                    raise
-        os.ftruncate(descriptor, nbytes)
+        self._with_descriptor(partial(_make_room, nbytes=nbytes), False)
 
-    def _descriptor(self, direct: bool) -> int:
-        with self._opening:
-            if direct not in self._descriptors:
-                self._descriptors[direct] = os.open(self._path, self._flags | ((_DIRECT or 0) if direct else 0))
-            return self._descriptors[direct]
+    def _with_descriptor(self, call: Callable[[int], T], direct: bool | None = None) -> T:
+        """Make a call that blocks.
 
-    def _any_descriptor(self) -> int:
-        return self._descriptor(True in self._descriptors and False not in self._descriptors)
+        Args:
+            call: Takes the descriptor, which stays open until it returns, also if it hangs and the file is closed.
+            direct: Whether for direct I/O; None: any.
+        """
+        with self._counting:
+            self._in_use += 1
+        try:
+            with self._opening:
+                if direct is None:
+                    direct = True in self._descriptors and False not in self._descriptors
+                if direct not in self._descriptors:
+                    self._descriptors[direct] = os.open(self._path, self._flags | ((_DIRECT or 0) if direct else 0))
+                descriptor = self._descriptors[direct]
+            return call(descriptor)
+        finally:
+            with self._counting:
+                self._in_use -= 1
+                if self._closing and not self._in_use:
+                    self._close_descriptors()
 
     def _close(self) -> None:
-        with self._opening:
-            descriptors, self._descriptors = self._descriptors, {}
+        with self._counting:
+            self._closing = True
+            if not self._in_use:
+                self._close_descriptors()
+
+    def _close_descriptors(self) -> None:
+        """With nobody using them."""
+        self._closing = False
+        descriptors, self._descriptors = self._descriptors, {}
         for descriptor in descriptors.values():
             os.close(descriptor)
+
+
+def _make_room(descriptor: int, nbytes: int) -> None:
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(descriptor, 0, nbytes)
+            return
+        except OSError as error:
+            if error.errno not in _REFUSED:
+                raise
+    os.ftruncate(descriptor, nbytes)
 
 
 class _StreamFile:
@@ -320,7 +383,7 @@ class _StreamFile:
     async def sync(self) -> None:
         async def whole() -> None:
             async with self._open("r+b", "other") as handle:
-                await self._files.work(os.fsync, handle.fileno())
+                await self._files.work(os.fsync, handle.fileno(), nbytes=(await self.stat()).nbytes)
 
         await land(whole())
 

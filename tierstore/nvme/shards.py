@@ -15,6 +15,7 @@ read, the whole chunk is streamed through the caller's buffer once, so that no b
 from __future__ import annotations
 
 import errno
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -25,6 +26,7 @@ from tierstore.errors import ShardError, TierFullError, TierstoreError, Transfer
 from tierstore.nvme.checksums import CHUNK_BYTES, checksum, num_chunks, shard_checksum, split_chunks
 from tierstore.nvme.files import File, Files, Request, Then, aligned_buffer, move_all
 from tierstore.nvme.manifest import ShardRecord
+from tierstore.threads import StalledError, under_way
 
 MIN_SCRATCH_BYTES = 1 << 18
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -52,6 +54,7 @@ class Shard:
         unverified: Chunks whose next whole read is checked.
         header_unverified: The header is checked at the next read.
         handle: What it was last written through, kept until it is synced.
+        hung: Writes that were given up and may still change the file, which is nobody else's until they have returned.
     """
 
     block: Block
@@ -71,6 +74,7 @@ class Shard:
     unverified: set[int] = field(default_factory=set)
     header_unverified: bool = False
     handle: File | None = None
+    hung: tuple[Future[None], ...] = ()
 
     @property
     def payload_bytes(self) -> int:
@@ -127,8 +131,10 @@ def io_error(error: OSError, doing: str, *, path: str, block: str | None = None)
     return TransferError(
         f"{doing} failed ({path}: {error.strerror or error})",
         remedy="check the drive; the newest copy is where it was, so the call may be repeated",
+        tier="nvme",
         path=path,
         block=block,
+        **({"seconds": error.seconds} if isinstance(error, StalledError) else {}),
     )
 
 
@@ -136,6 +142,7 @@ def damage(shard: Shard, path: str, what: str, **details: object) -> ShardError:
     return ShardError(
         f"the shard of block {shard.block.name!r} is damaged: {what} in {path}",
         remedy="open an older generation (generation=), or restore the file from a backup",
+        tier="nvme",
         block=shard.block.name,
         path=path,
         **details,
@@ -273,6 +280,7 @@ class ShardWriter:
             )
             self._written_bytes += len(source)
         except OSError as error:
+            self.shard.hung += under_way(error)
             path = self._owner.path_of(self.shard)
             raise io_error(error, f"writing block {self.shard.block.name!r}", path=path, block=self.shard.block.name) from error
         finally:

@@ -12,15 +12,17 @@ import asyncio
 import logging
 import os
 from collections.abc import Iterable
+from functools import partial
 
 from tierstore.catalog import Block
 from tierstore.errors import ClosedError, TierFullError, TierstoreError
 from tierstore.nvme import names
 from tierstore.nvme.checksums import checksum as sum_of
-from tierstore.nvme.files import File, Files, Request, aligned_buffer, land, move_all
+from tierstore.nvme.files import File, Files, Request, aligned_buffer, land, move_all, when_landed
 from tierstore.nvme.safetensors import build_header
 from tierstore.nvme.shards import Shard, ShardWriter, check_header, damage, io_error, read_payload
 from tierstore.nvme.space import FIXED_BYTES, Space
+from tierstore.threads import StalledError, under_way
 
 log = logging.getLogger(__name__)
 
@@ -183,7 +185,10 @@ class Shelf:
 
     async def _create(self, block: Block) -> ShardWriter:
         await self._close_retired()
-        header = await self.files.work(build_header, block)
+        try:
+            header = await self.files.work(build_header, block)
+        except OSError as error:
+            raise io_error(error, f"laying out block {block.name!r}", path=self.path, block=block.name) from error
         number = self._next_shard
         self._next_shard += 1
         shard = Shard(block, names.shard_name(block.name, number), number, len(header) + block.nbytes, len(header))
@@ -202,6 +207,7 @@ class Shelf:
             buffer[:] = header
             await move_all(self.files, shard.handle.write, [Request(0, buffer)])
         except OSError as error:
+            shard.hung += under_way(error)
             await self.unwritten(shard, in_place=False)
             raise io_error(error, f"writing block {block.name!r}", path=self.path_of(shard), block=block.name) from error
         return ShardWriter(self, shard, shard.handle, in_place=False)
@@ -215,6 +221,11 @@ class Shelf:
             if not status.regular or status.links != 1 or status.nbytes != shard.file_bytes:
                 raise OSError("somebody else's by now")  # e.g. hard-linked by an export: drop our name only
             await self.files.replace(self._join(name), self.path_of(shard))
+        except StalledError as error:
+            # It may get its new name at any time: that is nobody's from now on, and the file stays counted.
+            raise io_error(
+                error, f"renaming a file for block {shard.block.name!r}", path=self.path_of(shard), block=shard.block.name
+            ) from error
         except OSError as error:
             log.debug("%s is not rewritten: %s", name, error)
             self._space.doom(name, shard.file_bytes)
@@ -235,7 +246,7 @@ class Shelf:
                 return
             except OSError as error:
                 failure = io_error(error, f"making a file for block {block!r}", path=path, block=block)
-                gone = await self._unlink_quietly(shard.file)
+                gone = not isinstance(error, StalledError) and await self._unlink_quietly(shard.file)
                 if gone and isinstance(failure, TierFullError) and self._space.pool_bytes:
                     await self._space.trim()  # the drive is fuller than the limit knows: give up what only waits
                     continue
@@ -265,7 +276,7 @@ class Shelf:
         else:
             shard.discarded = True
             del self._shards[shard.file]
-            self._space.doom(shard.file, shard.file_bytes)
+            self._doom(shard)
         await self._close_retired()
         await self._space.trim(self._space.pool_bytes)
 
@@ -295,9 +306,13 @@ class Shelf:
         if self._shards.pop(shard.file, None) is None:
             return
         if shard.broken or shard.suspect:
-            self._space.doom(shard.file, shard.file_bytes)
+            self._doom(shard)
         else:
             self._space.offer(shard.file, shard.file_bytes)
+
+    def _doom(self, shard: Shard) -> None:
+        """Have the file deleted, once no write that hangs can still change it. Until then its bytes are counted."""
+        when_landed(shard.hung, partial(self._space.doom, shard.file, shard.file_bytes))
 
     def _retire_handle(self, shard: Shard) -> None:
         self._handles.pop(shard, None)

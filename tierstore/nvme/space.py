@@ -18,6 +18,7 @@ import os
 from tierstore.catalog import PAGE, round_up
 from tierstore.errors import TierFullError
 from tierstore.nvme.files import Files, land
+from tierstore.threads import StalledError
 
 log = logging.getLogger(__name__)
 
@@ -105,8 +106,8 @@ class Space:
     async def trim(self, pool_bytes: int = 0) -> None:
         """Delete doomed files, and pooled ones beyond `pool_bytes`."""
         async with self._deleting:
-            while self._doomed or self.pool_bytes > pool_bytes:
-                await self._delete_one()
+            while (self._doomed or self.pool_bytes > pool_bytes) and await self._delete_one():
+                pass
 
     def _unpool(self, name: str) -> int:
         file_bytes = self._pool.pop(name)
@@ -118,6 +119,7 @@ class Space:
         return file_bytes
 
     async def _delete_one(self) -> bool:
+        """False when there is nothing to delete, or the drive does not answer."""
         if self._doomed:
             name = next(iter(self._doomed))
             file_bytes = self._doomed.pop(name)
@@ -126,15 +128,16 @@ class Space:
             file_bytes = self._unpool(name)
         else:
             return False
-        await land(self._delete(name, file_bytes))
-        return True
+        return await land(self._delete(name, file_bytes))
 
-    async def _delete(self, name: str, file_bytes: int) -> None:
+    async def _delete(self, name: str, file_bytes: int) -> bool:
+        """Whether it is worth trying another."""
         try:
             await self._files.unlink(os.path.join(self._path, name))
         except FileNotFoundError:
             pass
         except OSError as error:  # it stays on the drive, so it stays counted; the next opening removes it
             log.warning("could not delete %s in %s: %s", name, self._path, error)
-            return
+            return not isinstance(error, StalledError)
         self.give_back(file_bytes)
+        return True
