@@ -90,6 +90,29 @@ def test_extents_keep_their_bytes() -> None:
     run_state_machine_as_test(ArenaMachine, settings=settings(max_examples=2 * settings().max_examples, stateful_step_count=40))
 
 
+def test_extents_keep_their_bytes_where_compactions_are_planned_nearby(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in an arena of many extents, which looks around its largest holes first."""
+    monkeypatch.setattr("tierstore.arena.FEW_EXTENTS", 1)
+    monkeypatch.setattr("tierstore.arena.NEARBY_EXTENTS", 4)
+    run_state_machine_as_test(ArenaMachine, settings=settings(max_examples=2 * settings().max_examples, stateful_step_count=40))
+
+
+def test_a_compaction_of_many_extents_looks_at_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    for num_extents in (1_000, 10_000):
+        arena = Arena(2 * num_extents)
+        offsets = [arena.allocate(2) for _ in range(num_extents)]
+        for offset in offsets[::10]:
+            assert offset is not None
+            arena.release(offset)
+        before = len(asked)
+        plan = arena.plan_compaction(4, lambda offset: asked.append(offset) is None)
+        assert plan is not None
+        assert plan.hole_bytes >= 4
+        asked[before:] = [len(asked) - before]
+    assert asked[0] == asked[1] < 300
+
+
 def test_releasing_twice_is_a_bug_that_raises() -> None:
     arena = Arena(10)
     offset = arena.allocate(4)

@@ -12,6 +12,13 @@ from dataclasses import dataclass
 
 from sortedcontainers import SortedDict, SortedList
 
+FEW_EXTENTS = 64
+"""Up to here a compaction is planned by looking at the whole arena. With more it would take milliseconds under the lock."""
+
+NEARBY_HOLES = 4
+NEARBY_EXTENTS = 32
+"""With more: how many of the largest holes are looked at first, and extents around each."""
+
 
 @dataclass(frozen=True, slots=True)
 class Move:
@@ -107,15 +114,20 @@ class Arena:
                 start = before
         self._add_hole(start, end - start)
 
-    def plan_compaction(self, nbytes: int, movable: Callable[[int], bool]) -> Compaction | None:
+    def plan_compaction(self, nbytes: int, movable: Callable[[int], bool], *, nearby: bool = False) -> Compaction | None:
         """The cheapest moves found that leave a hole of at least `nbytes`; None when no moves can. Moves nothing.
 
         Args:
             nbytes: Wanted length.
             movable: Whether the extent at this offset may be moved.
+            nearby: In an arena of many extents, only moves around its largest holes: few bytes, found in no time.
         """
         if nbytes > self.free_bytes:
             return None
+        if len(self._extents) > FEW_EXTENTS:
+            plan = self._plan_nearby(nbytes, movable)
+            if nearby or plan is not None:
+                return plan
         regions = self._regions(movable)
         best: tuple[int, int, int, int] | None = None  # cost, region, first, last
         for number, region in enumerate(regions):
@@ -137,18 +149,25 @@ class Arena:
         for move in plan.moves:
             self._extents[move.target] = move.nbytes
         self._extents[plan.hole] = plan.hole_bytes
-        self._holes.clear()
-        self._by_size.clear()
-        self.free_bytes = self.capacity_bytes
-        position = 0
-        for offset, length in self._extents.items():
+        self.free_bytes -= plan.hole_bytes
+        self.peak_bytes = max(self.peak_bytes, self.used_bytes)
+        self._find_holes(
+            min([plan.hole, *(min(move.source, move.target) for move in plan.moves)]),
+            max([plan.hole + plan.hole_bytes, *(max(move.source, move.target) + move.nbytes for move in plan.moves)]),
+        )
+
+    def _find_holes(self, low: int, high: int) -> None:
+        """Book the holes between extents anew, where nothing outside of [low, high) has changed."""
+        before = self._extents.bisect_left(low) - 1
+        position = sum(self._extents.peekitem(before)) if before >= 0 else 0
+        after = self._extents.bisect_left(high)
+        end = self._extents.peekitem(after)[0] if after < len(self._extents) else self.capacity_bytes
+        for offset in list(self._holes.irange(position, end, inclusive=(True, False))):
+            self._take_hole(offset)
+        for offset in [*self._extents.irange(position, end, inclusive=(True, False)), end]:
             if offset > position:
                 self._add_hole(position, offset - position)
-            position = offset + length
-            self.free_bytes -= length
-        if position < self.capacity_bytes:
-            self._add_hole(position, self.capacity_bytes - position)
-        self.peak_bytes = max(self.peak_bytes, self.used_bytes)
+            position = offset + self._extents.get(offset, 0)
 
     def _add_hole(self, offset: int, nbytes: int) -> None:
         self._holes[offset] = nbytes
@@ -158,6 +177,49 @@ class Arena:
         nbytes: int = self._holes.pop(offset)
         self._by_size.remove((nbytes, offset))
         return nbytes
+
+    def _plan_nearby(self, nbytes: int, movable: Callable[[int], bool]) -> Compaction | None:
+        """The cheapest of the moves around the largest holes, each grown over the smaller of its two neighbours; None if none will do."""
+        best: tuple[int, int, int] | None = None  # bytes to move, first and end of the stretch
+        for hole_bytes, hole in self._by_size[-NEARBY_HOLES:]:
+            low, high, free, cost = hole, hole + hole_bytes, hole_bytes, 0
+            for _ in range(NEARBY_EXTENTS):
+                left, right = self._before(low, movable), self._behind(high, movable)
+                if free >= nbytes or not (left or right):
+                    break
+                if right is None or (left is not None and left[1] <= right[1]):
+                    assert left is not None
+                    low, taken, gained = left
+                else:
+                    high, taken, gained = right
+                cost, free = cost + taken, free + gained
+            if free >= nbytes and (best is None or cost < best[0]):
+                best = cost, low, high
+        if best is None:
+            return None
+        _, low, high = best
+        pieces = [_Piece(offset, self._extents[offset], True) for offset in self._extents.irange(low, high, inclusive=(True, False))]
+        pieces += [_Piece(offset, self._holes[offset], False) for offset in self._holes.irange(low, high, inclusive=(True, False))]
+        return _slide(sorted(pieces, key=lambda piece: piece.offset), ())
+
+    def _before(self, low: int, movable: Callable[[int], bool]) -> tuple[int, int, int] | None:
+        """What a stretch from `low` on could take in below it: (where it then begins, bytes of the extent, bytes of the hole)."""
+        index = self._extents.bisect_left(low) - 1
+        if index < 0:
+            return None
+        offset, nbytes = self._extents.peekitem(index)
+        if not movable(offset):
+            return None
+        start = sum(self._extents.peekitem(index - 1)) if index else 0
+        return start, nbytes, offset - start
+
+    def _behind(self, high: int, movable: Callable[[int], bool]) -> tuple[int, int, int] | None:
+        """What a stretch up to `high` could take in above it, likewise: (where it then ends, ...)."""
+        nbytes = self._extents.get(high)
+        if nbytes is None or not movable(high):
+            return None
+        gained = self._holes.get(high + nbytes, 0)
+        return high + nbytes + gained, nbytes, gained
 
     def _regions(self, movable: Callable[[int], bool]) -> list[list[_Piece]]:
         """Maximal stretches without immovable extents, each as pieces in address order."""

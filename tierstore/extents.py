@@ -77,11 +77,6 @@ class Extents:
     def save_cost(self, block: BlockId, tier: Tier) -> float:
         return self.records[block].nbytes * self._seconds_per_byte[Link.D2H if tier is Tier.GPU else Link.NVME_WRITE]
 
-    @property
-    def gpu_bytes(self) -> int:
-        """Bytes of extents on the device."""
-        return self.arenas[Tier.GPU].used_bytes
-
     # -- blocks and their extents ----------------------------------------------------------------------------------------
 
     def add(self, record: Record) -> None:
@@ -170,7 +165,9 @@ class Extents:
 
     def arrived(self, record: Record, tier: Tier) -> None:
         """What was fetched ahead for this tier has served, or has left unused."""
-        self._ahead_bytes[tier] -= self._ahead[tier].pop(record.id, 0)
+        ahead = self._ahead[tier].pop(record.id, 0)
+        if ahead:
+            self._ahead_bytes[tier] -= ahead
 
     def _note_ahead(self, record: Record, tier: Tier) -> None:
         self.arrived(record, tier)

@@ -125,12 +125,14 @@ class Placement(Extents):
             if coming:
                 return None
             if arena.free_bytes >= nbytes:
-                if self._compact(tier, nbytes):
+                if self._compact(tier, nbytes, nearby=True):
                     return None
-                target = arena.free_bytes + 1  # scattered between what cannot move: evict more
+                target = arena.free_bytes + 1  # scattered over many extents, or between what cannot move: evict more
                 coming, acted = self._evict(tier, target, protect, before)
                 if acted:
                     continue
+                if not coming:
+                    self._compact(tier, nbytes)
             return None
 
     def _evict(self, tier: Tier, target: int, protect: Collection[Record], before: float | None) -> tuple[bool, bool]:
@@ -210,7 +212,7 @@ class Placement(Extents):
             return not record.leased
         return self.has_nvme
 
-    def _compact(self, tier: Tier, nbytes: int) -> bool:
+    def _compact(self, tier: Tier, nbytes: int, *, nearby: bool = False) -> bool:
         at = self._at[tier]
 
         def movable(offset: int) -> bool:
@@ -219,7 +221,7 @@ class Placement(Extents):
                 return False
             return record.copy(tier).settled
 
-        plan = self.arenas[tier].plan_compaction(nbytes, movable)
+        plan = self.arenas[tier].plan_compaction(nbytes, movable, nearby=nearby)
         if plan is None:
             return False
         moved = [(at.pop(move.source), move) for move in plan.moves]

@@ -19,34 +19,32 @@ class Copy:
 
     Attributes:
         state: Where it stands in `residency.NEXT`.
+        valid: The state is one of `residency.VALID`: kept beside it, as every lease asks.
+        loading: The state is `LOADING`; likewise.
         offset: Its extent in the tier's arena, -1 without one.
         readers: Transfers and host reads under way that read the extent. It is not overwritten, moved or freed meanwhile.
         moving: The bytes are being moved to `offset` by a compaction.
     """
 
-    __slots__ = ("moving", "offset", "readers", "state")
+    __slots__ = ("loading", "moving", "offset", "readers", "state", "valid")
 
     def __init__(self) -> None:
         self.state = State.ABSENT
+        self.valid = False
+        self.loading = False
         self.offset = -1
         self.readers = 0
         self.moving = False
 
     def apply(self, event: Event) -> None:
-        self.state = step(self.state, event)
-
-    @property
-    def valid(self) -> bool:
-        return self.state in VALID
-
-    @property
-    def loading(self) -> bool:
-        return self.state is State.LOADING
+        self.state = state = step(self.state, event)
+        self.valid = state in VALID
+        self.loading = state is State.LOADING
 
     @property
     def settled(self) -> bool:
         """No transfer touches it."""
-        return self.readers == 0 and not self.moving and self.state is not State.LOADING
+        return not (self.readers or self.moving or self.loading)
 
 
 class Record:

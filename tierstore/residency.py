@@ -23,6 +23,8 @@ class State(Enum):
     `CLEAN`. `STALE` is an extent kept for the next write-back whose bytes are out of date and never served.
     """
 
+    __hash__ = object.__hash__  # members are looked up in every burst, and an Enum's own hash is Python code
+
     ABSENT = "absent"
     RESERVED = "reserved"
     LOADING = "loading"
@@ -34,6 +36,8 @@ class State(Enum):
 
 class Event(Enum):
     """What happens to a copy."""
+
+    __hash__ = object.__hash__  # as in `State`
 
     RESERVE = "reserve"  # an extent was allocated, nothing is arriving yet
     LOAD = "load"  # bytes are on their way into the extent

@@ -50,6 +50,9 @@ from tierstore.waiting import Claims, Waiting
 HINT_LIFE = 256
 """Accesses for which a prefetched hint is kept from being evicted by later hints."""
 
+_GPU = Tier.GPU
+"""Python 3.11 takes 0.1 µs to find a member of an enum, and every lease asks for this one."""
+
 BURST = 64
 """Blocks of a commit or flush looked at per call: bounds the time under the lock."""
 
@@ -266,7 +269,10 @@ class Scheduler(Leases):
         while True:
             num_resolved = len(self.resolved)
             protect = self._serve()
-            if len(self.resolved) == num_resolved and not self._break_standstill():
+            resolved = self.resolved[num_resolved:]
+            if resolved and (self._at_standstill or not all(_is_granted_use(request) for request in resolved)):
+                continue  # a lease by itself lets nobody else go on, but a standstill is judged on a look that changed nothing
+            if not self._break_standstill():
                 return protect
 
     def _serve(self) -> set[Record]:
@@ -280,27 +286,31 @@ class Scheduler(Leases):
             if isinstance(request, Save):
                 self._serve_save(request)
                 continue
+            owner = request.owner
             reads, writes = claim(request)
-            contended = claims.contended(request.owner, reads, writes)
-            claims.add(request.owner, reads, writes)
-            blocked = (bool(contended) and not self._owns(request.owner, contended)) or (
-                not isinstance(request, Make)
-                and any(
-                    self._conflict(record, request.owner, record.id in writes, overtake=request.sequence == self._favourite)
-                    for record in request.records
-                )
-            )
-            if blocked:
-                request.cause = "commit" if any(record.commit_pending for record in request.records) else "lease"
+            contended = claims.contended(owner, reads, writes)
+            claims.add(owner, reads, writes)
+            if (contended and not self._owns(owner, contended)) or self._blocked(request, writes):
+                request.cause = "lease"
+                for record in request.records:
+                    if record.commit_pending:
+                        request.cause = "commit"
             elif error := self._failure_of(request):
                 self._resolve(request, error)
-            elif self._stalled and request.owner not in self._owned and isinstance(request, Use):
+            elif self._starved and self._stalled and owner not in self._owned and isinstance(request, Use):
                 request.cause = "space"
             elif self._try_serve(request, protect):
                 self._resolve(request, None)
             else:
                 protect.update(request.records)
         return protect
+
+    def _blocked(self, request: Request, writes: frozenset[int]) -> bool:
+        """Whether a lease, a host access or a commit stands against the request."""
+        if isinstance(request, Make):
+            return False
+        overtake = request.sequence == self._favourite
+        return any(self._conflict(record, request.owner, record.id in writes, overtake=overtake) for record in request.records)
 
     @property
     def _stalled(self) -> bool:
@@ -319,7 +329,10 @@ class Scheduler(Leases):
     def _try_serve(self, request: Request, protect: set[Record]) -> bool:
         """Serve a request without conflicts, or do what brings it nearer. A `Use` protects its own blocks too."""
         if isinstance(request, Use):
-            if all(self._ready(record, request.owner, record.id in request.writes) for record in request.records):
+            for record in request.records:
+                if not self._ready(record, request.owner, record.id in request.writes):
+                    break
+            else:
                 return True
             protect.update(request.records)  # in place: a copy for each who waits would cost the square of their number
             self._bring_all(request, protect)
@@ -344,18 +357,18 @@ class Scheduler(Leases):
         return next((tier for tier in found if tier is Tier.NVME or not record.copy(tier).moving), None)
 
     def _bring_all(self, request: Use, protect: set[Record]) -> None:
-        causes = {"copy", "nvme"} & {"copy", request.cause}  # who waited for the drive first did not wait for the last copy only
+        nvme = request.cause == "nvme"  # who waited for the drive first did not wait for the last copy only
+        space = False
         for record in request.records:
-            if record.gpu.valid or record.gpu.loading:
+            gpu = record.gpu
+            if gpu.valid or gpu.loading:
                 continue
-            if not record.ram.valid:
-                causes.add("nvme")
-            if self._starved and record.gpu.state is State.ABSENT:
-                causes.add("space")
+            nvme = nvme or not record.ram.valid
+            if self._starved and gpu.state is State.ABSENT:
+                space = True
             elif not self.placement.bring(record, Kind.DEMAND, protect=protect):
-                self._starved = True
-                causes.add("space")
-        request.cause = next(cause for cause in ("nvme", "space", "copy") if cause in causes)
+                self._starved = space = True
+        request.cause = "nvme" if nvme else "space" if space else "copy"
 
     def _serve_place(self, request: Place, record: Record, protect: set[Record]) -> bool:
         if request.tier is Tier.GPU:
@@ -524,20 +537,21 @@ class Scheduler(Leases):
     def _grant(self, owner: Owner, records: tuple[Record, ...], writes: frozenset[int]) -> Lease:
         for record in records:
             self._hinted.pop(record, None)
-            self.placement.arrived(record, Tier.GPU)
+            self.placement.arrived(record, _GPU)
         return self._begin_lease(owner, records, writes)
 
     def note_use(self, records: tuple[Record, ...], writes: frozenset[int]) -> None:
         """Record the accesses of a lease that is being asked for, and where its blocks were found."""
         for record in records:
             if record.gpu.valid or record.gpu.loading:
-                found = Tier.GPU
+                found = _GPU
                 self.hits += 1
             else:
                 found = Tier.RAM if record.ram.valid or record.ram.loading else Tier.NVME
                 self.misses += 1
-            self.trace.append(record.block.name, record.id in writes, found)
-            self._accesses.append((record.id, record.id in writes))
+            write = record.id in writes
+            self.trace.append(record.block.name, write, found)
+            self._accesses.append((record.id, write))
 
     # -- the ends of requests --------------------------------------------------------------------------------------------
 
@@ -610,7 +624,7 @@ class Scheduler(Leases):
         """
         if not self.waiting or self.placement.flying or self._hosts or self._locked:
             return False
-        if not self.placement.save_failed and self._owned and not any(self.waiting.asks(owner) for owner in self._owned):
+        if not self._at_standstill:
             return self._refuse_hopeless()
         order = self.waiting.in_order(self._owned.keys(), self._favourite)
         stuck = [request for request in order if not isinstance(request, Save)]
@@ -655,6 +669,13 @@ class Scheduler(Leases):
             self._resolve(victim, deadlock(victim, len(left)))
         return True
 
+    @property
+    def _at_standstill(self) -> bool:
+        """Nothing is under way, and of those who hold leases some wait too, or there are none: nothing may ever change by itself."""
+        if not self.waiting or self.placement.flying or self._hosts or self._locked:
+            return False
+        return bool(self.placement.save_failed) or not self._owned or any(self.waiting.asks(owner) for owner in self._owned)
+
     def _refuse_hopeless(self) -> bool:
         """All who hold leases go on, and will release them: fail only what even that would not help, and look at each once.
 
@@ -670,3 +691,7 @@ class Scheduler(Leases):
             if not isinstance(request, Make):  # without NVMe, what is free in RAM decides, and changes
                 del self.waiting.unproven[number]
         return False
+
+
+def _is_granted_use(request: Request) -> bool:
+    return isinstance(request, Use) and request.error is None

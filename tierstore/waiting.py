@@ -8,14 +8,14 @@ and one look at all costs about a microsecond each.
 
 from __future__ import annotations
 
-from collections.abc import Collection, ValuesView
+from collections.abc import Collection
 
 from tierstore.catalog import BlockId
 from tierstore.requests import Owner, Record, Request, Save
 
 
-class Waiting:
-    """Requests by the number of their arrival.
+class Waiting(dict[int, Request]):
+    """Requests by the number of their arrival. Changed only through `add`, `remove` and `begin`.
 
     Attributes:
         unbegun_commits: Commits among them whose instant has not come: until it has, nobody begins to write.
@@ -23,22 +23,16 @@ class Waiting:
     """
 
     def __init__(self) -> None:
-        self._requests: dict[int, Request] = {}
+        super().__init__()
         self._by_block: dict[BlockId, dict[int, Request]] = {}
         self._by_owner: dict[Owner, int] = {}
         self.unbegun_commits = 0
         self.unproven: dict[int, Request] = {}
 
-    def __len__(self) -> int:
-        return len(self._requests)
-
-    def values(self) -> ValuesView[Request]:
-        return self._requests.values()
-
     def add(self, request: Request) -> None:
         """Take in a request; its `sequence` is later than that of all others."""
         number = request.sequence
-        self._requests[number] = self.unproven[number] = request
+        self[number] = self.unproven[number] = request
         self._by_owner[request.owner] = self._by_owner.get(request.owner, 0) + 1
         for record in request.records:
             self._by_block.setdefault(record.id, {})[number] = request
@@ -47,7 +41,7 @@ class Waiting:
     def remove(self, request: Request) -> bool:
         """Whether it was there."""
         number = request.sequence
-        if self._requests.pop(number, None) is None:
+        if self.pop(number, None) is None:
             return False
         self.unproven.pop(number, None)
         self._by_owner[request.owner] -= 1
@@ -68,7 +62,7 @@ class Waiting:
 
     def doubt(self) -> None:
         """What is held changed: whatever was found out about those who wait may not hold any more."""
-        self.unproven = dict(self._requests)
+        self.unproven = dict(self)
 
     def wanting(self, record: Record) -> Collection[Request]:
         """Those that name the block, in order of arrival."""
@@ -86,11 +80,11 @@ class Waiting:
             owned: The owners who hold leases.
             favourite: The number of the request whose turn was brought forward; any other for none.
         """
-        requests = list(self._requests.values())
+        requests = list(self.values())
         if any(owner in self._by_owner for owner in owned):
             holders = [request for request in requests if request.owner in owned]
             requests = holders + [request for request in requests if request.owner not in owned]
-        first = self._requests.get(favourite)
+        first = self.get(favourite)
         if first is not None:
             requests.remove(first)
             requests.insert(0, first)

@@ -38,6 +38,7 @@ from tierstore.nvme.directory import Directory
 from tierstore.nvme.files import when_landed
 from tierstore.nvme.shards import Shard
 from tierstore.requests import LINK_OF, Action, Order, Record, Request, Use
+from tierstore.residency import Tier
 from tierstore.scheduler import Scheduler
 from tierstore.threads import NoThreadError, Threads, under_way
 from tierstore.tiers.device import DeviceArena
@@ -70,6 +71,7 @@ class Engine:
     ) -> None:
         self.scheduler = scheduler
         self.placement = scheduler.placement
+        self._on_device = self.placement.arenas[Tier.GPU]
         self.device = device
         self.host = host
         self.transfer = transfer
@@ -143,7 +145,9 @@ class Engine:
             if not names:
                 return None  # nothing to lease
             scheduler = self.scheduler
-            ticket.records = tuple(dict.fromkeys(scheduler.find(name) for name in names))
+            ticket.records = (
+                (scheduler.find(names[0]),) if len(names) == 1 else tuple(dict.fromkeys(scheduler.find(name) for name in names))
+            )
             if write is True:
                 ticket.writes = frozenset(record.id for record in ticket.records)
             elif write:
@@ -296,7 +300,7 @@ class Engine:
     def _has_work(self) -> bool:
         """Whether the engine should look at once: blocks are missing on the device, or somebody waits."""
         scheduler = self.scheduler
-        return scheduler.busy or self.placement.gpu_bytes != self.total_bytes or scheduler.num_unlearned >= ACCESS_BATCH
+        return scheduler.busy or self._on_device.used_bytes != self.total_bytes or scheduler.num_unlearned >= ACCESS_BATCH
 
     # -- the engine's thread -------------------------------------------------------------------------------------------------
 
