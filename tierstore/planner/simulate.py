@@ -407,7 +407,7 @@ class _World:
     def has_work(self) -> bool:
         """As `Engine._has_work`."""
         scheduler = self.scheduler
-        return scheduler.busy or self.placement.gpu_bytes != self.total_bytes or scheduler.num_unlearned >= ACCESS_BATCH
+        return scheduler.busy or self.placement.arenas[Tier.GPU].used_bytes != self.total_bytes or scheduler.num_unlearned >= ACCESS_BATCH
 
     def pump(self) -> None:
         """As `Engine._pump`, until it would go to sleep."""
