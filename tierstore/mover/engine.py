@@ -454,7 +454,8 @@ class Engine:
                 error = explained(order, error, self._path_for(order))
                 self.placement.failed(order, error, hung=bool(hung))
         if error is not None:
-            log.log(logging.INFO if order.kind is Kind.DEMAND else logging.WARNING, "a transfer failed: %s", error)
+            quiet = self.closed or order.kind is Kind.DEMAND  # nobody misses it any more, or its caller hears of it
+            log.log(logging.INFO if quiet else logging.WARNING, "a transfer failed: %s", error)
         if hung and order.action is Action.READ:
             when_landed(hung, lambda: self._end_quarantine(order.offset_ram))
         self._count(order, error)
