@@ -7,12 +7,14 @@ import gc
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
+from tests.simulation.cuda import Streams, simulated_cuda
 from tests.simulation.decisions import Decisions
 from tests.simulation.files import Disk
 from tests.simulation.invariants import Invariants, check_quiet
+from tests.simulation.links import Pace
 from tests.simulation.model import Model, stamp_of
 from tests.simulation.opened import Opened, open_simulated
 from tests.simulation.runtime import SimulatedLoop
@@ -43,7 +45,7 @@ def run(scenario: Scenario, seed: int, script: Mapping[int, int] | None = None) 
     world = World(Decisions(seed, script), patience=scenario.slow, stickiness=scenario.sticky)
     play = _Play(world, scenario)
     failure: BrokenPromiseError | None = None
-    with _quiet_machine():
+    with _quiet_machine(), simulated_cuda(play.machine) if play.machine is not None else nullcontext():
         try:
             world.run(play.main)
         except BrokenPromiseError as error:
@@ -74,6 +76,7 @@ class _Play:
         self.model = Model()
         self.disk = Disk()
         self.outcomes: Counter[str] = Counter()
+        self.machine = Streams(world, Pace()) if scenario.cuda else None
 
     def main(self) -> None:
         world, scenario = self.world, self.scenario
@@ -103,7 +106,7 @@ class _Play:
             self._reopen(stage)
 
     def _open(self) -> Opened:
-        opened = open_simulated(self.world, self.scenario, self.disk)
+        opened = open_simulated(self.world, self.scenario, self.disk, self.machine)
         self.world.watchers[:] = [Invariants(self.world, self.model, opened).check]
         return opened
 

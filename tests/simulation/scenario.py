@@ -44,6 +44,8 @@ class Scenario:
         faults: The chance that an operation of a link or the drive fails.
         slow, sticky: See `World`.
         orders: How many transfers a link takes at once.
+        cuda: The device is a simulated GPU, with streams and events; else the CPU.
+        locked_pages: With `cuda`: how much of RAM is page-locked, in segments of so many pages as the largest block has.
         close_after: Microseconds after which the store is closed under its users' hands; None: when all are done.
     """
 
@@ -62,6 +64,8 @@ class Scenario:
     orders: int = 8
     keep: int = 1
     checksum: bool = True
+    cuda: bool = False
+    locked_pages: int = 1 << 20
     close_after: int | None = None
 
     def plan(self, name: str) -> BlockPlan:
@@ -235,5 +239,7 @@ def draw(seed: int) -> Scenario:
         orders=rng.choice((1, 2, 8)),
         keep=rng.choice((1, 1, 2)),
         checksum=rng.random() < 0.8,
+        cuda=rng.random() < 0.4,
+        locked_pages=rng.choice((1 << 20, 1 << 20, ram_pages // 2)),
         close_after=rng.choice((None,) * 9 + (500,)),
     )

@@ -238,10 +238,11 @@ class User:
         views = {name: parts(self._plan(name), given) for name, given in leased.items()}
         for name, write in wants:
             (self.writes if write else self.reads)[name] += 1
+        seen: dict[tuple[str, str], int] = {}
         try:
             for name, _ in wants:
                 for tensor, view in views[name].items():
-                    self._see(name, tensor, view, since)
+                    self._see(name, tensor, view, since, seen)
             await self._pause(pause)
             for name, write in wants:
                 if write:
@@ -251,39 +252,55 @@ class User:
             await self._pause(pause)
             for name, _ in wants:
                 for tensor, view in views[name].items():
-                    stamp = stamp_of(view, f"{name}/{tensor}, leased by {self.name},")
-                    if stamp != self.newest[name, tensor]:
-                        raise BrokenPromiseError(f"{name}/{tensor} changed under {self.name}'s lease to {stamp}")
+                    self._see_again(name, tensor, view, seen)
         finally:
             for name, write in wants:
                 (self.writes if write else self.reads)[name] -= 1
             model.release(owner, dict(wants), places)
 
-    def _see(self, name: str, tensor: str, view: torch.Tensor, since: int) -> None:
-        stamp = stamp_of(view, f"{name}/{tensor}, leased by {self.name},")
-        if self.writes[name] + self.reads[name] > 1:
-            if stamp != self.newest[name, tensor]:
-                raise BrokenPromiseError(f"{name}/{tensor} is {stamp} in the inner lease and {self.newest[name, tensor]} in the outer")
-        else:
-            self.model.observe(name, tensor, stamp, since)
-        self.newest[name, tensor] = stamp
+    def _see(self, name: str, tensor: str, view: torch.Tensor, since: int, seen: dict[tuple[str, str], int]) -> None:
+        """Have the device look at a tensor at the beginning of a lease."""
+        until = self.model.tick()
+        outer = self.newest.get((name, tensor)) if self.writes[name] > 1 else None
+
+        def look() -> None:
+            stamp = stamp_of(view, f"{name}/{tensor}, leased by {self.name},")
+            seen.setdefault((name, tensor), stamp)
+            if outer is None:
+                self.model.observe(name, tensor, stamp, since, until)
+            elif stamp != outer:
+                raise BrokenPromiseError(f"{name}/{tensor} is {stamp} in the inner lease and {outer} in the outer")
+
+        self.stage.opened.on_device(look)
+
+    def _see_again(self, name: str, tensor: str, view: torch.Tensor, seen: dict[tuple[str, str], int]) -> None:
+        """Have the device look at a tensor at the end of a lease: nobody but the user himself may have changed it."""
+        mine = self.newest.get((name, tensor)) if self.writes[name] else None
+
+        def look() -> None:
+            stamp = stamp_of(view, f"{name}/{tensor}, leased by {self.name},")
+            expected = seen[name, tensor] if mine is None else mine
+            if stamp != expected:
+                raise BrokenPromiseError(f"{name}/{tensor} changed under {self.name}'s lease from {expected} to {stamp}")
+
+        self.stage.opened.on_device(look)
 
     async def _overwrite(self, name: str, views: dict[str, torch.Tensor], pause: int) -> None:
-        """Write all tensors, half by half, with time in between."""
+        """Have the device write all tensors, half by half, with time in between."""
         values = self.model.begin(name, views)
-        try:
-            for half in (0, 1):
-                for tensor, view in views.items():
-                    middle = view.numel() // 2
-                    piece = slice(0, middle) if half == 0 else slice(middle, None)
-                    view[piece] = pattern(values[tensor].stamp, view.numel())[piece]
-                if half == 0:
-                    await self._pause(pause)
-        except BaseException:  # cancelled: what is half written would be nobody's value
+
+        def fill(half: int) -> None:
             for tensor, view in views.items():
-                view.copy_(pattern(values[tensor].stamp, view.numel()))
-            raise
-        finally:
+                middle = view.numel() // 2
+                piece = slice(0, middle) if half == 0 else slice(middle, None)
+                # `.data` has a version counter of its own: on a GPU, versions count when work is issued, not when it happens
+                view.data[piece] = pattern(values[tensor].stamp, view.numel())[piece]
+
+        self.stage.opened.on_device(lambda: fill(0))
+        try:
+            await self._pause(pause)
+        finally:  # also when cancelled: what is half written would be nobody's value
+            self.stage.opened.on_device(lambda: fill(1))
             for tensor in views:
                 self.newest[name, tensor] = values[tensor].stamp
             self.model.end(values, certain=True)
