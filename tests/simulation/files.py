@@ -24,12 +24,16 @@ class Disk:
 
     Every change goes through one of these methods, so that a disk that forgets what was not synced overrides them:
     it notes what `write`, `create`, `replace` and `unlink` changed, and makes it durable in `sync` and `sync_directory`.
+
+    Attributes:
+        on_replace: Called with the new name after every `replace`.
     """
 
     def __init__(self) -> None:
         self.files: dict[str, bytearray] = {}
         self.directories: set[str] = set()
         self.locked: set[str] = set()
+        self.on_replace: Callable[[str], None] = lambda _: None
 
     def get(self, path: str) -> bytearray:
         try:
@@ -54,6 +58,7 @@ class Disk:
     def replace(self, source: str, target: str) -> None:
         self.files[target] = self.get(source)
         del self.files[source]
+        self.on_replace(target)
 
     def unlink(self, path: str) -> None:
         self.get(path)

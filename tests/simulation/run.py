@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
+from tests.simulation.commits import Commits, State
 from tests.simulation.cuda import Streams, simulated_cuda
 from tests.simulation.decisions import Decisions
 from tests.simulation.files import Disk
@@ -75,13 +76,14 @@ class _Play:
         self.scenario = scenario
         self.model = Model()
         self.disk = Disk()
+        self.commits = Commits(self.model, self.disk)
         self.outcomes: Counter[str] = Counter()
         self.machine = Streams(world, Pace()) if scenario.cuda else None
 
     def main(self) -> None:
         world, scenario = self.world, self.scenario
         opened = self._open()
-        stage = Stage(world, scenario, self.model, opened, outcomes=self.outcomes)
+        stage = Stage(world, scenario, self.model, opened, self.commits, outcomes=self.outcomes)
         calls = [*scenario.threads, *scenario.tasks]
         stage.nested = any(call[0] == "use" and call[4] for each in calls for call in _plain(each))
         stage.has_holds = any(call[0] == "hold" for each in calls for call in _all(each))
@@ -103,7 +105,7 @@ class _Play:
             world.join(actor)
         self._end(stage, store)
         if scenario.nvme:
-            self._reopen(stage)
+            self._reopen()
 
     def _open(self) -> Opened:
         opened = open_simulated(self.world, self.scenario, self.disk, self.machine)
@@ -155,26 +157,20 @@ class _Play:
         check_quiet(self.world, store, opened)
         store.close()
 
-    def _reopen(self, stage: Stage) -> None:
+    def _reopen(self) -> None:
         """The directory holds the last commit, whole."""
         self.world.note("main: opens the directory again")
         opened = self._open()
         opened.set_faults(0.0)
         store = face_over(TierStore, opened.engine)
-        committed = store.committed
-        acknowledged = [commit for commit in stage.commits if commit.generation is not None]
-        if committed is None:
-            assert not acknowledged, "the commits are gone"
-            store.close()
-            return
-        newest = max((commit.generation for commit in acknowledged if commit.generation is not None), default=0)
-        assert committed.generation >= newest, f"generation {committed.generation} is there, {newest} was acknowledged"
-        (commit,) = [commit for commit in stage.commits if commit.number == committed.metadata["commit"]]
-        state: dict[tuple[str, str], int] = {}
+        state: State = {}
         for name in store:
-            for tensor, copy in parts(self.scenario.plan(name), store.read(name)).items():
-                state[name, tensor] = stamp_of(copy, f"{name}/{tensor} of generation {committed.generation}")
-        self.model.check_snapshot(state, commit.start, int(min(commit.end, self.model.tick())), f"generation {committed.generation}")
+            for index, copy in enumerate(parts(self.scenario.plan(name), store.read(name)).values()):
+                state[name, f"t{index}"] = stamp_of(copy, f"{name} of the generation that was found")
+        if store.committed is not None:
+            self.commits.check_found(store.committed.generation, state)
+        elif self.commits.newest or state:
+            raise BrokenPromiseError(f"no commit was found; generation {self.commits.newest} was acknowledged, and {state} is there")
         store.close()
 
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from tests.simulation.commits import Commits, Committed
 from tests.simulation.model import ABSENT, Model, Value, pattern, stamp_of
 from tests.simulation.opened import Opened
 from tests.simulation.scenario import BlockPlan, Call, Calls, Scenario
@@ -33,16 +34,6 @@ T = TypeVar("T")
 
 
 @dataclass
-class Committed:
-    """A commit somebody asked for; `generation` None: it has not succeeded yet, as far as is known."""
-
-    number: int
-    start: int
-    end: float
-    generation: int | None = None
-
-
-@dataclass
 class Stage:
     """What all users of a run share.
 
@@ -57,7 +48,7 @@ class Stage:
     scenario: Scenario
     model: Model
     opened: Opened
-    commits: list[Committed] = field(default_factory=list)
+    commits: Commits
     nested: bool = False
     has_holds: bool = False
     closing: bool = False
@@ -240,9 +231,9 @@ class User:
             (self.writes if write else self.reads)[name] += 1
         seen: dict[tuple[str, str], int] = {}
         try:
-            for name, _ in wants:
+            for name, write in wants:
                 for tensor, view in views[name].items():
-                    self._see(name, tensor, view, since, seen)
+                    self._see(name, tensor, view, since, seen, nested=self.writes[name] > write)
             await self._pause(pause)
             for name, write in wants:
                 if write:
@@ -258,10 +249,10 @@ class User:
                 (self.writes if write else self.reads)[name] -= 1
             model.release(owner, dict(wants), places)
 
-    def _see(self, name: str, tensor: str, view: torch.Tensor, since: int, seen: dict[tuple[str, str], int]) -> None:
-        """Have the device look at a tensor at the beginning of a lease."""
+    def _see(self, name: str, tensor: str, view: torch.Tensor, since: int, seen: dict[tuple[str, str], int], *, nested: bool) -> None:
+        """Have the device look at a tensor at the beginning of a lease, perhaps inside a write lease of the same user."""
         until = self.model.tick()
-        outer = self.newest.get((name, tensor)) if self.writes[name] > 1 else None
+        outer = self.newest.get((name, tensor)) if nested else None
 
         def look() -> None:
             stamp = stamp_of(view, f"{name}/{tensor}, leased by {self.name},")
@@ -371,19 +362,16 @@ class User:
         await self._pause(micros)
 
     async def _commit(self, wait: bool) -> None:
-        committed = Committed(len(self.stage.commits), self.model.tick(), float("inf"))
-        self.stage.commits.append(committed)
+        committed = self.stage.commits.ask()
         metadata = {"commit": committed.number}
         if wait:
             committed.generation = await self.face.commit(metadata)
-            committed.end = self.model.tick()
         else:
             self.handles.append((await self.face.commit(metadata, wait=False), committed))
 
     async def _finish_commit(self, handle: Any, committed: Committed) -> None:
         result = handle.result()
         committed.generation = await result if asyncio.iscoroutine(result) else result
-        committed.end = self.model.tick()
 
     # -- small things ------------------------------------------------------------------------------------------------------------
 
