@@ -13,10 +13,10 @@ from tests.mutants.planted import MUTANTS, Mutant
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--only", default="", help="mutants whose name has these words")
+    parser.add_argument("--only", action="append", metavar="WORDS", help="mutants whose name has these words")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="of the simulation, at most")
     options = parser.parse_args(arguments)
-    chosen = [mutant for mutant in MUTANTS if options.only in mutant.name]
+    chosen = [mutant for mutant in MUTANTS if any(words in mutant.name for words in options.only or [""])]
 
     def one(mutant: Mutant) -> Verdict:
         verdict = hunt(mutant, seeds=options.seeds)

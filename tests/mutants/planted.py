@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tests.gpu.prove import MUTANTS as ON_CUDA
+
 
 @dataclass(frozen=True)
 class Mutant:
@@ -118,9 +120,6 @@ MUTANTS = (
     ),
     Mutant("two transfers share one slot of transfer space", BUDGET, "offset = self._free.pop()", "offset = self._free[-1]"),
     Mutant(
-        "a block is read into while it is written from", PLACEMENT, "if not ram.settled or record.nvme_writing or", "if not ram.settled or"
-    ),
-    Mutant(
         "what a lease reads is overwritten by write()",
         SCHEDULER,
         "return record.gpu.settled and record.ram.settled and not record.nvme_writing",
@@ -231,4 +230,6 @@ MUTANTS = (
         "                record.ram.apply(Event.SAVED)\n",
     ),
     Mutant("a broken shard is read", SHARDS, "return not (self.broken or self.writing)", "return not self.writing"),
+    # -- the CUDA path, which the simulation runs on streams of its own
+    *(Mutant(name, "mover/streams.py", right, wrong) for name, (right, wrong) in ON_CUDA.items()),
 )

@@ -42,9 +42,9 @@ class Opened:
     def num_faults(self) -> int:
         return self.copies.num_faults + (self.files.num_faults if self.files is not None else 0)
 
-    def set_faults(self, chance: float) -> None:
+    def set_faults(self, chance: float, stuck: tuple[str, str] | None = None) -> None:
         for pace in self.paces:
-            pace.faults = chance
+            pace.faults, pace.stuck = chance, stuck
 
     def on_device(self, work: Callable[[], None]) -> None:
         """What a user has the device do under a lease: at once on the CPU, when the current stream comes to it on a GPU."""

@@ -89,7 +89,7 @@ class _Play:
         stage.has_holds = any(call[0] == "hold" for each in calls for call in _all(each))
         store = face_over(TierStore, opened.engine)
         self._put_all(store)
-        opened.set_faults(scenario.faults)
+        opened.set_faults(scenario.faults, scenario.stuck)
         actors = [
             world.spawn(f"thread-{index}", lambda index=index, calls=calls: self._thread(stage, store, f"thread-{index}", calls))
             for index, calls in enumerate(scenario.threads)

@@ -55,6 +55,10 @@ class Stage:
     calm: bool = False
     outcomes: Counter[str] = field(default_factory=Counter)
 
+    @property
+    def faulty(self) -> bool:
+        return self.scenario.faults > 0 or self.scenario.stuck is not None
+
 
 class Blocking:
     """`TierStore` as coroutines that never suspend: the thread waits instead."""
@@ -185,9 +189,9 @@ class User:
         if isinstance(error, LeaseTimeoutError):
             return what.startswith("use") and "within" in what
         if isinstance(error, TierFullError):
-            return stage.scenario.faults > 0 or stage.scenario.nvme_pages is not None
+            return stage.faulty or stage.scenario.nvme_pages is not None
         if isinstance(error, TransferError):
-            return stage.scenario.faults > 0
+            return stage.faulty
         if isinstance(error, DeadlockError):
             return stage.nested
         if isinstance(error, LeaseError):
