@@ -24,12 +24,16 @@ class Disk:
 
     Every change goes through one of these methods, so that a disk that forgets what was not synced overrides them:
     it notes what `write`, `create`, `replace` and `unlink` changed, and makes it durable in `sync` and `sync_directory`.
+
+    Attributes:
+        on_replace: Called with the new name after every `replace`.
     """
 
     def __init__(self) -> None:
         self.files: dict[str, bytearray] = {}
         self.directories: set[str] = set()
         self.locked: set[str] = set()
+        self.on_replace: Callable[[str], None] = lambda _: None
 
     def get(self, path: str) -> bytearray:
         try:
@@ -54,6 +58,7 @@ class Disk:
     def replace(self, source: str, target: str) -> None:
         self.files[target] = self.get(source)
         del self.files[source]
+        self.on_replace(target)
 
     def unlink(self, path: str) -> None:
         self.get(path)
@@ -122,12 +127,16 @@ class SimulatedFiles:
         world.at(end, f"{what}: {os.strerror(fault)}" if failing else what, happen)
         return await land(future)
 
-    def strikes(self) -> bool:
+    def strikes(self, doing: str = "", path: str = "") -> bool:
         """Whether a fault comes now."""
-        if self.world is None or not self._pace.faults or not self.world.decisions.chance(self._pace.faults):
+        name = name_of(path).removeprefix("block-").split("-")[0]
+        if self.world is None or not self._pace.fails(self.world, doing, name):
             return False
         self.num_faults += 1
         return True
+
+    def is_stuck(self, doing: str, path: str) -> bool:
+        return self._pace.stuck is not None and self._pace.stuck == (doing, name_of(path).removeprefix("block-").split("-")[0])
 
     # -- the protocol ------------------------------------------------------------------------------------------------------------
 
@@ -223,7 +232,7 @@ class SimulatedFile:
     async def _read(self, request: Request) -> int:
         files, target = self._files, request.buffer
         target[:] = bytes([POISON]) * len(target)
-        most, failure = self._fate(len(target), errno.EIO)
+        most, failure = self._fate("read", len(target), errno.EIO)
 
         def complete() -> int:
             if bytes(target).count(POISON) != len(target):
@@ -241,7 +250,7 @@ class SimulatedFile:
     async def _write(self, request: Request) -> int:
         files, source = self._files, request.buffer
         before = bytes(source)
-        most, failure = self._fate(len(source), errno.ENOSPC)
+        most, failure = self._fate("write", len(source), errno.ENOSPC)
 
         def complete() -> int:
             if bytes(source) != before:
@@ -255,10 +264,12 @@ class SimulatedFile:
 
         return await files.elapse(self._what("write", request, most, failure), complete, nbytes=len(source), link="write")
 
-    def _fate(self, nbytes: int, code: int) -> tuple[int, int]:
+    def _fate(self, doing: str, nbytes: int, code: int) -> tuple[int, int]:
         """(bytes that will move, error): all and none as a rule; else an error, an interruption or a short count."""
-        if not self._files.strikes():
+        if not self._files.strikes(doing, self._path):
             return nbytes, 0
+        if self._files.is_stuck(doing, self._path):
+            return nbytes, code
         assert self._files.world is not None
         kind = self._files.world.decisions.draw(4)
         if kind == 3:

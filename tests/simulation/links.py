@@ -29,12 +29,20 @@ class Pace:
         latency_ns: Of each.
         jitter_ns: The longest delay on top.
         faults: The chance that an operation fails.
+        stuck: What always fails, and of which block; see `Scenario`.
     """
 
     bytes_per_s: float = 4e9
     latency_ns: int = 2_000
     jitter_ns: int = 30_000
     faults: float = 0.0
+    stuck: tuple[str, str] | None = None
+
+    def fails(self, world: World, doing: str, block: str) -> bool:
+        """Whether a transfer of a block is to fail."""
+        if self.stuck == (doing, block):
+            return True
+        return self.faults > 0 and world.decisions.chance(self.faults)
 
     def duration_ns(self, world: World, nbytes: int) -> int:
         return self.latency_ns + int(nbytes / self.bytes_per_s * 1e9) + world.jitter(self.jitter_ns)
@@ -80,7 +88,7 @@ class SimulatedCopies:
         else:
             landing.append(self._begin(order))
         end = self._free_ns[direction] = begin + self._pace.duration_ns(world, order.nbytes)
-        fails = order.action is not Action.COMPACT and self._pace.faults > 0 and world.decisions.chance(self._pace.faults)
+        fails = order.record is not None and self._pace.fails(world, order.action.value, order.record.block.name)
         world.note(f"begins {label(order)}")
 
         def complete() -> None:

@@ -99,8 +99,8 @@ class Model:
         for value in values.values():
             value.end, value.certain = self.tick(), certain
 
-    def observe(self, block: str, tensor: str, stamp: int, since: int) -> None:
-        """A call that began at tick `since` has just seen this value.
+    def observe(self, block: str, tensor: str, stamp: int, since: int, until: int | None = None) -> None:
+        """A call that began at tick `since` saw this value, not after tick `until`; None: just now.
 
         Raises:
             BrokenPromiseError: It cannot have been the current one then.
@@ -109,11 +109,11 @@ class Model:
         seen = [value for value in register.values.values() if value.stamp == stamp]
         if not seen:
             raise BrokenPromiseError(f"{register.name} holds value {stamp}, which belongs to {self._named.get(stamp, 'nobody')}")
-        possible = [value for value in seen if register.last_moment(value) >= since]
+        possible = [value for value in seen if register.last_moment(value) >= since and (until is None or value.start <= until)]
         if not possible:
             newest = max((value for value in register.values.values() if value.certain), key=lambda value: value.start)
             raise BrokenPromiseError(f"{register.name} holds the stale value {stamp or 'absent'}; {newest.stamp or 'absent'} is newer")
-        now = self.tick()
+        now = self.tick() if until is None else until
         for value in register.values.values():
             if value.stamp != stamp and value.end < since:
                 value.gone = min(value.gone, now)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from tests.helpers import Hostile, Watched
+from tests.simulation.cuda import SimulatedCuda, Streams
 from tests.simulation.files import Disk, SimulatedFiles
 from tests.simulation.links import Pace, SimulatedCopies
 from tests.simulation.runtime import SimulatedRuntime
 from tests.simulation.scenario import Scenario
 from tests.simulation.world import World
 from tierstore.catalog import PAGE
-from tierstore.mover.budget import NUM_SLOTS, slot_bytes
+from tierstore.mover.budget import NUM_SLOTS, RING_SLOTS, slot_bytes
 from tierstore.mover.engine import Engine
 from tierstore.nvme.directory import Directory
 from tierstore.placement import Limits, Placement
@@ -31,17 +33,25 @@ class Opened:
     """An engine and the simulated parts below it."""
 
     engine: Engine
-    copies: SimulatedCopies
+    copies: SimulatedCopies | SimulatedCuda
     files: SimulatedFiles | None
     paces: tuple[Pace, ...]
+    machine: Streams | None
 
     @property
     def num_faults(self) -> int:
         return self.copies.num_faults + (self.files.num_faults if self.files is not None else 0)
 
-    def set_faults(self, chance: float) -> None:
+    def set_faults(self, chance: float, stuck: tuple[str, str] | None = None) -> None:
         for pace in self.paces:
-            pace.faults = chance
+            pace.faults, pace.stuck = chance, stuck
+
+    def on_device(self, work: Callable[[], None]) -> None:
+        """What a user has the device do under a lease: at once on the CPU, when the current stream comes to it on a GPU."""
+        if self.machine is None:
+            work()
+        else:
+            self.machine.kernel(work)
 
 
 def policy_of(name: str) -> Policy:
@@ -49,8 +59,12 @@ def policy_of(name: str) -> Policy:
     return Hostile(0) if name == "hostile" else Watched(resolve(name))
 
 
-def open_simulated(world: World, scenario: Scenario, disk: Disk) -> Opened:
-    """Open a store on what the disk holds."""
+def open_simulated(world: World, scenario: Scenario, disk: Disk, machine: Streams | None) -> Opened:
+    """Open a store on what the disk holds.
+
+    Args:
+        machine: The simulated GPU; None: the device is the CPU.
+    """
     link_pace, drive_pace = Pace(), Pace(bytes_per_s=1e9, latency_ns=8_000, jitter_ns=100_000)
     directory: Directory | None = None
     files: SimulatedFiles | None = None
@@ -61,6 +75,7 @@ def open_simulated(world: World, scenario: Scenario, disk: Disk) -> Opened:
         files.world = world
     ram_bytes = (scenario.ram_pages + NUM_SLOTS) * PAGE
     slot = slot_bytes(ram_bytes)
+    slots = NUM_SLOTS + (RING_SLOTS if machine is not None else 0)
     runtime = SimulatedRuntime(world)
     placement = Placement(
         gpu_bytes=scenario.gpu_pages * PAGE,
@@ -73,22 +88,28 @@ def open_simulated(world: World, scenario: Scenario, disk: Disk) -> Opened:
     )
     device = DeviceArena(scenario.gpu_pages * PAGE, torch.device("cpu"))
     host = HostArena(scenario.ram_pages * PAGE, threads=1)
-    copies = SimulatedCopies(world, device, host, link_pace)
+    transfer = HostArena(slots * slot, threads=1)
+    copies: SimulatedCopies | SimulatedCuda
+    if machine is None:
+        copies = SimulatedCopies(world, device, host, link_pace)
+    else:
+        copies = SimulatedCuda(machine, device, host, transfer, (NUM_SLOTS * slot, slot), scenario)
     engine = Engine(
         Scheduler(placement, runtime.clock),
         device=device,
         host=host,
         copies=copies,
         directory=directory,
-        transfer=HostArena(NUM_SLOTS * slot, threads=1),
+        transfer=transfer,
         slot_bytes=slot,
         runtime=runtime,
     )
-    copies.loop = engine.loop
+    if isinstance(copies, SimulatedCopies):
+        copies.loop = engine.loop
     if directory is not None:
         for entry in directory.entries.values():
             record = engine.scheduler.recover(entry.block)
             engine.shards[record] = entry.shard
             engine.committed_versions[record] = record.version
             engine.total_bytes += record.nbytes
-    return Opened(engine, copies, files, (link_pace, drive_pace))
+    return Opened(engine, copies, files, (link_pace, drive_pace), machine)

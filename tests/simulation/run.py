@@ -7,12 +7,15 @@ import gc
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
+from tests.simulation.commits import Commits, State
+from tests.simulation.cuda import Streams, simulated_cuda
 from tests.simulation.decisions import Decisions
 from tests.simulation.files import Disk
 from tests.simulation.invariants import Invariants, check_quiet
+from tests.simulation.links import Pace
 from tests.simulation.model import Model, stamp_of
 from tests.simulation.opened import Opened, open_simulated
 from tests.simulation.runtime import SimulatedLoop
@@ -43,7 +46,7 @@ def run(scenario: Scenario, seed: int, script: Mapping[int, int] | None = None) 
     world = World(Decisions(seed, script), patience=scenario.slow, stickiness=scenario.sticky)
     play = _Play(world, scenario)
     failure: BrokenPromiseError | None = None
-    with _quiet_machine():
+    with _quiet_machine(), simulated_cuda(play.machine) if play.machine is not None else nullcontext():
         try:
             world.run(play.main)
         except BrokenPromiseError as error:
@@ -73,18 +76,20 @@ class _Play:
         self.scenario = scenario
         self.model = Model()
         self.disk = Disk()
+        self.commits = Commits(self.model, self.disk)
         self.outcomes: Counter[str] = Counter()
+        self.machine = Streams(world, Pace()) if scenario.cuda else None
 
     def main(self) -> None:
         world, scenario = self.world, self.scenario
         opened = self._open()
-        stage = Stage(world, scenario, self.model, opened, outcomes=self.outcomes)
+        stage = Stage(world, scenario, self.model, opened, self.commits, outcomes=self.outcomes)
         calls = [*scenario.threads, *scenario.tasks]
         stage.nested = any(call[0] == "use" and call[4] for each in calls for call in _plain(each))
         stage.has_holds = any(call[0] == "hold" for each in calls for call in _all(each))
         store = face_over(TierStore, opened.engine)
         self._put_all(store)
-        opened.set_faults(scenario.faults)
+        opened.set_faults(scenario.faults, scenario.stuck)
         actors = [
             world.spawn(f"thread-{index}", lambda index=index, calls=calls: self._thread(stage, store, f"thread-{index}", calls))
             for index, calls in enumerate(scenario.threads)
@@ -100,10 +105,10 @@ class _Play:
             world.join(actor)
         self._end(stage, store)
         if scenario.nvme:
-            self._reopen(stage)
+            self._reopen()
 
     def _open(self) -> Opened:
-        opened = open_simulated(self.world, self.scenario, self.disk)
+        opened = open_simulated(self.world, self.scenario, self.disk, self.machine)
         self.world.watchers[:] = [Invariants(self.world, self.model, opened).check]
         return opened
 
@@ -152,26 +157,20 @@ class _Play:
         check_quiet(self.world, store, opened)
         store.close()
 
-    def _reopen(self, stage: Stage) -> None:
+    def _reopen(self) -> None:
         """The directory holds the last commit, whole."""
         self.world.note("main: opens the directory again")
         opened = self._open()
         opened.set_faults(0.0)
         store = face_over(TierStore, opened.engine)
-        committed = store.committed
-        acknowledged = [commit for commit in stage.commits if commit.generation is not None]
-        if committed is None:
-            assert not acknowledged, "the commits are gone"
-            store.close()
-            return
-        newest = max((commit.generation for commit in acknowledged if commit.generation is not None), default=0)
-        assert committed.generation >= newest, f"generation {committed.generation} is there, {newest} was acknowledged"
-        (commit,) = [commit for commit in stage.commits if commit.number == committed.metadata["commit"]]
-        state: dict[tuple[str, str], int] = {}
+        state: State = {}
         for name in store:
-            for tensor, copy in parts(self.scenario.plan(name), store.read(name)).items():
-                state[name, tensor] = stamp_of(copy, f"{name}/{tensor} of generation {committed.generation}")
-        self.model.check_snapshot(state, commit.start, int(min(commit.end, self.model.tick())), f"generation {committed.generation}")
+            for index, copy in enumerate(parts(self.scenario.plan(name), store.read(name)).values()):
+                state[name, f"t{index}"] = stamp_of(copy, f"{name} of the generation that was found")
+        if store.committed is not None:
+            self.commits.check_found(store.committed.generation, state)
+        elif self.commits.newest or state:
+            raise BrokenPromiseError(f"no commit was found; generation {self.commits.newest} was acknowledged, and {state} is there")
         store.close()
 
 

@@ -12,7 +12,7 @@ from tests.simulation.world import Actor, BrokenPromiseError, World
 
 T = TypeVar("T")
 
-HOST_NS = 20_000
+HOST_NS = 100_000
 """The longest a host thread takes to begin, and again to end, what is given to it."""
 
 

@@ -42,8 +42,11 @@ class Scenario:
         nvme_pages: Limit of the directory; None: no limit. `nvme` False: two tiers.
         threads, tasks: What each of them calls.
         faults: The chance that an operation of a link or the drive fails.
+        stuck: Transfers of one block that always fail: "read", "write" (drive), "h2d" or "d2h" (CPU device), and the block.
         slow, sticky: See `World`.
         orders: How many transfers a link takes at once.
+        cuda: The device is a simulated GPU, with streams and events; else the CPU.
+        locked_pages: With `cuda`: how much of RAM is page-locked, in segments of so many pages as the largest block has.
         close_after: Microseconds after which the store is closed under its users' hands; None: when all are done.
     """
 
@@ -57,11 +60,14 @@ class Scenario:
     nvme_pages: int | None = None
     policy: str = "lookahead"
     faults: float = 0.0
+    stuck: tuple[str, str] | None = None
     slow: float = 0.05
     sticky: float = 0.3
     orders: int = 8
     keep: int = 1
     checksum: bool = True
+    cuda: bool = False
+    locked_pages: int = 1 << 20
     close_after: int | None = None
 
     def plan(self, name: str) -> BlockPlan:
@@ -153,6 +159,17 @@ class _Draw:
                 calls.append(self.use(*chosen))
         return calls
 
+    def crowd(self) -> list[Call]:
+        """Several blocks at once, as many as fit: whoever asks has to wait for others, and for room."""
+        calls: list[Call] = []
+        for _ in range(self.random.randint(4, 12)):
+            chosen = self.fitting(self.random.choice((2, 3, 4, 8)))
+            if chosen:
+                calls.append(self.use(*chosen))
+            if self.random.random() < 0.2:
+                calls.append(self.any_call(2))
+        return calls
+
     def anything(self, depth: int = 0) -> list[Call]:
         """All calls there are, at random."""
         number = self.random.randint(3, 14) if depth == 0 else self.random.randint(1, 2)
@@ -186,7 +203,7 @@ class _Draw:
         return self.random.choices(kinds, weights)[0]()
 
     def calls(self) -> Calls:
-        shape = self.random.choice((self.training, self.cyclic, self.adapters, self.experts, self.anything, self.anything, self.anything))
+        shape = self.random.choice((self.training, self.cyclic, self.adapters, self.experts, self.crowd, self.crowd, *(self.anything,) * 4))
         calls = shape()
         if self.nvme and shape != self.anything and self.random.random() < 0.5:
             calls.insert(self.random.randrange(len(calls) + 1), ("commit", self.random.random() < 0.5))
@@ -230,10 +247,13 @@ def draw(seed: int) -> Scenario:
         nvme_pages=rng.choice((None, None, None, 3 * total + 40)),
         policy=rng.choice(POLICIES),
         faults=rng.choice((0.0, 0.0, 0.01, 0.05)),
+        stuck=(rng.choice(("read", "write", "h2d", "d2h")), rng.choice(parts.blocks).name) if rng.random() < 0.1 else None,
         slow=rng.choice((0.0, 0.05, 0.2)),
         sticky=rng.choice((0.0, 0.3, 0.8)),
         orders=rng.choice((1, 2, 8)),
         keep=rng.choice((1, 1, 2)),
         checksum=rng.random() < 0.8,
-        close_after=rng.choice((None,) * 9 + (500,)),
+        cuda=rng.random() < 0.4,
+        locked_pages=rng.choice((1 << 20, 1 << 20, ram_pages // 2)),
+        close_after=rng.choice((None,) * 14 + (500,)),
     )

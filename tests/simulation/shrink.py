@@ -33,8 +33,15 @@ class Case:
     def size(self) -> tuple[int, ...]:
         scenario = self.scenario
         decisions = len(self.script) if self.script is not None else 1 << 30
-        dull = (scenario.faults > 0, scenario.close_after is not None, scenario.nvme_pages is not None, scenario.policy != "lru")
-        return (scenario.num_calls, len(scenario.blocks) + len(scenario.extra), sum(dull), decisions)
+        dull = (
+            scenario.faults > 0,
+            scenario.stuck is not None,
+            scenario.cuda,
+            scenario.close_after is not None,
+            scenario.nvme_pages is not None,
+            scenario.policy != "lru",
+        )
+        return (scenario.num_calls, len(scenario.blocks) + len(scenario.extra), sum(map(bool, dull)), decisions)
 
 
 @dataclass(frozen=True)
@@ -132,7 +139,7 @@ def _cut(scenario: Scenario) -> Iterator[Scenario]:
         for index, calls in enumerate(users):
             for fewer in _fewer(calls):
                 yield replace(scenario, **{field: (*users[:index], fewer, *users[index + 1 :])})
-    for dull in ({"faults": 0.0}, {"close_after": None}, {"nvme_pages": None}, {"policy": "lru"}):
+    for dull in ({"faults": 0.0}, {"stuck": None}, {"close_after": None}, {"nvme_pages": None}, {"policy": "lru"}, {"cuda": False}):
         changed = replace(scenario, **dull)  # type: ignore[arg-type]
         if changed != scenario:
             yield changed

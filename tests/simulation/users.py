@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from tests.simulation.commits import Commits, Committed
 from tests.simulation.model import ABSENT, Model, Value, pattern, stamp_of
 from tests.simulation.opened import Opened
 from tests.simulation.scenario import BlockPlan, Call, Calls, Scenario
@@ -33,16 +34,6 @@ T = TypeVar("T")
 
 
 @dataclass
-class Committed:
-    """A commit somebody asked for; `generation` None: it has not succeeded yet, as far as is known."""
-
-    number: int
-    start: int
-    end: float
-    generation: int | None = None
-
-
-@dataclass
 class Stage:
     """What all users of a run share.
 
@@ -57,12 +48,16 @@ class Stage:
     scenario: Scenario
     model: Model
     opened: Opened
-    commits: list[Committed] = field(default_factory=list)
+    commits: Commits
     nested: bool = False
     has_holds: bool = False
     closing: bool = False
     calm: bool = False
     outcomes: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def faulty(self) -> bool:
+        return self.scenario.faults > 0 or self.scenario.stuck is not None
 
 
 class Blocking:
@@ -194,9 +189,9 @@ class User:
         if isinstance(error, LeaseTimeoutError):
             return what.startswith("use") and "within" in what
         if isinstance(error, TierFullError):
-            return stage.scenario.faults > 0 or stage.scenario.nvme_pages is not None
+            return stage.faulty or stage.scenario.nvme_pages is not None
         if isinstance(error, TransferError):
-            return stage.scenario.faults > 0
+            return stage.faulty
         if isinstance(error, DeadlockError):
             return stage.nested
         if isinstance(error, LeaseError):
@@ -238,10 +233,11 @@ class User:
         views = {name: parts(self._plan(name), given) for name, given in leased.items()}
         for name, write in wants:
             (self.writes if write else self.reads)[name] += 1
+        seen: dict[tuple[str, str], int] = {}
         try:
-            for name, _ in wants:
+            for name, write in wants:
                 for tensor, view in views[name].items():
-                    self._see(name, tensor, view, since)
+                    self._see(name, tensor, view, since, seen, nested=self.writes[name] > write)
             await self._pause(pause)
             for name, write in wants:
                 if write:
@@ -251,39 +247,55 @@ class User:
             await self._pause(pause)
             for name, _ in wants:
                 for tensor, view in views[name].items():
-                    stamp = stamp_of(view, f"{name}/{tensor}, leased by {self.name},")
-                    if stamp != self.newest[name, tensor]:
-                        raise BrokenPromiseError(f"{name}/{tensor} changed under {self.name}'s lease to {stamp}")
+                    self._see_again(name, tensor, view, seen)
         finally:
             for name, write in wants:
                 (self.writes if write else self.reads)[name] -= 1
             model.release(owner, dict(wants), places)
 
-    def _see(self, name: str, tensor: str, view: torch.Tensor, since: int) -> None:
-        stamp = stamp_of(view, f"{name}/{tensor}, leased by {self.name},")
-        if self.writes[name] + self.reads[name] > 1:
-            if stamp != self.newest[name, tensor]:
-                raise BrokenPromiseError(f"{name}/{tensor} is {stamp} in the inner lease and {self.newest[name, tensor]} in the outer")
-        else:
-            self.model.observe(name, tensor, stamp, since)
-        self.newest[name, tensor] = stamp
+    def _see(self, name: str, tensor: str, view: torch.Tensor, since: int, seen: dict[tuple[str, str], int], *, nested: bool) -> None:
+        """Have the device look at a tensor at the beginning of a lease, perhaps inside a write lease of the same user."""
+        until = self.model.tick()
+        outer = self.newest.get((name, tensor)) if nested else None
+
+        def look() -> None:
+            stamp = stamp_of(view, f"{name}/{tensor}, leased by {self.name},")
+            seen.setdefault((name, tensor), stamp)
+            if outer is None:
+                self.model.observe(name, tensor, stamp, since, until)
+            elif stamp != outer:
+                raise BrokenPromiseError(f"{name}/{tensor} is {stamp} in the inner lease and {outer} in the outer")
+
+        self.stage.opened.on_device(look)
+
+    def _see_again(self, name: str, tensor: str, view: torch.Tensor, seen: dict[tuple[str, str], int]) -> None:
+        """Have the device look at a tensor at the end of a lease: nobody but the user himself may have changed it."""
+        mine = self.newest.get((name, tensor)) if self.writes[name] else None
+
+        def look() -> None:
+            stamp = stamp_of(view, f"{name}/{tensor}, leased by {self.name},")
+            expected = seen[name, tensor] if mine is None else mine
+            if stamp != expected:
+                raise BrokenPromiseError(f"{name}/{tensor} changed under {self.name}'s lease from {expected} to {stamp}")
+
+        self.stage.opened.on_device(look)
 
     async def _overwrite(self, name: str, views: dict[str, torch.Tensor], pause: int) -> None:
-        """Write all tensors, half by half, with time in between."""
+        """Have the device write all tensors, half by half, with time in between."""
         values = self.model.begin(name, views)
-        try:
-            for half in (0, 1):
-                for tensor, view in views.items():
-                    middle = view.numel() // 2
-                    piece = slice(0, middle) if half == 0 else slice(middle, None)
-                    view[piece] = pattern(values[tensor].stamp, view.numel())[piece]
-                if half == 0:
-                    await self._pause(pause)
-        except BaseException:  # cancelled: what is half written would be nobody's value
+
+        def fill(half: int) -> None:
             for tensor, view in views.items():
-                view.copy_(pattern(values[tensor].stamp, view.numel()))
-            raise
-        finally:
+                middle = view.numel() // 2
+                piece = slice(0, middle) if half == 0 else slice(middle, None)
+                # `.data` has a version counter of its own: on a GPU, versions count when work is issued, not when it happens
+                view.data[piece] = pattern(values[tensor].stamp, view.numel())[piece]
+
+        self.stage.opened.on_device(lambda: fill(0))
+        try:
+            await self._pause(pause)
+        finally:  # also when cancelled: what is half written would be nobody's value
+            self.stage.opened.on_device(lambda: fill(1))
             for tensor in views:
                 self.newest[name, tensor] = values[tensor].stamp
             self.model.end(values, certain=True)
@@ -354,19 +366,16 @@ class User:
         await self._pause(micros)
 
     async def _commit(self, wait: bool) -> None:
-        committed = Committed(len(self.stage.commits), self.model.tick(), float("inf"))
-        self.stage.commits.append(committed)
+        committed = self.stage.commits.ask()
         metadata = {"commit": committed.number}
         if wait:
             committed.generation = await self.face.commit(metadata)
-            committed.end = self.model.tick()
         else:
             self.handles.append((await self.face.commit(metadata, wait=False), committed))
 
     async def _finish_commit(self, handle: Any, committed: Committed) -> None:
         result = handle.result()
         committed.generation = await result if asyncio.iscoroutine(result) else result
-        committed.end = self.model.tick()
 
     # -- small things ------------------------------------------------------------------------------------------------------------
 

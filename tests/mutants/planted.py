@@ -1,0 +1,235 @@
+"""The planted bugs: small changes of the text of one module each.
+
+`right` must occur exactly once in the module, so a mutant whose place has changed fails loudly and is planted anew.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tests.gpu.prove import MUTANTS as ON_CUDA
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A bug.
+
+    Attributes:
+        name: What the store would do wrong.
+        module: The file it is planted in, below `tierstore/`.
+        right, wrong: The text there, and what takes its place.
+        suite: What catches it: "simulation", or a test file.
+    """
+
+    name: str
+    module: str
+    right: str
+    wrong: str
+    suite: str = "simulation"
+
+
+ENGINE, PLACEMENT, SCHEDULER = "mover/engine.py", "placement.py", "scheduler.py"
+OPERATIONS, SHARDS, BUDGET = "mover/operations.py", "nvme/shards.py", "mover/budget.py"
+
+MUTANTS = (
+    # -- waits and wake-ups
+    Mutant("a request wakes nobody", ENGINE, "submit(request)\n        self.wake()\n", "submit(request)\n"),
+    Mutant(
+        "the end of a lease wakes nobody",
+        ENGINE,
+        "            self.scheduler.release(lease)\n            self.wanted |= self._has_work()\n",
+        "            self.scheduler.release(lease)\n",
+    ),
+    Mutant(
+        "a transfer that has landed wakes nobody",
+        ENGINE,
+        "        self._landed.set()\n        self.wake()\n",
+        "        self._landed.set()\n",
+    ),
+    Mutant("a caller who queues for a lease wakes nobody", ENGINE, "self.wanted |= future is not None or self._has_work()", "pass"),
+    Mutant(
+        "close() does not wait for transfers under way",
+        ENGINE,
+        "while self.placement.flying and self.failure is None:",
+        "while False:",
+    ),
+    Mutant(
+        "a cancelled call does not wait for its copy on a host thread",
+        ENGINE,
+        "            while not future.done():\n                await asyncio.wait([future])\n            raise",
+        "            raise",
+    ),
+    # -- leases
+    Mutant("a leased block is evicted", PLACEMENT, "            return not record.leased\n", "            return True\n"),
+    Mutant(
+        "a block is leased before its bytes have landed",
+        SCHEDULER,
+        "if not gpu.valid or gpu.moving or",
+        "if not (gpu.valid or gpu.loading) or",
+    ),
+    Mutant("a block is leased while it is being moved", SCHEDULER, "if not gpu.valid or gpu.moving or", "if not gpu.valid or"),
+    Mutant("a block is written while it is being copied out", SCHEDULER, "return not write or gpu.readers == 0 or", "return True or"),
+    Mutant(
+        "a writer does not wait for readers",
+        SCHEDULER,
+        "if any(reader != owner for reader in record.readers) or record.commit_pending:",
+        "if record.commit_pending:",
+    ),
+    Mutant(
+        "a cancelled wait keeps the lease that it was granted meanwhile",
+        ENGINE,
+        "                lease, request.lease = request.lease, None\n            elif",
+        "                pass\n            elif",
+    ),
+    Mutant(
+        "a cancelled wait leaves its request queued",
+        ENGINE,
+        "                self.scheduler.cancel(request)\n                self._futures.pop(request, None)\n        if lease",
+        "                pass\n        if lease",
+    ),
+    # -- extents
+    Mutant(
+        "an extent is given away while a copy still reads it",
+        PLACEMENT,
+        "if copy.state is State.SAVING or copy.readers:",
+        "if copy.state is State.SAVING:",
+    ),
+    Mutant(
+        "a compaction moves what a transfer still uses",
+        PLACEMENT,
+        "            return record.copy(tier).settled\n",
+        "            return True\n",
+    ),
+    Mutant(
+        "a block counts as moved before its bytes have moved",
+        PLACEMENT,
+        "copy.offset, copy.moving = move.target, True",
+        "copy.offset, copy.moving = move.target, False",
+    ),
+    Mutant(
+        "the hole of a compaction is freed twice",
+        PLACEMENT,
+        "        self.arenas[order.tier].release(order.hole)\n",
+        "        self.arenas[order.tier].release(order.hole)\n        self.arenas[order.tier].release(order.hole)\n",
+    ),
+    Mutant(
+        "a cancelled request keeps its extents",
+        SCHEDULER,
+        "            self._end_save(request)\n        self._unreserve(request)\n",
+        "            self._end_save(request)\n",
+    ),
+    Mutant("two transfers share one slot of transfer space", BUDGET, "offset = self._free.pop()", "offset = self._free[-1]"),
+    Mutant(
+        "what a lease reads is overwritten by write()",
+        SCHEDULER,
+        "return record.gpu.settled and record.ram.settled and not record.nvme_writing",
+        "return True",
+    ),
+    Mutant(
+        "read() does not keep the copy that it reads from",
+        SCHEDULER,
+        "                request.records[0].copy(request.tier).readers += 1\n            self._hosts",
+        "                request.tier = request.tier\n            self._hosts",
+    ),
+    # -- newest values
+    Mutant(
+        "RAM still serves what was written on the device",
+        "leases.py",
+        "        self.placement.supersede_ram(record)\n",
+        "",
+    ),
+    Mutant(
+        "a write-back counts as newest though the block was written meanwhile",
+        PLACEMENT,
+        "elif order.action is Action.D2H:\n            assert record is not None\n            if order.version != record.version:",
+        "elif order.action is Action.D2H:\n            assert record is not None\n            if False:",
+    ),
+    Mutant(
+        "a spill counts as the newest version", PLACEMENT, "record.nvme_version = order.version", "record.nvme_version = record.version"
+    ),
+    Mutant(
+        "a dirty block that comes to RAM counts as clean",
+        PLACEMENT,
+        "record.ram.apply(Event.CREATED if self.has_nvme and record.nvme_version != record.version else Event.LOADED)",
+        "record.ram.apply(Event.LOADED)",
+    ),
+    Mutant(
+        "write() forgets that RAM's bytes are newer",
+        OPERATIONS,
+        "                    if placement.has_nvme:\n                        placement.revive_ram(record, Event.WRITE)\n",
+        "",
+    ),
+    Mutant(
+        "write() leaves the old bytes on the device",
+        OPERATIONS,
+        "                    if record.gpu.state is not State.ABSENT:\n                        placement.discard(record, Tier.GPU)\n",
+        "",
+    ),
+    Mutant(
+        "write() tells too late that the device's bytes are others",
+        OPERATIONS,
+        "engine.device.invalidate([record.id])",
+        "placement.left_device.append(record.id)",
+    ),
+    # -- commits
+    Mutant(
+        "a commit misses what is dirty",
+        ENGINE,
+        "                    capture.needs[record] = record.version\n",
+        "                    pass\n",
+    ),
+    Mutant("a commit takes whatever is written next", ENGINE, "if capture.needs.get(record) == version:", "if record in capture.needs:"),
+    Mutant(
+        "a block is written before a commit has saved it",
+        SCHEDULER,
+        "for reader in record.readers) or record.commit_pending:",
+        "for reader in record.readers):",
+    ),
+    Mutant("a commit does not wait for writers", SCHEDULER, "if request.commit and (self._locked or", "if False and (self._locked or"),
+    Mutant(
+        "a committed shard is rewritten in place",
+        SHARDS,
+        "return self.whole and not (self.references or self.suspect or self.discarded)",
+        "return self.whole and not (self.suspect or self.discarded)",
+    ),
+    Mutant(
+        "a shard of a commit under way is let go",
+        ENGINE,
+        "                del capture.needs[record]\n                self.directory.retain(shard)\n",
+        "                del capture.needs[record]\n                shard.references += 0\n",
+    ),
+    # -- who goes first
+    Mutant("a demand evicts what another demand has just brought", PLACEMENT, "return record in protect and not", "return False and not"),
+    Mutant(
+        "a prefetch takes the space that a demand lacks", SCHEDULER, "if not self._starved and not self.closing:", "if not self.closing:"
+    ),
+    Mutant(
+        "extents reserved by others are not given up in a standstill",
+        SCHEDULER,
+        "                    self._unreserve(other)\n                return True",
+        "                    pass\n                return True",
+    ),
+    Mutant(
+        "in a standstill the wrong one gets its turn",
+        SCHEDULER,
+        "self._favourite = request.sequence",
+        "self._favourite = request.sequence + 1",
+    ),
+    Mutant(
+        "a standstill is not broken",
+        SCHEDULER,
+        "        if not self.waiting or self.placement.flying",
+        "        if True or self.placement.flying",
+    ),
+    # -- failures
+    Mutant("a failed read is tried for ever", PLACEMENT, "            record.load_error = error\n", ""),
+    Mutant(
+        "a failed write-back loses the newest copy",
+        PLACEMENT,
+        "                record.ram.apply(Event.SAVE_FAILED)\n",
+        "                record.ram.apply(Event.SAVED)\n",
+    ),
+    Mutant("a broken shard is read", SHARDS, "return not (self.broken or self.writing)", "return not self.writing"),
+    # -- the CUDA path, which the simulation runs on streams of its own
+    *(Mutant(name, "mover/streams.py", right, wrong) for name, (right, wrong) in ON_CUDA.items()),
+)
