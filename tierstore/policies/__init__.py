@@ -7,17 +7,47 @@ from importlib.metadata import entry_points
 from inspect import getattr_static
 
 from tierstore.errors import OptionError
+from tierstore.policies.arc import Arc
 from tierstore.policies.base import Policy, PolicyBase, View
+from tierstore.policies.clock import Clock
+from tierstore.policies.fifo import Fifo
 from tierstore.policies.lookahead import Lookahead
 from tierstore.policies.lru import Lru
+from tierstore.policies.s3fifo import S3Fifo
+from tierstore.policies.sieve import Sieve
 from tierstore.policies.static import Static
 
 GROUP = "tierstore.policies"
 """Entry-point group in which packages register a policy class or factory under a name."""
 
-_OURS: dict[str, Callable[[], Policy]] = {"lru": Lru, "lookahead": Lookahead, "static": Static}
+_OURS: dict[str, Callable[[], Policy]] = {
+    "lookahead": Lookahead,
+    "static": Static,
+    # for comparison: these know only the past
+    "lru": Lru,
+    "fifo": Fifo,
+    "clock": Clock,
+    "sieve": Sieve,
+    "s3fifo": S3Fifo,
+    "arc": Arc,
+}
 
-__all__ = ["GROUP", "Lookahead", "Lru", "Policy", "PolicyBase", "Static", "View", "available", "resolve"]
+__all__ = [
+    "GROUP",
+    "Arc",
+    "Clock",
+    "Fifo",
+    "Lookahead",
+    "Lru",
+    "Policy",
+    "PolicyBase",
+    "S3Fifo",
+    "Sieve",
+    "Static",
+    "View",
+    "available",
+    "resolve",
+]
 
 
 def available() -> list[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
+from itertools import chain
 
 from tierstore.catalog import BlockId
 from tierstore.policies.base import PolicyBase
@@ -22,7 +23,9 @@ class Static(PolicyBase):
 
     def __init__(self) -> None:
         self.forecast = Forecast()
-        self._recent: dict[Tier, OrderedDict[BlockId, None]] = {Tier.GPU: OrderedDict(), Tier.RAM: OrderedDict()}
+        # resident blocks, the least recently used first: those that stream, and those that are to stay
+        self._streaming: dict[Tier, OrderedDict[BlockId, None]] = {Tier.GPU: OrderedDict(), Tier.RAM: OrderedDict()}
+        self._staying: dict[Tier, OrderedDict[BlockId, None]] = {Tier.GPU: OrderedDict(), Tier.RAM: OrderedDict()}
         self._fixed: dict[Tier, set[BlockId]] = {Tier.GPU: set(), Tier.RAM: set()}
         self._chosen_epoch = -1
 
@@ -32,16 +35,19 @@ class Static(PolicyBase):
 
     def accessed(self, block: BlockId, write: bool) -> None:
         self.forecast.append(block)
+        if self.forecast.known and self._chosen_epoch != self.epoch:
+            self._choose()
 
     def touched(self, block: BlockId, tier: Tier) -> None:
-        if block in self._recent[tier]:
-            self._recent[tier].move_to_end(block)
+        line = self._line(block, tier)
+        if block in line:
+            line.move_to_end(block)
 
     def admitted(self, block: BlockId, tier: Tier) -> None:
-        self._recent[tier][block] = None
+        self._line(block, tier)[block] = None
 
     def removed(self, block: BlockId, tier: Tier) -> None:
-        del self._recent[tier][block]
+        del self._line(block, tier)[block]
 
     def next_use(self, block: BlockId) -> float:
         return self.forecast.next_use(block)
@@ -50,12 +56,10 @@ class Static(PolicyBase):
         return self.forecast.expected(position)
 
     def victims(self, tier: Tier) -> Iterator[BlockId]:
-        if self.forecast.known and self._chosen_epoch != self.epoch:
-            self._choose()
-        fixed = self._fixed[tier]
-        streamed = (block for block in self._recent[tier] if block not in fixed)
-        yield from streamed
-        yield from (block for block in self._recent[tier] if block in fixed)
+        return chain(self._streaming[tier], self._staying[tier])
+
+    def _line(self, block: BlockId, tier: Tier) -> OrderedDict[BlockId, None]:
+        return (self._staying if block in self._fixed[tier] else self._streaming)[tier]
 
     def _choose(self) -> None:
         """Fill each tier, the GPU first, with the blocks of the period that save most per byte."""
@@ -77,8 +81,14 @@ class Static(PolicyBase):
                 if self.view.nbytes(block) <= room:
                     room -= self.view.nbytes(block)
                     fixed.add(block)
-            self._fixed[tier] = fixed
+            self._fix(tier, fixed)
             taken |= fixed
+
+    def _fix(self, tier: Tier, fixed: set[BlockId]) -> None:
+        resident = [*self._streaming[tier], *self._staying[tier]]
+        self._fixed[tier] = fixed
+        self._streaming[tier] = OrderedDict((block, None) for block in resident if block not in fixed)
+        self._staying[tier] = OrderedDict((block, None) for block in resident if block in fixed)
 
     def _saving(self, block: BlockId, uses: int, tier: Tier) -> float:
         cost = self.view.load_cost(block, tier)
