@@ -77,6 +77,11 @@ class Extents:
     def save_cost(self, block: BlockId, tier: Tier) -> float:
         return self.records[block].nbytes * self._seconds_per_byte[Link.D2H if tier is Tier.GPU else Link.NVME_WRITE]
 
+    @property
+    def gpu_bytes(self) -> int:
+        """Bytes of extents on the device."""
+        return self.arenas[Tier.GPU].used_bytes
+
     # -- blocks and their extents ----------------------------------------------------------------------------------------
 
     def add(self, record: Record) -> None:
