@@ -28,6 +28,10 @@ class Watched:
         self.policy = policy
         self.admitted_on: dict[Tier, set[BlockId]] = {tier: set() for tier in MEMORY}
         self.accesses: list[tuple[BlockId, bool]] = []
+        if hasattr(policy, "victims_for"):
+            self.victims_for = policy.victims_for
+        if hasattr(policy, "stays"):
+            self.stays = policy.stays
 
     def bind(self, view: View) -> None:
         self.view = view

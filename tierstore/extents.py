@@ -45,6 +45,7 @@ class Extents:
         self._ahead: dict[Tier, dict[BlockId, int]] = {Tier.GPU: {}, Tier.RAM: {}}
         self._ahead_bytes = {Tier.GPU: 0, Tier.RAM: 0}
         self.left_device: list[BlockId] = []  # whose bytes on the device are not where they were, until the engine has seen it
+        self.seconds_between = 0.0
         self.policy.bind(self)
 
     # -- what a policy may ask (policies.base.View) ----------------------------------------------------------------------
@@ -77,10 +78,8 @@ class Extents:
     def save_cost(self, block: BlockId, tier: Tier) -> float:
         return self.records[block].nbytes * self._seconds_per_byte[Link.D2H if tier is Tier.GPU else Link.NVME_WRITE]
 
-    @property
-    def gpu_bytes(self) -> int:
-        """Bytes of extents on the device."""
-        return self.arenas[Tier.GPU].used_bytes
+    def seconds_on(self, link: Link, block: BlockId) -> float:
+        return self.nbytes(block) * self._seconds_per_byte[link]
 
     # -- blocks and their extents ----------------------------------------------------------------------------------------
 

@@ -86,6 +86,7 @@ class Placement(Extents):
         self._flying_bytes = dict.fromkeys(Link, 0)
         self._flying_orders = dict.fromkeys(Link, 0)
         self._cursor_epoch = -1
+        self.last_used = -1  # position of the last access
         self._numbers = itertools.count()
 
     # -- room ------------------------------------------------------------------------------------------------------------
@@ -137,9 +138,11 @@ class Placement(Extents):
 
     def _evict(self, tier: Tier, target: int, protect: Collection[Record], before: float | None) -> tuple[bool, bool]:
         """Start evictions until `target` bytes are free or coming. Returns (something is on its way, something was dropped)."""
+        if before is not None and 0 <= before < NEVER and self.policy.ranks_ahead:
+            return self._evict_ahead(tier, target, protect, int(before))
         arena = self.arenas[tier]
-        missing = target - arena.free_bytes
-        drops: list[Record] = []
+        drops = self._unneeded(tier, target - arena.free_bytes, protect)
+        missing = target - arena.free_bytes - sum(record.nbytes for record in drops)
         saves: list[Record] = []
         coming = False
         too_soon = 0
@@ -166,22 +169,80 @@ class Placement(Extents):
                     break
         if missing > 0 and tier is Tier.RAM and before is None and self.has_nvme:
             for record in self._stale.values():
-                if record.ram.settled and not self._needed(record, tier, protect):
+                if record.ram.settled and record not in drops and not self._needed(record, tier, protect):
                     drops.append(record)
                     missing -= record.nbytes
                     if missing <= 0:
                         break
         if missing > 0:
             drops.clear()  # all of it would not do: keep what somebody may want until more can leave
+        return self._let_go(tier, drops, saves, protect if before is not None else ()) | coming, bool(drops)
+
+    def _let_go(self, tier: Tier, drops: Collection[Record], saves: Collection[Record], protect: Collection[Record]) -> bool:
+        """Drop clean copies and order dirty ones written back. Returns whether room is on its way."""
+        coming = False
         for record in drops:
             self.drop(record, tier)
             self.evictions[tier] += 1
         for record in saves:
-            if self.save(record, tier, Kind.WRITE_BACK, protect=protect if before is not None else ()):
+            if self.save(record, tier, Kind.WRITE_BACK, protect=protect):
                 coming = True
             elif self.flying:
                 coming = True  # the link below is full: its next completion comes back here
-        return coming, bool(drops)
+        return coming
+
+    def _evict_ahead(self, tier: Tier, target: int, protect: Collection[Record], position: int) -> tuple[bool, bool]:
+        """As `_evict`, for a prefetch and a policy that ranks for positions. See [Note: Patience]."""
+        missing = target - self.arenas[tier].free_bytes
+        drops = self._unneeded(tier, missing, protect)
+        missing -= sum(record.nbytes for record in drops)
+        saves: list[Record] = []
+        coming = False
+        seen: set[BlockId] = set()
+        for number in itertools.islice(self.policy.victims_for(tier, position), 2 * len(self._at[tier])):
+            if missing <= 0:
+                break
+            record = self.records.get(number)
+            if record is None or number in seen or record.copy(tier).state not in _RANKED or record.locked or record.hold is tier:
+                continue
+            seen.add(number)
+            copy = record.copy(tier)
+            if copy.moving or copy.state is State.LOADING or self.policy.next_use(record.id) <= position:
+                break
+            if (tier is Tier.GPU and record.leased) or self._needed(record, tier, protect):
+                if self._just_used(record, protect):
+                    break
+                continue
+            if tier is Tier.RAM and not self.has_nvme:
+                continue
+            if copy.state is State.SAVING or copy.readers:
+                coming = True
+            elif copy.state is State.CLEAN:
+                drops.append(record)
+            elif record.save_error is None:
+                saves.append(record)
+            else:
+                continue
+            missing -= record.nbytes
+        if missing > 0:
+            return False, False
+        return self._let_go(tier, drops, saves, protect) | coming, bool(drops)
+
+    def _unneeded(self, tier: Tier, missing: int, protect: Collection[Record]) -> list[Record]:
+        """Stale extents in RAM of blocks that are to stay on the device: nothing will be written back to them soon."""
+        found: list[Record] = []
+        if tier is Tier.RAM and self.has_nvme:
+            for record in itertools.islice(self._stale.values(), SCAN):
+                if missing <= 0:
+                    break
+                if record.ram.settled and record not in protect and record.gpu.valid and self.policy.stays(record.id):
+                    found.append(record)
+                    missing -= record.nbytes
+        return found
+
+    def _just_used(self, record: Record, protect: Collection[Record]) -> bool:
+        """Whether what keeps the block may be over as soon as the last few accesses are."""
+        return record.used_at >= self.last_used - len(self.leased) - len(protect)
 
     @staticmethod
     def _needed(record: Record, tier: Tier, protect: Collection[Record]) -> bool:
@@ -513,8 +574,10 @@ class Placement(Extents):
             return True
         if record.load_error is not None:
             return True
-        depth = max(AHEAD_BLOCKS * record.nbytes, min(AHEAD_BYTES, self.capacity_bytes(tier) // AHEAD_SHARE))
-        before = position if self._ahead_bytes[tier] + record.nbytes <= depth else NEVER
+        if self.policy.ranks_ahead:
+            before: float = position
+        else:
+            before = self._limit(record, tier, position)
         if tier is Tier.GPU:
             if not record.ram.valid or record.ram.moving:
                 return False
@@ -524,6 +587,11 @@ class Placement(Extents):
         if record.copy(tier).loading:
             self._note_ahead(record, tier)
         return record.gpu.loading if tier is Tier.GPU else record.ram.valid or record.ram.loading
+
+    def _limit(self, record: Record, tier: Tier, position: int) -> float:
+        """For a policy that cannot rank for positions: how far ahead a block may cost another its place. See [Note: How far ahead]."""
+        depth = max(AHEAD_BLOCKS * record.nbytes, min(AHEAD_BYTES, self.capacity_bytes(tier) // AHEAD_SHARE))
+        return position if self._ahead_bytes[tier] + record.nbytes <= depth else NEVER
 
     # -- what fits -------------------------------------------------------------------------------------------------------
 

@@ -59,6 +59,7 @@ class Record:
         locked: A `put`, `write` or `delete` works on the bytes from the host; no transfer may start.
         hold: The tier it was ordered to stay on.
         commit_pending: Must reach NVMe for a commit before it may be written again.
+        used_at: Position in the trace of its last access, -1 before the first.
         load_error, save_error: Why the last transfer failed; cleared when somebody asks again.
     """
 
@@ -77,6 +78,7 @@ class Record:
         "read_for_load",
         "readers",
         "save_error",
+        "used_at",
         "vacating",
         "version",
         "writer",
@@ -102,6 +104,7 @@ class Record:
         self.save_error: BaseException | None = None
         self.read_for_load = False
         self.vacating = False
+        self.used_at = -1
 
     def copy(self, tier: Tier) -> Copy:
         return self.gpu if tier is Tier.GPU else self.ram

@@ -13,6 +13,7 @@ from typing import Protocol, runtime_checkable
 
 from tierstore.catalog import BlockId
 from tierstore.residency import Tier
+from tierstore.trace import Link
 
 
 class View(Protocol):
@@ -44,6 +45,15 @@ class View(Protocol):
 
     def save_cost(self, block: BlockId, tier: Tier) -> float:
         """Seconds of link time to write the block back from `tier` to the tier below."""
+        ...
+
+    def seconds_on(self, link: Link, block: BlockId) -> float:
+        """Seconds the block takes to cross a link."""
+        ...
+
+    @property
+    def seconds_between(self) -> float:
+        """Seconds of computing from one access to the next, waits left out, on average of late."""
         ...
 
 

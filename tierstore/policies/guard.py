@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
+from inspect import getattr_static
 from typing import TypeVar
 
 from tierstore.catalog import BlockId
@@ -60,15 +61,32 @@ class Guard:
         self._resident[tier].pop(block, None)
         self._ask(lambda policy: policy.removed(block, tier), None)
 
+    @property
+    def ranks_ahead(self) -> bool:
+        """Whether the policy has the optional `victims_for`."""
+        return callable(getattr_static(self._policy, "victims_for", None))
+
     def victims(self, tier: Tier) -> Iterator[BlockId]:
+        return self._checked(tier, lambda policy: policy.victims(tier))
+
+    def victims_for(self, tier: Tier, position: int) -> Iterator[BlockId]:
+        return self._checked(tier, lambda policy: policy.victims_for(tier, position))  # type: ignore[attr-defined]
+
+    def _checked(self, tier: Tier, ask: Callable[[Policy], Iterator[BlockId]]) -> Iterator[BlockId]:
         try:
-            for block in self._policy.victims(tier):
+            for block in ask(self._policy):
                 if not isinstance(block, int):
                     raise TypeError(f"victims() gave {block!r}, which is no block id")
                 yield block
         except Exception as error:
             self._give_up(error)
             yield from self._policy.victims(tier)
+
+    def stays(self, block: BlockId) -> bool:
+        """As `Lookahead.stays`; False for a policy without it."""
+        if not callable(getattr_static(self._policy, "stays", None)):
+            return False
+        return bool(self._ask(lambda policy: policy.stays(block), False))  # type: ignore[attr-defined]
 
     def next_use(self, block: BlockId) -> float:
         answer: object = self._ask(lambda policy: policy.next_use(block), math.inf)

@@ -1,8 +1,9 @@
 """Evict what is needed furthest away, weighed by what its return costs.
 
 Belady's rule (A study of replacement algorithms for a virtual-storage computer, 1966) on the forecast of a repeating trace.
-Two things are added to it: a copy that must be written back before its extent can be reused costs more than one that is
-merely dropped, and bytes, not blocks, are what space is made of. Until a period is recognised it is LRU.
+Three things are added to it: a copy that must be written back before its extent can be reused costs more than one that is
+merely dropped; bytes, not blocks, are what space is made of; and where it would leave links idle, a plan for the whole period
+takes its place (`plan`). Until a period is recognised it is LRU.
 """
 
 from __future__ import annotations
@@ -11,38 +12,53 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterator
 
-from sortedcontainers import SortedList
-
 from tierstore.catalog import BlockId
 from tierstore.policies.base import PolicyBase
 from tierstore.policies.forecast import Forecast
+from tierstore.policies.plan import Choice, Costs, Cycle, choose
+from tierstore.policies.ranking import Belady, Ranking
 from tierstore.residency import Tier
+from tierstore.trace import Link
+
+STRIDE = 256
+"""Positions the cursor moves at most per question: bounds the time under the lock."""
+
+THOUGHT = 16
+"""Steps of planning per access."""
+
+CHANGE = 1.25
+"""The time between accesses must change by this factor to be planned for anew."""
 
 
 class Lookahead(PolicyBase):
     """The default policy.
 
-    Resident blocks of each tier are kept sorted by next use. Only the block just accessed changes its place, so an access
-    costs O(log n); when expectations change, the order is rebuilt at the next question.
+    Resident blocks of each tier are kept ranked by what comes behind the tier's cursor. Only the block at the cursor changes its
+    place, so an access costs O(log n); when expectations change, the order is rebuilt at the next question.
     """
 
     def __init__(self) -> None:
         self.forecast = Forecast()
         self._recent: dict[Tier, OrderedDict[BlockId, None]] = {Tier.GPU: OrderedDict(), Tier.RAM: OrderedDict()}
-        self._sorted: dict[Tier, SortedList[tuple[float, int]]] = {Tier.GPU: SortedList(), Tier.RAM: SortedList()}
-        self._key: dict[Tier, dict[BlockId, float]] = {Tier.GPU: {}, Tier.RAM: {}}
+        self._ranking: dict[Tier, Ranking] = {}
+        self._choices: dict[Tier, Choice] = {}
         self._built_epoch = -1
+        self._planned_epoch = -1
+        self._planned_seconds = 0.0
+        self._thinking: Iterator[dict[Tier, Choice] | None] | None = None
 
     @property
     def epoch(self) -> int:
         return self.forecast.epoch
 
     def accessed(self, block: BlockId, write: bool) -> None:
-        held = self.forecast.append(block)
-        if held and self._built_epoch == self.epoch:
-            for tier in (Tier.GPU, Tier.RAM):
-                if block in self._key[tier]:
-                    self._place(block, tier)
+        self.forecast.append(block, write)
+        if self._built_epoch == self.epoch:
+            for ranking in self._ranking.values():
+                if ranking.cursor < self.forecast.now:
+                    ranking.move(True)
+        if self.forecast.known:
+            self._think()
 
     def touched(self, block: BlockId, tier: Tier) -> None:
         if block in self._recent[tier]:
@@ -51,12 +67,12 @@ class Lookahead(PolicyBase):
     def admitted(self, block: BlockId, tier: Tier) -> None:
         self._recent[tier][block] = None
         if self._built_epoch == self.epoch:
-            self._place(block, tier)
+            self._ranking[tier].add(block)
 
     def removed(self, block: BlockId, tier: Tier) -> None:
         del self._recent[tier][block]
         if self._built_epoch == self.epoch:
-            self._sorted[tier].remove((self._key[tier].pop(block), block))
+            self._ranking[tier].remove(block)
 
     def next_use(self, block: BlockId) -> float:
         return self.forecast.next_use(block)
@@ -67,48 +83,111 @@ class Lookahead(PolicyBase):
     def victims(self, tier: Tier) -> Iterator[BlockId]:
         if not self.forecast.known:
             return iter(self._recent[tier])
-        if self._built_epoch != self.epoch:
-            self._rebuild()
-        return self._by_worth(tier)
+        self._build()
+        return self._with_what_is_awaited_last(self._ranking[tier])
 
-    def _place(self, block: BlockId, tier: Tier) -> None:
-        keys = self._key[tier]
-        if block in keys:
-            self._sorted[tier].remove((keys[block], block))
-        keys[block] = self.forecast.next_use(block)
-        self._sorted[tier].add((keys[block], block))
+    def _with_what_is_awaited_last(self, ranking: Ranking) -> Iterator[BlockId]:
+        """What is to be used before the cursor was seen to: it leaves for nothing that may take another's place."""
+        awaited: list[tuple[float, BlockId]] = []
+        for block in ranking.order():
+            next_use = self.forecast.next_use(block) if ranking.cursor > self.forecast.now else math.inf
+            if next_use < ranking.cursor:
+                awaited.append((-next_use, block))
+            else:
+                yield block
+        awaited.sort()
+        yield from (block for _, block in awaited)
 
-    def _rebuild(self) -> None:
-        for tier in (Tier.GPU, Tier.RAM):
-            keys = {block: self.forecast.next_use(block) for block in self._recent[tier]}
-            self._key[tier] = keys
-            self._sorted[tier] = SortedList((key, block) for block, key in keys.items())
+    def stays(self, block: BlockId) -> bool:
+        """Whether a block on the device is to stay there until its next use, and so needs no extent in RAM to be written back to."""
+        choice = self._choices.get(Tier.GPU) if self._planned_epoch == self.epoch else None
+        period = self.forecast.period
+        if choice is None or choice.kept is None or period is None:
+            return False
+        used = self.forecast.last_use(block, self.forecast.now)
+        return used >= 0 and used % period in choice.kept
+
+    def victims_for(self, tier: Tier, position: int) -> Iterator[BlockId]:
+        """As `victims`, for a block that is needed at `position`, before which nothing more is to be fetched."""
+        if not self.forecast.known:
+            return iter(())
+        self._build()
+        ranking = self._ranking[tier]
+        position = max(position, self.forecast.now)
+        forward = position > ranking.cursor
+        for _ in range(min(abs(position - ranking.cursor), STRIDE)):
+            ranking.move(forward)
+        return ranking.order() if ranking.cursor == position else iter(())
+
+    # -- ranking ---------------------------------------------------------------------------------------------------------
+
+    def _build(self) -> None:
+        if self._built_epoch == self.epoch:
+            return
         self._built_epoch = self.epoch
+        for tier in self._recent:
+            self._rank(tier, self.forecast.now)
 
-    def _by_worth(self, tier: Tier) -> Iterator[BlockId]:
-        """Furthest next use first; among a few neighbours at that end, the cheapest to lose first.
+    def _rank(self, tier: Tier, cursor: int) -> None:
+        def weigh(block: BlockId) -> float:
+            nbytes = self.view.nbytes(block)
+            if not nbytes:
+                return 0.0
+            cost = self.view.load_cost(block, tier)
+            return (cost + self.view.save_cost(block, tier) if self.view.is_dirty(block, tier) else cost) / nbytes
 
-        Worth is (seconds of link time to lose the copy and fetch it again) per (byte x accesses until it is needed): what
-        keeping it saves, over the space and time it occupies meanwhile.
-        """
-        batch: list[tuple[float, float, BlockId]] = []
-        for key, number in reversed(self._sorted[tier]):
-            block = BlockId(number)
-            batch.append((self._worth(block, key, tier), -key, block))
-            if len(batch) == _NEIGHBOURS:
-                batch.sort()
-                yield from (block for _, _, block in batch[: _NEIGHBOURS // 2])
-                del batch[: _NEIGHBOURS // 2]
-        batch.sort()
-        yield from (block for _, _, block in batch)
+        choice = self._choices.get(tier) if self._planned_epoch == self.epoch else None
+        rule = choice.rule if choice is not None else Belady
+        self._ranking[tier] = rule(self.forecast, cursor, list(self._recent[tier]), weigh)
 
-    def _worth(self, block: BlockId, next_use: float, tier: Tier) -> float:
-        if next_use == math.inf:
-            return -1.0 if not self.view.is_dirty(block, tier) else 0.0
-        cost = self.view.load_cost(block, tier)
-        if self.view.is_dirty(block, tier):
-            cost += self.view.save_cost(block, tier)
-        return cost / (self.view.nbytes(block) * max(1.0, next_use - self.forecast.now))
+    # -- planning --------------------------------------------------------------------------------------------------------
 
+    def _think(self) -> None:
+        """Plan a little: once for each period recognised, and again when computing takes another time."""
+        if self._planned_epoch == self.epoch and self._thinking is None:
+            seconds = self.view.seconds_between
+            if max(seconds, 1e-9) <= CHANGE * max(self._planned_seconds, 1e-9) <= CHANGE**2 * max(seconds, 1e-9):
+                return
+        if self._planned_epoch != self.epoch or self._thinking is None:
+            self._planned_epoch = self.epoch
+            self._planned_seconds = self.view.seconds_between
+            self._thinking = self._plan()
+            self._choices = {}
+        for _ in range(THOUGHT):
+            choices = next(self._thinking, None)
+            if choices is not None:
+                self._choices = choices
+                self._thinking = None
+                if self._built_epoch == self.epoch:
+                    for tier in choices:
+                        self._rank(tier, self._ranking[tier].cursor)
+                return
 
-_NEIGHBOURS = 8
+    def _plan(self) -> Iterator[dict[Tier, Choice] | None]:
+        cycle = Cycle(list(self.forecast.window()), bytes(self.forecast.written()))
+        phase = self.forecast.now
+        yield None
+        view = self.view
+        nbytes = {block: view.nbytes(block) for block in cycle.uses}
+        choices: dict[Tier, Choice] = {}
+        total = sum(nbytes.values())
+        if total > view.capacity_bytes(Tier.GPU) and all(nbytes.values()):
+            spills = total > view.capacity_bytes(Tier.RAM)
+            costs = self._costs(Tier.GPU, nbytes, Link.H2D, Link.D2H, self._planned_seconds)
+            for found in choose(cycle, costs, phase, fixed=spills):
+                yield None
+                if found is not None:
+                    choices[Tier.GPU] = found
+            above, seconds = choices[Tier.GPU].kept, choices[Tier.GPU].seconds
+            if spills and above is not None:
+                costs = self._costs(Tier.RAM, nbytes, Link.NVME_READ, Link.NVME_WRITE, seconds / len(cycle.accesses))
+                for found in choose(cycle, costs, phase, fixed=True, above=above):
+                    yield None
+                    if found is not None:
+                        choices[Tier.RAM] = found
+        yield choices
+
+    def _costs(self, tier: Tier, nbytes: dict[BlockId, int], load: Link, save: Link, compute_s: float) -> Costs:
+        load_s = {block: self.view.seconds_on(load, block) for block in nbytes}
+        save_s = {block: self.view.seconds_on(save, block) for block in nbytes}
+        return Costs(self.view.capacity_bytes(tier), nbytes, load_s, save_s, compute_s)

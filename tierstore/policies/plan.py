@@ -1,0 +1,327 @@
+"""Which rule to evict by: tries each on a model of the expected period, and takes the one that moves least among the fastest.
+
+[Note: Fewest bytes among the fastest]
+Belady's rule moves least, and hides no latency on a cycle; rules that leave extents to rotate through hide it, and move more. So
+there is no rule that is best in both. The model runs each over a few periods: computing at the rate learnt, links at the
+rates planned with, evictions as the placement carries them out. `TOLERANCE` over the least time is given for fewer bytes.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from tierstore.catalog import BlockId
+from tierstore.policies.ranking import Belady, Fixed, Future, Ranking
+
+TOLERANCE = 0.01
+LAGS = (0, 1, 2, 4)
+SLOTS = (1, 2, 3, 4)
+MORE_SLOTS = (2, 3, 4, 6, 8)
+WARM_UP, MEASURED = 1, 3
+"""Periods run by the model before it measures, and measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What the model knows of one tier.
+
+    Attributes:
+        capacity_bytes: Of the tier.
+        nbytes: By block.
+        load_s, save_s: Seconds to fetch a block, and to write it back.
+        compute_s: Seconds between accesses.
+    """
+
+    capacity_bytes: int
+    nbytes: Mapping[BlockId, int]
+    load_s: Mapping[BlockId, float]
+    save_s: Mapping[BlockId, float]
+    compute_s: float
+
+
+class Cycle:
+    """A period that repeats for ever, from position 0 on. A `Future`."""
+
+    def __init__(self, accesses: Sequence[BlockId], writes: Sequence[int]) -> None:
+        self.accesses = accesses
+        self.writes = writes
+        self.uses: dict[BlockId, list[int]] = {}
+        for position, block in enumerate(accesses):
+            self.uses.setdefault(block, []).append(position)
+        self.written = {block for block, write in zip(accesses, writes, strict=True) if write}
+
+    def at(self, position: int) -> BlockId:
+        return self.accesses[position % len(self.accesses)]
+
+    def next_use(self, block: BlockId, position: int) -> float:
+        uses = self.uses[block]
+        lap, place = divmod(position, len(self.accesses))
+        index = bisect_left(uses, place)
+        if index == len(uses):
+            lap, index = lap + 1, 0
+        return lap * len(self.accesses) + uses[index]
+
+
+Weigh = Callable[[BlockId], float]
+Rule = Callable[[Future, int, list[BlockId], Weigh], Ranking]
+"""Makes a ranking for (future, cursor, blocks on the tier, weights)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Of one rule on the model, per period: seconds, and link seconds' worth of bytes moved."""
+
+    seconds: float
+    moved: float
+    rule: Rule
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What was chosen for one tier.
+
+    Attributes:
+        rule: To rank by.
+        kept: Positions of the trace, modulo the period, behind which blocks stay on the tier; None where it differs from period to
+            period.
+        seconds: Of a period, as the model has it.
+    """
+
+    rule: Rule
+    kept: frozenset[int] | None
+    seconds: float
+
+
+def choose(cycle: Cycle, costs: Costs, phase: int, *, fixed: bool = False, above: frozenset[int] = frozenset()) -> Iterator[Choice | None]:
+    """Find the rule to evict by. Yields None after each small piece of work, and the choice at last.
+
+    Args:
+        cycle: The period.
+        costs: Of the tier.
+        phase: Position of the trace, modulo the period, at which the cycle's position 0 lies.
+        fixed: Only what is the same in every period.
+        above: Positions of the trace, modulo the period, behind which blocks stay on the tier above, and need none here.
+    """
+    period = len(cycle.accesses)
+    inside = frozenset((position - phase) % period for position in above)
+    candidates: list[tuple[Rule, frozenset[int] | None]] = [] if fixed else [(_belady(lag), None) for lag in LAGS]
+    for slots in SLOTS if not inside and not fixed else MORE_SLOTS:
+        for kept in keep(cycle, costs, slots, inside):
+            if kept is None:
+                yield None
+            else:
+                there = frozenset((position + phase) % period for position in kept)
+                candidates.append((_fixed(there, period), there))
+    outcomes: list[tuple[Outcome, frozenset[int] | None]] = []
+    for rule, there_or_none in candidates:
+        for outcome in run(cycle, costs, rule, phase, inside):
+            if outcome is None:
+                yield None
+            else:
+                outcomes.append((outcome, there_or_none))
+    least = min(outcome.seconds for outcome, _ in outcomes)
+    quick = (found for found in outcomes if found[0].seconds <= least * (1 + TOLERANCE))
+    best, best_kept = min(quick, key=lambda found: found[0].moved)
+    yield Choice(best.rule, best_kept, best.seconds)
+
+
+def _belady(lag: int) -> Rule:
+    return lambda future, cursor, blocks, weigh: Belady(future, cursor, blocks, weigh, lag)
+
+
+def _fixed(kept: frozenset[int], period: int) -> Rule:
+    return lambda future, cursor, blocks, weigh: Fixed(future, cursor, blocks, weigh, kept, period)
+
+
+def run(cycle: Cycle, costs: Costs, rule: Rule, phase: int, above: frozenset[int]) -> Iterator[Outcome | None]:
+    """Play the periods. Yields None between steps, and the outcome at last."""
+    model = _Model(cycle, costs, rule, phase, above)
+    period = len(cycle.accesses)
+    for _ in range(WARM_UP * period):
+        model.step()
+        yield None
+    before = model.now_s, model.moved
+    for _ in range(MEASURED * period):
+        model.step()
+        yield None
+    yield Outcome((model.now_s - before[0]) / MEASURED, (model.moved - before[1]) / MEASURED, rule)
+
+
+class _Shifted:
+    """A cycle whose position 0 lies at another position of the trace."""
+
+    def __init__(self, cycle: Cycle, phase: int) -> None:
+        self._cycle = cycle
+        self._phase = phase
+
+    def at(self, position: int) -> BlockId:
+        return self._cycle.at(position - self._phase)
+
+    def next_use(self, block: BlockId, position: int) -> float:
+        return self._cycle.next_use(block, position - self._phase) + self._phase
+
+    def last_use(self, block: BlockId, position: int) -> float:
+        uses, period = self._cycle.uses[block], len(self._cycle.accesses)
+        lap, place = divmod(position - self._phase, period)
+        index = bisect_left(uses, place) - 1
+        if index < 0:
+            lap -= 1
+        return lap * period + uses[index] + self._phase
+
+
+class _Model:
+    """One tier, its two links, and computing, in seconds."""
+
+    def __init__(self, cycle: Cycle, costs: Costs, rule: Rule, phase: int, above: frozenset[int]) -> None:
+        self._cycle = cycle
+        self._costs = costs
+        self._ranking = rule(_Shifted(cycle, phase), phase, [], self._weigh)
+        self._position = 0
+        self._above = above
+        self._up: set[BlockId] = set()  # kept on the tier above
+        self._free = costs.capacity_bytes
+        self._dirty: set[BlockId] = set()
+        self._ready: dict[BlockId, float] = {}  # resident, and since when
+        self._used: dict[BlockId, float] = {}  # when its last use is over
+        self._load_free = self._save_free = self._ordered = 0.0
+        self.now_s = 0.0
+        self.moved = 0.0
+
+    def _weigh(self, block: BlockId) -> float:
+        cost = self._costs.load_s[block] + (self._costs.save_s[block] if block in self._dirty else 0.0)
+        return cost / self._costs.nbytes[block]
+
+    def step(self) -> None:
+        """One access."""
+        place = self._position % len(self._cycle.accesses)
+        block = self._cycle.accesses[place]
+        was_up = block in self._up
+        if not was_up and block not in self._ready:
+            self._load(block)
+        self._used[block] = self.now_s = max(self.now_s, self._ready.get(block, 0.0)) + self._costs.compute_s
+        if self._cycle.writes[place]:
+            self._dirty.add(block)
+        if place in self._above:
+            self._up.add(block)
+            if block in self._ready:
+                self._ranking.remove(block)
+                del self._ready[block]
+                self._free += self._costs.nbytes[block]
+        elif was_up:
+            self._up.remove(block)
+            if block in self._dirty:  # it comes down
+                self._ready[block] = self.now_s
+                self._make_room(self._costs.nbytes[block])
+                self._ranking.add(block)
+        self._position += 1
+        self._ranking.move(True)
+
+    def _load(self, block: BlockId) -> None:
+        self._ordered = free_s = self._make_room(self._costs.nbytes[block])
+        self._load_free = self._ready[block] = max(free_s, self._load_free) + self._costs.load_s[block]
+        self.moved += self._costs.load_s[block]
+        self._ranking.add(block)
+
+    def _make_room(self, nbytes: int) -> float:
+        """Returns when there is room."""
+        free_s = self._ordered
+        if self._free < nbytes:
+            leaving = []
+            for victim in self._ranking.order():
+                leaving.append(victim)
+                self._free += self._costs.nbytes[victim]
+                if self._free >= nbytes:
+                    break
+            for victim in leaving:
+                free_s = max(free_s, self._leave(victim))
+        self._free -= nbytes
+        return free_s
+
+    def _leave(self, victim: BlockId) -> float:
+        """Returns when its extent is free."""
+        self._ranking.remove(victim)
+        del self._ready[victim]
+        over = self._used[victim]
+        if victim in self._dirty:
+            self._dirty.remove(victim)
+            over = self._save_free = max(over, self._save_free, self._ordered) + self._costs.save_s[victim]
+            self.moved += self._costs.save_s[victim]
+        return over
+
+
+def keep(cycle: Cycle, costs: Costs, slots: int, above: frozenset[int]) -> Iterator[set[int] | None]:
+    """Choose the uses behind which to keep the block, so that room for `slots` of the largest blocks stays. Yields as `choose`.
+
+    Keeping a block from one use to the next saves its return and takes its bytes in between: what saves most per byte and
+    position comes first. Where that is the same, as on a cycle, they are spread over the period, so that the link is
+    needed evenly.
+    """
+    period = len(cycle.accesses)
+    largest = max(costs.nbytes.values())
+    room = _Room(period, costs.capacity_bytes - slots * largest)
+    ranked: list[tuple[float, int, int, int]] = []
+    bits = max(1, (period - 1).bit_length())
+    for position, block in enumerate(cycle.accesses):
+        if position in above:
+            continue
+        length = int(cycle.next_use(block, position + 1)) - position
+        saved = costs.load_s[block] + (costs.save_s[block] if block in cycle.written else 0.0)
+        spread = int(f"{position:0{bits}b}"[::-1], 2)
+        ranked.append((-saved / (costs.nbytes[block] * length), spread, position, length))
+        yield None
+    ranked.sort()
+    kept: set[int] = set()
+    for _, _, position, length in ranked:
+        if room.take(position, length, costs.nbytes[cycle.accesses[position]]):
+            kept.add(position)
+        yield None
+    yield kept
+
+
+class _Room:
+    """Bytes taken at each position of a cycle; taking and asking cost O(log n)."""
+
+    def __init__(self, period: int, capacity: int) -> None:
+        self._size = 1 << max(0, (period - 1).bit_length())
+        self._period = period
+        self._most = [0] * (2 * self._size)  # of a subtree, without what its ancestors add
+        self._added = [0] * (2 * self._size)
+        self._capacity = capacity
+
+    def take(self, position: int, length: int, nbytes: int) -> bool:
+        """Take bytes between two uses, both ends' own positions left out, unless some position would be over capacity."""
+        start, end = position + 1, position + length
+        parts = [(start, min(end, self._period))]
+        if end > self._period:
+            parts.append((max(0, start - self._period), end - self._period))
+        parts = [(low, high) for low, high in parts if low < high]
+        if any(self._peak(1, 0, self._size, low, high) + nbytes > self._capacity for low, high in parts) or nbytes > self._capacity:
+            return False
+        for low, high in parts:
+            self._add(1, 0, self._size, low, high, nbytes)
+        return True
+
+    def _peak(self, node: int, left: int, right: int, low: int, high: int) -> int:
+        if low <= left and right <= high:
+            return self._most[node]
+        middle = (left + right) // 2
+        found = 0
+        if low < middle:
+            found = self._peak(2 * node, left, middle, low, high)
+        if high > middle:
+            found = max(found, self._peak(2 * node + 1, middle, right, low, high))
+        return found + self._added[node]
+
+    def _add(self, node: int, left: int, right: int, low: int, high: int, nbytes: int) -> None:
+        if low <= left and right <= high:
+            self._most[node] += nbytes
+            self._added[node] += nbytes
+            return
+        middle = (left + right) // 2
+        if low < middle:
+            self._add(2 * node, left, middle, low, high, nbytes)
+        if high > middle:
+            self._add(2 * node + 1, middle, right, low, high, nbytes)
+        self._most[node] = max(self._most[2 * node], self._most[2 * node + 1]) + self._added[node]
