@@ -28,6 +28,7 @@ from tierstore import TierStore
 from tierstore.catalog import PAGE, BlockId
 from tierstore.policies import Policy, resolve
 from tierstore.residency import Tier
+from tierstore.trace import Link
 
 MEMORY = (Tier.GPU, Tier.RAM)
 Call = tuple[str, BlockId, Any]
@@ -62,6 +63,13 @@ class FakeView:
 
     def save_cost(self, block: BlockId, tier: Tier) -> float:
         return self.sizes[block] * (1e-10 if tier is Tier.GPU else 5e-10)
+
+    def seconds_on(self, link: Link, block: BlockId) -> float:
+        return self.sizes[self._known(block)] * 1e-10
+
+    @property
+    def seconds_between(self) -> float:
+        return 1e-6
 
     def _known(self, block: BlockId) -> BlockId:
         assert block in self.sizes, f"the policy asks about block {block}, which was deleted"
