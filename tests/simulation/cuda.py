@@ -347,7 +347,7 @@ def simulated_cuda(machine: Streams) -> Iterator[None]:
     )
     with (
         mock.patch.object(streams, "torch", SimpleNamespace(cuda=cuda, device=torch.device, Tensor=torch.Tensor)),
-        mock.patch.object(streams, "ThreadPoolExecutor", lambda _, thread_name_prefix: Pool(machine, thread_name_prefix)),
+        mock.patch.object(streams, "Threads", lambda name, _: Pool(machine, name)),
         mock.patch.object(streams, "_Waiter", lambda name, _: Waiter(machine, name)),
     ):
         yield
