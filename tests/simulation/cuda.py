@@ -313,7 +313,7 @@ class SimulatedCuda(CudaCopies):
         self.under_way: dict[int, Order] = {}
         self.machine = machine
         segment = max(plan.pages for plan in (*scenario.blocks, *scenario.extra))
-        gpu: Any = SimpleNamespace(device=None, tensor=Memory(machine, device.tensor, on_device=True))
+        gpu: Any = SimpleNamespace(device=SimpleNamespace(index=0), tensor=Memory(machine, device.tensor, on_device=True))
         ram: Any = _Host(machine, host, scenario.locked_pages * PAGE, segment * PAGE)
         ring_space: Any = SimpleNamespace(tensor=Memory(machine, transfer.tensor, on_device=False))
         super().__init__(gpu, ram, ring_space, ring)
@@ -345,8 +345,9 @@ def simulated_cuda(machine: Streams) -> Iterator[None]:
         set_device=lambda _: None,
         synchronize=lambda _: machine.synchronize(),
     )
+    raw = SimpleNamespace(_cuda_getCurrentRawStream=lambda _: machine.current_stream().cuda_stream)
     with (
-        mock.patch.object(streams, "torch", SimpleNamespace(cuda=cuda, device=torch.device, Tensor=torch.Tensor)),
+        mock.patch.object(streams, "torch", SimpleNamespace(cuda=cuda, _C=raw, device=torch.device, Tensor=torch.Tensor)),
         mock.patch.object(streams, "Threads", lambda name, _: Pool(machine, name)),
         mock.patch.object(streams, "_Waiter", lambda name, _: Waiter(machine, name)),
     ):
