@@ -326,7 +326,8 @@ class Scheduler(Leases):
         for record in request.records:
             if record.load_error is not None and isinstance(request, Use | Place):
                 return record.load_error
-            if record.save_error is not None and isinstance(request, Vacate | Place):
+            comes_from_device = isinstance(request, Place) and request.tier is Tier.RAM and not record.ram.valid
+            if record.save_error is not None and (isinstance(request, Vacate) or comes_from_device):
                 return record.save_error
         return None
 

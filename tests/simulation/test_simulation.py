@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,3 +72,11 @@ def test_a_lease_granted_while_the_store_is_closed() -> None:
     blocks = (BlockPlan("b0", 1), BlockPlan("b1", 1))
     reader = (("use", (("b0", False),), None, 0, ()), ("use", (("b1", False),), None, 0, ())) * 8
     hunt(Scenario(blocks, (), 1, 2, threads=(reader, reader), nvme=False, slow=0.2, close_after=20), range(60))
+
+
+def test_a_hold_in_ram_that_cannot_come_from_the_device() -> None:
+    """The copy from the device failed, and was ordered again, and again, without end: hold() never heard of it."""
+    block = BlockPlan("b0", 1, tier="gpu")
+    for nvme in (True, False):
+        scenario = Scenario((block,), (), 1, 1, threads=((("use", (("b0", True),), None, 0, ()), ("hold", "b0", "ram")),), nvme=nvme)
+        hunt(replace(scenario, stuck=("d2h", "b0")), range(10))
