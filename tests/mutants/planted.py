@@ -91,8 +91,8 @@ MUTANTS = (
     Mutant(
         "an extent is given away while a copy still reads it",
         PLACEMENT,
-        "if copy.state is State.SAVING or copy.readers:",
-        "if copy.state is State.SAVING:",
+        "or copy.readers:\n                    coming = True",
+        ":\n                    coming = True",
     ),
     Mutant(
         "a compaction moves what a transfer still uses",
@@ -218,8 +218,8 @@ MUTANTS = (
     Mutant(
         "a standstill is not broken",
         SCHEDULER,
-        "        if not self.waiting or self.placement.flying",
-        "        if True or self.placement.flying",
+        "        if not self._at_standstill:\n            return self._refuse_hopeless()\n",
+        "        return False\n",
     ),
     # -- failures
     Mutant("a failed read is tried for ever", PLACEMENT, "            record.load_error = error\n", ""),

@@ -170,6 +170,18 @@ class _Draw:
                 calls.append(self.any_call(2))
         return calls
 
+    def impatient(self) -> list[Call]:
+        """Calls that are given up half-way (see `with_cancellations`), and a look at what became of them."""
+        calls: list[Call] = []
+        for _ in range(self.random.randint(3, 8)):
+            name = self.name()
+            given_up: list[Call] = [("write", name, 9), ("write", name, 0), ("evict", name), ("read", name), ("flush",), self.use(name)]
+            if self.extra:
+                given_up += [("put", self.extra[0].name), ("delete", self.extra[0].name)]
+            calls.append(("cancel", self.random.choice((0, 1, 5, 20, 50, 100)), self.random.choice(given_up)))
+            calls += [("read", name), self.use(name, write=False)]
+        return calls
+
     def anything(self, depth: int = 0) -> list[Call]:
         """All calls there are, at random."""
         number = self.random.randint(3, 14) if depth == 0 else self.random.randint(1, 2)
@@ -192,7 +204,7 @@ class _Draw:
             lambda: ("hold", name, self.random.choice(("gpu", "ram", "nvme") if self.nvme else ("gpu", "ram"))),
             lambda: ("unhold", name),
         ]
-        weights = [5, 5, 3, 3, 1, 1, 1, 2]
+        weights = [5, 5, 3, 3, 3, 1, 1, 2]
         if self.nvme:
             kinds.append(lambda: ("commit", self.random.random() < 0.5))
             weights.append(3)
@@ -202,18 +214,23 @@ class _Draw:
             weights += [4, 3, 3, 2]
         return self.random.choices(kinds, weights)[0]()
 
-    def calls(self) -> Calls:
-        shape = self.random.choice((self.training, self.cyclic, self.adapters, self.experts, self.crowd, self.crowd, *(self.anything,) * 4))
+    def calls(self, *, task: bool = False) -> Calls:
+        shapes = [self.training, self.cyclic, self.adapters, self.experts, self.crowd, self.crowd, *(self.anything,) * 4]
+        shape = self.random.choice(shapes + [self.impatient] * 4 if task else shapes)
         calls = shape()
-        if self.nvme and shape != self.anything and self.random.random() < 0.5:
-            calls.insert(self.random.randrange(len(calls) + 1), ("commit", self.random.random() < 0.5))
+        if shape not in (self.anything, self.impatient) and self.random.random() < 0.5:
+            often: Call = ("commit", self.random.random() < 0.5) if self.nvme else ("flush",)
+            calls.insert(self.random.randrange(len(calls) + 1), self.random.choice((often, ("flush",))))
         return tuple(calls[:40])
 
     def with_cancellations(self, calls: Calls) -> Calls:
         if self.random.random() < 0.4:
             return calls
         after = (0, 1, 5, 20, 50, 100, 300)
-        return tuple(("cancel", self.random.choice(after), call) if self.random.random() < 0.3 else call for call in calls)
+        return tuple(("cancel", self.random.choice(after), call) if self._gives_up(call) else call for call in calls)
+
+    def _gives_up(self, call: Call) -> bool:
+        return call[0] != "cancel" and self.random.random() < 0.3
 
 
 def draw(seed: int) -> Scenario:
@@ -235,7 +252,7 @@ def draw(seed: int) -> Scenario:
     parts.gpu_pages = rng.randint(most, max(most, total + 1))
     ram_pages = rng.randint(most, total + 1) if parts.nvme else total + rng.randint(0, 3)
     threads = tuple(parts.calls() for _ in range(rng.choice((1, 1, 2, 2, 3, 4))))
-    tasks = tuple(parts.with_cancellations(parts.calls()) for _ in range(rng.choice((0, 0, 0, 1, 2, 3))))
+    tasks = tuple(parts.with_cancellations(parts.calls(task=True)) for _ in range(rng.choice((0, 0, 0, 1, 2, 3))))
     return Scenario(
         blocks=tuple(parts.blocks),
         extra=tuple(parts.extra),
