@@ -246,8 +246,12 @@ class Save(Request):
     pending: dict[Record, int] = field(default_factory=dict)
 
     def covers(self, record: Record) -> bool:
-        """Whether the block was there when this was asked for."""
-        return record.born is not None and record.born < self.sequence
+        """Whether it is about this block. Asked when it starts.
+
+        A flush is about what was there when it was asked for. A commit holds the state of the instant at which it starts: writes
+        of that moment may rest on blocks that came while it waited for writers.
+        """
+        return record.born is not None and (self.commit or record.born < self.sequence)
 
 
 @dataclass(eq=False, slots=True)

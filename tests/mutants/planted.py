@@ -19,6 +19,7 @@ class Mutant:
         module: The file it is planted in, below `tierstore/`.
         right, wrong: The text there, and what takes its place.
         suite: What catches it: "simulation", or a test file.
+        rare: It takes hundreds of seeds, so only nightly runs plant it.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Mutant:
     right: str
     wrong: str
     suite: str = "simulation"
+    rare: bool = False
 
 
 ENGINE, PLACEMENT, SCHEDULER = "mover/engine.py", "placement.py", "scheduler.py"

@@ -150,9 +150,12 @@ class Model:
             self.leases[name].remove((owner, write, places[name]))
 
 
+_INDEX = torch.arange(1 << 14, dtype=torch.int64)
+
+
 def pattern(stamp: int, numel: int) -> torch.Tensor:
     """The contents of a tensor of int64 that has this value."""
-    return torch.arange(numel, dtype=torch.int64) + (stamp << SHIFT)
+    return _INDEX[:numel] + (stamp << SHIFT)
 
 
 def stamp_of(tensor: torch.Tensor, what: str) -> int:

@@ -80,3 +80,11 @@ def test_a_hold_in_ram_that_cannot_come_from_the_device() -> None:
     for nvme in (True, False):
         scenario = Scenario((block,), (), 1, 1, threads=((("use", (("b0", True),), None, 0, ()), ("hold", "b0", "ram")),), nvme=nvme)
         hunt(replace(scenario, stuck=("d2h", "b0")), range(10))
+
+
+def test_a_commit_holds_one_instant_even_if_it_had_to_wait_for_it() -> None:
+    """A block that was put while the commit waited for a writer was left out, though what that writer wrote later was in."""
+    writer = (("use", (("b0", True),), None, 500, ()),) * 4
+    committer = (("commit", False), ("put", "x0"), ("sleep", 200), ("commit", False), ("put", "x1"))
+    extra = (BlockPlan("x0", 1), BlockPlan("x1", 1))
+    hunt(Scenario((BlockPlan("b0", 1),), extra, 2, 4, threads=(writer, committer)))
