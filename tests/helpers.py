@@ -133,7 +133,10 @@ def check_placement(placement: Placement) -> None:
                 owners[copy.offset] = record
         assert owners == placement._at[tier]
         holes = {order.hole for order in compactions if order.tier is tier}
-        assert set(extents) == set(owners) | holes, f"extents that belong to nobody on {tier}"
+        quarantined = placement.quarantined if tier is Tier.RAM else {}
+        assert all(extents[offset] == nbytes for offset, nbytes in quarantined.items()), quarantined
+        assert not owners.keys() & quarantined.keys(), "an extent is in use that hung bytes may yet arrive in"
+        assert set(extents) == {*owners, *holes, *quarantined}, f"extents that belong to nobody on {tier}"
         moving = Counter(record for order in compactions if order.tier is tier for record, _, _ in order.moves)
         assert set(moving.values()) <= {1}
         assert set(moving) == {record for record in records if record.copy(tier).moving}

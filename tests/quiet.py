@@ -48,7 +48,8 @@ def assert_quiet(store: AnyStore, *, within_s: float = 10.0) -> None:
         assert engine.total_bytes == sum(record.nbytes for record in records)
         for tier in (Tier.GPU, Tier.RAM):
             held = sorted((copy.offset, record.nbytes) for record in records if (copy := record.copy(tier)).state is not State.ABSENT)
-            assert held == list(engine.placement.arenas[tier].extents()), tier
+            held += engine.placement.quarantined.items() if tier is Tier.RAM else ()
+            assert sorted(held) == list(engine.placement.arenas[tier].extents()), tier
             assert not any(record.copy(tier).state is State.LOADING for record in records)
             if engine.directory is not None:
                 assert not any(record.copy(tier).state is State.RESERVED for record in records)

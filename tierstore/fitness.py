@@ -46,11 +46,15 @@ def check_fits(placement: Placement, request: Request, owned: Collection[Record]
 
 def scattered(placement: Placement, request: Request) -> CapacityError:
     arenas = placement.arenas.items()
+    hung = sum(placement.quarantined.values())
+    free = ", ".join(f"{arena.largest_hole} of {arena.free_bytes} free bytes on {tier.value}" for tier, arena in arenas)
     return CapacityError(
         f"no place for {names_of(request.records)}: what is held or under way leaves no hole that is large enough",
         need=f"{max((record.nbytes for record in request.records), default=0)} bytes in one piece",
-        have=", ".join(f"{arena.largest_hole} of {arena.free_bytes} free bytes on {tier.value}" for tier, arena in arenas),
-        remedy="unhold() blocks, use smaller blocks or raise the budget"
+        have=free + (f", and {hung} bytes kept for reads that do not return" if hung else ""),
+        remedy="check the drive"
+        if hung
+        else "unhold() blocks, use smaller blocks or raise the budget"
         if placement.has_nvme
         else "raise ram= or delete() blocks: without nvme= every block has its home in RAM",
     )

@@ -87,7 +87,8 @@ class Placement(Extents):
         self._flying_orders = dict.fromkeys(Link, 0)
         self._cursor_epoch = -1
         self.last_used = -1  # position of the last access
-        self._numbers = itertools.count()
+        self._num_orders = 0
+        self._asked = 0  # orders that were given before somebody last asked for anything
 
     # -- room ------------------------------------------------------------------------------------------------------------
 
@@ -406,7 +407,8 @@ class Placement(Extents):
         return orders == 0 or (orders < limits.max_orders and self._flying_bytes[link] < limits.max_bytes)
 
     def _order(self, action: Action, kind: Kind, nbytes: int, *, record: Record | None = None, **details: object) -> None:
-        order = Order(next(self._numbers), action, kind, nbytes, self._clock.now_ns(), record, **details)  # type: ignore[arg-type]
+        order = Order(self._num_orders, action, kind, nbytes, self._clock.now_ns(), record, **details)  # type: ignore[arg-type]
+        self._num_orders += 1
         if record is not None:
             order.offset_gpu, order.offset_ram, order.version = record.gpu.offset, record.ram.offset, record.version
             link = LINK_OF[action]
@@ -475,20 +477,21 @@ class Placement(Extents):
             tier = Tier.GPU if order.action is Action.H2D else Tier.RAM
             if order.action is Action.H2D:
                 record.ram.readers -= 1
-            record.load_error = error
+            if hung or order.number >= record.asked:
+                record.load_error = error
             if hung and order.action is Action.READ:
                 self.quarantine(record)
             self._load_failed(record, tier)
         elif order.action is Action.D2H:
             record.gpu.readers -= 1
-            self._save_failed(record, error)
+            self._save_failed(order, record, error, hung)
             if record.gpu.state is State.SAVING:
                 record.gpu.apply(Event.SAVE_FAILED)
             self._load_failed(record, Tier.RAM)
         else:
             record.ram.readers -= 1
             record.nvme_writing = False
-            self._save_failed(record, error)
+            self._save_failed(order, record, error, hung)
             if record.ram.state is State.SAVING:
                 record.ram.apply(Event.SAVE_FAILED)
 
@@ -498,15 +501,22 @@ class Placement(Extents):
         self.arrived(record, Tier.RAM)
         self._stale[record.id] = record
 
-    def _save_failed(self, record: Record, error: BaseException) -> None:
-        record.save_error = error
-        self.save_failed[record.id] = record
+    def _save_failed(self, order: Order, record: Record, error: BaseException, hung: bool) -> None:
+        if hung or order.number >= self._asked:
+            record.save_error = error
+            self.save_failed[record.id] = record
 
-    def forgive(self) -> None:
-        """Somebody asks again: what failed to be written back may be tried again."""
+    def forgive(self, records: Collection[Record]) -> None:
+        """Somebody asks for these: what failed may be tried again. So may what is under way by now and fails, but for what hangs:
+        that has been waited for long enough.
+        """
         for record in self.save_failed.values():
             record.save_error = None
         self.save_failed.clear()
+        self._asked = self._num_orders
+        for record in records:
+            record.load_error = None
+            record.asked = self._num_orders
 
     def _load_failed(self, record: Record, tier: Tier) -> None:
         copy = record.copy(tier)

@@ -61,9 +61,11 @@ class Record:
         commit_pending: Must reach NVMe for a commit before it may be written again.
         used_at: Position in the trace of its last access, -1 before the first.
         load_error, save_error: Why the last transfer failed; cleared when somebody asks again.
+        asked: Orders given before somebody last asked for the block; those that fail are tried again.
     """
 
     __slots__ = (
+        "asked",
         "block",
         "born",
         "commit_pending",
@@ -100,6 +102,7 @@ class Record:
         self.locked = False
         self.hold: Tier | None = None
         self.commit_pending = 0
+        self.asked = 0
         self.load_error: BaseException | None = None
         self.save_error: BaseException | None = None
         self.read_for_load = False

@@ -135,9 +135,7 @@ class Scheduler(Leases):
                 if isinstance(request, Make):
                     self.forget(request.records[0])
                 raise
-        for record in request.records:
-            record.load_error = None
-        self.placement.forgive()
+        self.placement.forgive(request.records if isinstance(request, Use | Place) else ())
         self._tried.clear()
         self.waiting.add(request)
 

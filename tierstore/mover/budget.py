@@ -47,8 +47,11 @@ class Slots:
         self._waiter = asyncio.Semaphore(num_slots)
 
     @asynccontextmanager
-    async def take(self) -> AsyncIterator[int]:
+    async def take(self, block: str) -> AsyncIterator[int]:
         """The offset of a slot, for as long as the context lasts.
+
+        Args:
+            block: What is to pass through it.
 
         Raises:
             TransferError: None will come back before calls that hang have returned.
@@ -57,10 +60,11 @@ class Slots:
         if not self._free:
             self._waiter.release()
             raise TransferError(
-                "all transfer space belongs to calls that do not return",
+                f"block {block!r} cannot pass: all transfer space belongs to calls that do not return",
                 need=f"one of {self.num_slots} pieces of {self.nbytes} bytes",
                 have="none",
                 remedy="check the drive; when it answers again, repeat the call",
+                block=block,
                 tier="ram",
             )
         offset = self._free.pop()

@@ -123,7 +123,7 @@ async def _write_shard(engine: Engine, directory: Directory, record: Record, sou
     writer = await directory.create(record.block)
     gather = _Gather(record.block, source.tensors)
     try:
-        async with engine.slots.take() as slot:
+        async with engine.slots.take(record.block.name) as slot:
             for start in range(0, record.nbytes, engine.slots.nbytes):
                 length = min(engine.slots.nbytes, record.nbytes - start)
                 with engine.transfer.memory[slot : slot + length] as piece:
@@ -223,7 +223,7 @@ async def _read_shard(engine: Engine, record: Record, flat: dict[str, torch.Tens
     directory, shard = need_directory(engine), engine.shards[record]
     directory.retain(shard)
     try:
-        async with engine.slots.take() as slot:
+        async with engine.slots.take(record.block.name) as slot:
             for start in range(0, record.nbytes, engine.slots.nbytes):
                 length = min(engine.slots.nbytes, record.nbytes - start)
                 with engine.transfer.memory[slot : slot + length] as piece:
