@@ -30,25 +30,36 @@ async def _drive(plan: Plan, nbytes: int, checksum: bool) -> list[Row]:
     rates: dict[str, list[float]] = {"read": [], "write": [], "bare read": [], "bare write": []}
     with plan.empty() as directory:
         ram = total + nbytes + max(128 * MIB, total // 8)
-        async with AsyncTierStore(nbytes, ram, directory, device=plan.device, nvme_limit=2 * total + 64 * MIB, checksum=checksum) as store:
+        options = {"nvme_limit": 2 * total + 64 * MIB, "checksum": checksum, "policy": "lru"}  # which fetches nothing by itself
+        async with AsyncTierStore(nbytes, ram, directory, device=plan.device, **options) as store:  # type: ignore[arg-type]
             for name in names:
                 await store.put(name, content)
             await store.flush()
             direct = bool(store.stats().direct_io)
-            with contextlib.closing(Drive(directory.with_name("bare"), count, nbytes, direct=direct)) as bare:
-                for _ in range(plan.scaled(7, 2)):
-                    for name in names:
-                        await store.write(name, content)
-                    rates["bare write"].append(total / timed(bare.write))
+            with contextlib.closing(Drive(directory.with_name("bare"), count, content, direct=direct)) as bare:
+
+                async def flush() -> None:
                     start = time.perf_counter()
                     await store.flush()
                     rates["write"].append(total / (time.perf_counter() - start))
-                    for name in names:
-                        await store.evict(name)
-                    rates["bare read"].append(total / timed(bare.read))
+
+                async def fetch() -> None:
                     start = time.perf_counter()
                     await asyncio.gather(*(store.hold(name, "ram") for name in names))
                     rates["read"].append(total / (time.perf_counter() - start))
+
+                async def alone(way: str) -> None:
+                    rates[f"bare {way}"].append(total / timed(bare.read if way == "read" else bare.write))
+
+                for turn in range(plan.scaled(8, 2)):
+                    for name in names:
+                        await store.write(name, content)
+                    for step in (flush(), alone("write")) if turn % 2 else (alone("write"), flush()):
+                        await step
+                    for name in names:
+                        await store.evict(name)
+                    for step in (fetch(), alone("read")) if turn % 2 else (alone("read"), fetch()):
+                        await step
                     for name in names:
                         await store.unhold(name)
     rows = []
@@ -74,7 +85,7 @@ async def _one_way(plan: Plan, nbytes: int) -> list[Row]:
     names = [f"b{number}" for number in range(total // nbytes)]
     rates: dict[str, list[float]] = {"in": [], "out": [], "bare in": [], "bare out": []}
     with contextlib.closing(Copier(plan.device, nbytes, len(names))) as bare:
-        async with AsyncTierStore(total, total + max(128 * MIB, total // 8), device=plan.device) as store:
+        async with AsyncTierStore(total, total + max(128 * MIB, total // 8), device=plan.device, policy="lru") as store:
             for name in names:
                 await store.put(name, torch.ones(nbytes, dtype=torch.uint8))
             for _ in range(plan.scaled(7, 2)):

@@ -174,6 +174,9 @@ class SimulatedFiles:
     async def listdir(self, path: str) -> list[str]:
         return [name_of(file) for file in self.disk.files if os.path.dirname(file) == path]
 
+    async def scan(self, path: str) -> dict[str, FileStat]:
+        return {name: await self.stat(os.path.join(path, name)) for name in await self.listdir(path)}
+
     async def make_directory(self, path: str) -> None:
         self.disk.directories.add(path)
 

@@ -27,7 +27,7 @@ from tierstore.errors import BusyError, OptionError, TierFullError
 from tierstore.nvme import names, recovery
 from tierstore.nvme.files import Files, Lock, land
 from tierstore.nvme.local import LocalFiles
-from tierstore.nvme.manifest import Record, encode_manifest, encode_metadata, encode_record
+from tierstore.nvme.manifest import encode_manifest, encode_metadata
 from tierstore.nvme.shards import Entry, Shard, io_error
 from tierstore.nvme.shelf import Shelf
 from tierstore.nvme.space import FIXED_BYTES, Space, footprint
@@ -352,8 +352,7 @@ class Directory(Shelf):
 
 
 def _manifest_bytes(generation: int, next_shard: int, metadata: str, entries: Sequence[Entry]) -> bytes:
-    records = [encode_record(Record(entry.block, entry.shard.record())) for entry in entries]
-    return encode_manifest(generation, next_shard, metadata, records)
+    return encode_manifest(generation, next_shard, metadata, [entry.line() for entry in entries])
 
 
 async def _busy(files: Files, path: str) -> BusyError:

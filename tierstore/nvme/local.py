@@ -211,6 +211,9 @@ class LocalFiles:
     async def listdir(self, path: str) -> list[str]:
         return await self.work(os.listdir, path)
 
+    async def scan(self, path: str) -> dict[str, FileStat]:
+        return await self.work(lambda: {name: _file_stat(os.lstat(os.path.join(path, name))) for name in os.listdir(path)})
+
     async def make_directory(self, path: str) -> None:
         await self.work(os.makedirs, path, DIRECTORY_MODE)
         if self.syncs_directories:

@@ -8,7 +8,6 @@ is rewritten; so a valid manifest means intact shards, however the last process 
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import os
@@ -22,9 +21,6 @@ from tierstore.nvme.manifest import MAX_MANIFEST_BYTES, Manifest, Record, decode
 from tierstore.nvme.shards import Entry, Shard, io_error
 
 log = logging.getLogger(__name__)
-
-_AT_ONCE = 64
-"""File operations ordered together while surveying."""
 
 
 @dataclass(slots=True)
@@ -98,11 +94,7 @@ async def survey(files: Files, path: str) -> Found:
         TransferError: A read failed.
     """
     found = Found()
-    present = await files.listdir(path)
-    for start in range(0, len(present), _AT_ONCE):
-        part = present[start : start + _AT_ONCE]
-        statuses = await asyncio.gather(*(files.stat(os.path.join(path, name)) for name in part))
-        found.files.update(zip(part, statuses, strict=True))
+    found.files = await files.scan(path)
     odd = sorted(name for name, status in found.files.items() if not status.regular)
     if odd:
         raise DirectoryError(

@@ -25,7 +25,7 @@ from tierstore.catalog import PAGE, Block
 from tierstore.errors import ShardError, TierFullError, TierstoreError, TransferError
 from tierstore.nvme.checksums import CHUNK_BYTES, checksum, num_chunks, shard_checksum, split_chunks
 from tierstore.nvme.files import File, Files, Request, Then, aligned_buffer, move_all
-from tierstore.nvme.manifest import ShardRecord
+from tierstore.nvme.manifest import Record, ShardRecord, encode_record
 from tierstore.threads import StalledError, under_way
 
 MIN_SCRATCH_BYTES = 1 << 18
@@ -55,6 +55,7 @@ class Shard:
         header_unverified: The header is checked at the next read.
         handle: What it was last written through, kept until it is synced.
         hung: Writes that were given up and may still change the file, which is nobody else's until they have returned.
+        line: Its line in a manifest, and what that was made from.
     """
 
     block: Block
@@ -75,6 +76,7 @@ class Shard:
     header_unverified: bool = False
     handle: File | None = None
     hung: tuple[Future[None], ...] = ()
+    line: tuple[tuple[object, ...], str] | None = field(default=None, repr=False)
 
     @property
     def payload_bytes(self) -> int:
@@ -116,6 +118,17 @@ class Entry:
 
     block: Block
     shard: Shard
+
+    def line(self) -> str:
+        """Its line in a manifest. Encoded once per content of the shard: most of a manifest is as in the one before.
+
+        On any thread, while nobody writes the shard.
+        """
+        shard = self.shard
+        source = (self.block, shard.file, shard.digest, shard.chunks)
+        if shard.line is None or shard.line[0] != source:
+            shard.line = source, encode_record(Record(self.block, shard.record()))
+        return shard.line[1]
 
 
 def io_error(error: OSError, doing: str, *, path: str, block: str | None = None) -> TierstoreError:
