@@ -31,6 +31,13 @@ class Guard:
         self._given = policy
         self._resident: dict[Tier, dict[BlockId, None]] = {Tier.GPU: {}, Tier.RAM: {}}
         self._epoch = 0
+        self._look_for_options()
+
+    def _look_for_options(self) -> None:
+        """Which optional questions the policy answers; `ranks_ahead`: whether `victims_for`."""
+        self.ranks_ahead = callable(getattr_static(self._policy, "victims_for", None))
+        stays = callable(getattr_static(self._policy, "stays", None))
+        self._stays: Callable[[BlockId], bool] | None = self._policy.stays if stays else None  # type: ignore[attr-defined]
 
     def bind(self, view: View) -> None:
         if getattr(self._given, _BOUND, False):
@@ -61,11 +68,6 @@ class Guard:
         self._resident[tier].pop(block, None)
         self._ask(lambda policy: policy.removed(block, tier), None)
 
-    @property
-    def ranks_ahead(self) -> bool:
-        """Whether the policy has the optional `victims_for`."""
-        return callable(getattr_static(self._policy, "victims_for", None))
-
     def victims(self, tier: Tier) -> Iterator[BlockId]:
         return self._checked(tier, lambda policy: policy.victims(tier))
 
@@ -84,9 +86,11 @@ class Guard:
 
     def stays(self, block: BlockId) -> bool:
         """As `Lookahead.stays`; False for a policy without it."""
-        if not callable(getattr_static(self._policy, "stays", None)):
+        try:
+            return self._stays is not None and bool(self._stays(block))
+        except Exception as error:
+            self._give_up(error)
             return False
-        return bool(self._ask(lambda policy: policy.stays(block), False))  # type: ignore[attr-defined]
 
     def next_use(self, block: BlockId) -> float:
         answer: object = self._ask(lambda policy: policy.next_use(block), math.inf)
@@ -114,6 +118,7 @@ class Guard:
             raise error
         log.error("policy %r failed and is replaced by lru: %r", self._given, error, exc_info=error)
         self._policy = Lru()
+        self._look_for_options()
         self._policy.bind(self._view)
         self._epoch += 1
         for tier, blocks in self._resident.items():

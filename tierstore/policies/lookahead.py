@@ -26,7 +26,7 @@ STRIDE = 256
 THOUGHT = 16
 """Steps of planning per access."""
 
-CHANGE = 1.25
+CHANGE = 1.5
 """The time between accesses must change by this factor to be planned for anew."""
 
 
@@ -100,12 +100,12 @@ class Lookahead(PolicyBase):
 
     def stays(self, block: BlockId) -> bool:
         """Whether a block on the device is to stay there until its next use, and so needs no extent in RAM to be written back to."""
-        choice = self._choices.get(Tier.GPU) if self._planned_epoch == self.epoch else None
+        choice = self._choices.get(Tier.GPU) if self._choices and self._planned_epoch == self.epoch else None
         period = self.forecast.period
         if choice is None or choice.kept is None or period is None:
             return False
         used = self.forecast.last_use(block, self.forecast.now)
-        return used >= 0 and used % period in choice.kept
+        return used >= 0 and choice.kept[int(used) % period] == 1
 
     def victims_for(self, tier: Tier, position: int) -> Iterator[BlockId]:
         """As `victims`, for a block that is needed at `position`, before which nothing more is to be fetched."""
@@ -148,11 +148,13 @@ class Lookahead(PolicyBase):
             seconds = self.view.seconds_between
             if max(seconds, 1e-9) <= CHANGE * max(self._planned_seconds, 1e-9) <= CHANGE**2 * max(seconds, 1e-9):
                 return
-        if self._planned_epoch != self.epoch or self._thinking is None:
+        if self._planned_epoch != self.epoch:
+            self._choices = {}
+            self._thinking = None
+        if self._thinking is None:
             self._planned_epoch = self.epoch
             self._planned_seconds = self.view.seconds_between
             self._thinking = self._plan()
-            self._choices = {}
         for _ in range(THOUGHT):
             choices = next(self._thinking, None)
             if choices is not None:

@@ -84,17 +84,17 @@ class Choice:
 
     Attributes:
         rule: To rank by.
-        kept: Positions of the trace, modulo the period, behind which blocks stay on the tier; None where it differs from period to
-            period.
+        kept: Per position of the trace, modulo the period, whether the block used there stays on the tier; None where that differs
+            from period to period.
         seconds: Of a period, as the model has it.
     """
 
     rule: Rule
-    kept: frozenset[int] | None
+    kept: bytes | None
     seconds: float
 
 
-def choose(cycle: Cycle, costs: Costs, phase: int, *, fixed: bool = False, above: frozenset[int] = frozenset()) -> Iterator[Choice | None]:
+def choose(cycle: Cycle, costs: Costs, phase: int, *, fixed: bool = False, above: bytes = b"") -> Iterator[Choice | None]:
     """Find the rule to evict by. Yields None after each small piece of work, and the choice at last.
 
     Args:
@@ -102,19 +102,19 @@ def choose(cycle: Cycle, costs: Costs, phase: int, *, fixed: bool = False, above
         costs: Of the tier.
         phase: Position of the trace, modulo the period, at which the cycle's position 0 lies.
         fixed: Only what is the same in every period.
-        above: Positions of the trace, modulo the period, behind which blocks stay on the tier above, and need none here.
+        above: `Choice.kept` of the tier above: what stays there needs no extent here. Empty where there is none.
     """
     period = len(cycle.accesses)
-    inside = frozenset((position - phase) % period for position in above)
-    candidates: list[tuple[Rule, frozenset[int] | None]] = [] if fixed else [(_belady(lag), None) for lag in LAGS]
-    for slots in SLOTS if not inside and not fixed else MORE_SLOTS:
+    inside = _turned(above, phase) if above else bytes(period)
+    candidates: list[tuple[Rule, bytes | None]] = [] if fixed else [(_belady(lag), None) for lag in LAGS]
+    for slots in MORE_SLOTS if above else SLOTS:
         for kept in keep(cycle, costs, slots, inside):
             if kept is None:
                 yield None
             else:
-                there = frozenset((position + phase) % period for position in kept)
+                there = _turned(kept, -phase)
                 candidates.append((_fixed(there, period), there))
-    outcomes: list[tuple[Outcome, frozenset[int] | None]] = []
+    outcomes: list[tuple[Outcome, bytes | None]] = []
     for rule, there_or_none in candidates:
         for outcome in run(cycle, costs, rule, phase, inside):
             if outcome is None:
@@ -127,15 +127,21 @@ def choose(cycle: Cycle, costs: Costs, phase: int, *, fixed: bool = False, above
     yield Choice(best.rule, best_kept, best.seconds)
 
 
+def _turned(flags: bytes, by: int) -> bytes:
+    """As if the period began `by` positions later."""
+    by %= len(flags)
+    return flags[by:] + flags[:by]
+
+
 def _belady(lag: int) -> Rule:
     return lambda future, cursor, blocks, weigh: Belady(future, cursor, blocks, weigh, lag)
 
 
-def _fixed(kept: frozenset[int], period: int) -> Rule:
+def _fixed(kept: bytes, period: int) -> Rule:
     return lambda future, cursor, blocks, weigh: Fixed(future, cursor, blocks, weigh, kept, period)
 
 
-def run(cycle: Cycle, costs: Costs, rule: Rule, phase: int, above: frozenset[int]) -> Iterator[Outcome | None]:
+def run(cycle: Cycle, costs: Costs, rule: Rule, phase: int, above: bytes) -> Iterator[Outcome | None]:
     """Play the periods. Yields None between steps, and the outcome at last."""
     model = _Model(cycle, costs, rule, phase, above)
     period = len(cycle.accesses)
@@ -174,7 +180,7 @@ class _Shifted:
 class _Model:
     """One tier, its two links, and computing, in seconds."""
 
-    def __init__(self, cycle: Cycle, costs: Costs, rule: Rule, phase: int, above: frozenset[int]) -> None:
+    def __init__(self, cycle: Cycle, costs: Costs, rule: Rule, phase: int, above: bytes) -> None:
         self._cycle = cycle
         self._costs = costs
         self._ranking = rule(_Shifted(cycle, phase), phase, [], self._weigh)
@@ -203,7 +209,7 @@ class _Model:
         self._used[block] = self.now_s = max(self.now_s, self._ready.get(block, 0.0)) + self._costs.compute_s
         if self._cycle.writes[place]:
             self._dirty.add(block)
-        if place in self._above:
+        if self._above[place]:
             self._up.add(block)
             if block in self._ready:
                 self._ranking.remove(block)
@@ -251,7 +257,7 @@ class _Model:
         return over
 
 
-def keep(cycle: Cycle, costs: Costs, slots: int, above: frozenset[int]) -> Iterator[set[int] | None]:
+def keep(cycle: Cycle, costs: Costs, slots: int, above: bytes) -> Iterator[bytes | None]:
     """Choose the uses behind which to keep the block, so that room for `slots` of the largest blocks stays. Yields as `choose`.
 
     Keeping a block from one use to the next saves its return and takes its bytes in between: what saves most per byte and
@@ -261,23 +267,22 @@ def keep(cycle: Cycle, costs: Costs, slots: int, above: frozenset[int]) -> Itera
     period = len(cycle.accesses)
     largest = max(costs.nbytes.values())
     room = _Room(period, costs.capacity_bytes - slots * largest)
-    ranked: list[tuple[float, int, int, int]] = []
     bits = max(1, (period - 1).bit_length())
+    ranked = sorted((int(f"{position:0{bits}b}"[::-1], 2), position) for position in range(period) if not above[position])
+    worth: dict[int, float] = {}
     for position, block in enumerate(cycle.accesses):
-        if position in above:
-            continue
-        length = int(cycle.next_use(block, position + 1)) - position
-        saved = costs.load_s[block] + (costs.save_s[block] if block in cycle.written else 0.0)
-        spread = int(f"{position:0{bits}b}"[::-1], 2)
-        ranked.append((-saved / (costs.nbytes[block] * length), spread, position, length))
+        if not above[position]:
+            saved = costs.load_s[block] + (costs.save_s[block] if block in cycle.written else 0.0)
+            worth[position] = saved / (costs.nbytes[block] * (cycle.next_use(block, position + 1) - position))
+            yield None
+    ranked.sort(key=lambda place: -worth[place[1]])  # stable: what is worth the same stays spread
+    kept = bytearray(period)
+    for _, position in ranked:
+        block = cycle.accesses[position]
+        if room.take(position, int(cycle.next_use(block, position + 1)) - position, costs.nbytes[block]):
+            kept[position] = 1
         yield None
-    ranked.sort()
-    kept: set[int] = set()
-    for _, _, position, length in ranked:
-        if room.take(position, length, costs.nbytes[cycle.accesses[position]]):
-            kept.add(position)
-        yield None
-    yield kept
+    yield bytes(kept)
 
 
 class _Room:

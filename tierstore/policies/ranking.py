@@ -15,7 +15,7 @@ positions ahead, and costs what n blocks less of room cost: nothing where the fu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 from sortedcontainers import SortedDict, SortedList
@@ -125,7 +125,7 @@ class Fixed:
 
     Args:
         future, cursor, blocks, weigh: As for `Belady`.
-        kept: Positions modulo `period` behind which the block at that position stays.
+        kept: Per position modulo `period`, whether the block used there stays until its next use.
         period: Of the trace.
     """
 
@@ -135,7 +135,7 @@ class Fixed:
         cursor: int,
         blocks: Iterable[BlockId],
         weigh: Callable[[BlockId], float],
-        kept: Collection[int],
+        kept: bytes,
         period: int,
     ) -> None:
         self.cursor = cursor
@@ -165,7 +165,7 @@ class Fixed:
         return block in self._streamed or block in self._stays
 
     def _add(self, block: BlockId, used: int) -> None:
-        if used % self._period in self._kept:
+        if self._kept[used % self._period]:
             self._stays.add(block)
         else:
             self._streamed[block] = used
