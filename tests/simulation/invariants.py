@@ -94,7 +94,8 @@ def check_quiet(world: World, store: AnyStore, opened: Opened) -> None:
     """When nobody asks for anything, everything comes to rest, and nothing is left over."""
     for _ in range(1000):
         with world.alone():
-            left = busy_with(store)
+            hanging = opened.files.num_hanging if opened.files is not None else 0
+            left = busy_with(store) or (f"{hanging} requests hang" if hanging else "")
             if not left:
                 _check_rest(opened)
                 return
