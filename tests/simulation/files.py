@@ -7,16 +7,23 @@ is poison until then; bytes that are written are taken when it completes, and mu
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import errno
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from tests.simulation.links import POISON, Pace
 from tests.simulation.world import BrokenPromiseError, World
 from tierstore.nvme.files import File, FileStat, Lock, Outcome, Request, land
+from tierstore.threads import StalledError
 
 T = TypeVar("T")
+
+LATE_NS = 300_000
+"""How long a request hangs after it was given up, at least, and half of the most."""
 
 
 class Disk:
@@ -77,6 +84,7 @@ class SimulatedFiles:
     Attributes:
         world: None: everything ends at once, as while a store is opened.
         under_way: Requests that have not completed.
+        num_hanging: Requests that were given up, and are still to touch their memory.
         num_faults: Operations that were made to fail.
     """
 
@@ -87,6 +95,7 @@ class SimulatedFiles:
         self.disk = disk
         self.world: World | None = None
         self.under_way = 0
+        self.num_hanging = 0
         self.num_faults = 0
         self._pace = pace
         self._free_ns = {"read": 0, "write": 0}
@@ -137,6 +146,21 @@ class SimulatedFiles:
 
     def is_stuck(self, doing: str, path: str) -> bool:
         return self._pace.stuck is not None and self._pace.stuck == (doing, name_of(path).removeprefix("block-").split("-")[0])
+
+    def stall(self, what: str, late: Callable[[], None]) -> StalledError:
+        """A request is given up; `late` happens some time later, when the system comes back to it after all."""
+        world = self.world
+        assert world is not None
+        landed: Future[None] = Future()
+        self.num_hanging += 1
+
+        def happen() -> None:
+            self.num_hanging -= 1
+            late()
+            landed.set_result(None)
+
+        world.after(LATE_NS + world.jitter(LATE_NS), what, happen)
+        return StalledError(60.0, (landed,))
 
     # -- the protocol ------------------------------------------------------------------------------------------------------------
 
@@ -213,6 +237,19 @@ class _Lock:
         pass
 
 
+@dataclass(frozen=True)
+class _Fate:
+    """What becomes of a request: bytes that move, the error it fails with, whether it hangs."""
+
+    most: int
+    error: int = 0
+    stalls: bool = False
+
+    def strike(self) -> None:
+        if self.error:
+            raise OSError(self.error, os.strerror(self.error))
+
+
 class SimulatedFile:
     """See `tierstore.nvme.files.File`."""
 
@@ -235,53 +272,76 @@ class SimulatedFile:
     async def _read(self, request: Request) -> int:
         files, target = self._files, request.buffer
         target[:] = bytes([POISON]) * len(target)
-        most, failure = self._fate("read", len(target), errno.EIO)
+        fate = self._fate("read", len(target), errno.EIO)
 
         def complete() -> int:
             if bytes(target).count(POISON) != len(target):
                 raise BrokenPromiseError(f"the buffer of a read from {name_of(self._path)} was written before the bytes had landed")
-            if failure:
-                raise OSError(failure, os.strerror(failure))
-            data = files.disk.get(self._path)[request.offset : request.offset + most]
+            if fate.stalls:
+                raise self._read_late(request)
+            fate.strike()
+            data = files.disk.get(self._path)[request.offset : request.offset + fate.most]
             target[: len(data)] = data
             if request.then is not None and len(data) == len(target):
                 request.then(target)
             return len(data)
 
-        return await files.elapse(self._what("read", request, most, failure), complete, nbytes=len(target), link="read")
+        return await files.elapse(self._what("read", request, fate), complete, nbytes=len(target), link="read")
+
+    def _read_late(self, request: Request) -> StalledError:
+        """The read is given up, and lands after all, some time later. Nobody may have used the buffer for anything else until then."""
+        files, nbytes = self._files, len(request.buffer)
+        memory = request.buffer.obj  # keeps it mapped, though the view may be gone by then
+        address = ctypes.addressof(ctypes.c_char.from_buffer(request.buffer))
+
+        def land_late() -> None:
+            assert memory is not None
+            if ctypes.string_at(address, nbytes).count(POISON) != nbytes:
+                raise BrokenPromiseError(f"the buffer of a read from {name_of(self._path)} that hung was used for something else")
+            ctypes.memset(address, POISON ^ 0xFF, nbytes)
+
+        return files.stall(f"read {name_of(self._path)} after all", land_late)
 
     async def _write(self, request: Request) -> int:
         files, source = self._files, request.buffer
         before = bytes(source)
-        most, failure = self._fate("write", len(source), errno.ENOSPC)
+        fate = self._fate("write", len(source), errno.ENOSPC)
 
         def complete() -> int:
             if bytes(source) != before:
                 raise BrokenPromiseError(f"what is written to {name_of(self._path)} changed before the write had completed")
-            if failure:
-                raise OSError(failure, os.strerror(failure))
-            files.disk.write(self._path, request.offset, before[:most])
-            if request.then is not None and most == len(source):
+            if fate.stalls:
+                raise files.stall(f"write {name_of(self._path)} after all", write_late)
+            fate.strike()
+            files.disk.write(self._path, request.offset, before[: fate.most])
+            if request.then is not None and fate.most == len(source):
                 request.then(source)
-            return most
+            return fate.most
 
-        return await files.elapse(self._what("write", request, most, failure), complete, nbytes=len(source), link="write")
+        def write_late() -> None:
+            """Whatever the memory holds by then: the file must not be trusted any more."""
+            if self._path in files.disk.files:
+                files.disk.write(self._path, request.offset, bytes([POISON]) * len(before))
 
-    def _fate(self, doing: str, nbytes: int, code: int) -> tuple[int, int]:
-        """(bytes that will move, error): all and none as a rule; else an error, an interruption or a short count."""
+        return await files.elapse(self._what("write", request, fate), complete, nbytes=len(before), link="write")
+
+    def _fate(self, doing: str, nbytes: int, code: int) -> _Fate:
+        """All bytes move as a rule; else an error, an interruption, a short count or a call that hangs."""
         if not self._files.strikes(doing, self._path):
-            return nbytes, 0
+            return _Fate(nbytes)
         if self._files.is_stuck(doing, self._path):
-            return nbytes, code
+            return _Fate(nbytes, code)
         assert self._files.world is not None
-        kind = self._files.world.decisions.draw(4)
-        if kind == 3:
-            return max(1, nbytes // 2), 0
-        return nbytes, (code, errno.EIO, errno.EINTR)[kind]
+        kind = self._files.world.decisions.draw(5)
+        if kind == 4:
+            return _Fate(nbytes, stalls=True)
+        return _Fate(max(1, nbytes // 2)) if kind == 3 else _Fate(nbytes, (code, errno.EIO, errno.EINTR)[kind])
 
-    def _what(self, doing: str, request: Request, most: int, failure: int) -> str:
-        fate = f": {os.strerror(failure)}" if failure else f": only {most}" if most != len(request.buffer) else ""
-        return f"{doing} {name_of(self._path)} [{request.offset}+{len(request.buffer)}]{fate}"
+    def _what(self, doing: str, request: Request, fate: _Fate) -> str:
+        nbytes = len(request.buffer)
+        became = ": hangs" if fate.stalls else f": {os.strerror(fate.error)}" if fate.error else ""
+        became = became or (f": only {fate.most}" if fate.most != nbytes else "")
+        return f"{doing} {name_of(self._path)} [{request.offset}+{nbytes}]{became}"
 
     async def stat(self) -> FileStat:
         return await self._files.stat(self._path)

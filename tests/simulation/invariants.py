@@ -8,6 +8,7 @@ from tests.simulation.model import Model
 from tests.simulation.opened import Opened
 from tests.simulation.world import BrokenPromiseError, World
 from tierstore.residency import State, Tier
+from tierstore.trace import Kind
 
 EVERY = 8
 """The whole bookkeeping, which is checked slowly, is checked at every so many events; what is checked quickly, at each."""
@@ -24,6 +25,7 @@ class Invariants:
         self._model = model
         self._opened = opened
         self._count = 0
+        self._newest_order = -1
 
     def check(self) -> None:
         engine = self._opened.engine
@@ -33,6 +35,7 @@ class Invariants:
             return
         self._check_leases()
         self._check_orders()
+        self._check_prefetches()
         self._count += 1
         if self._count % EVERY == 0:
             self.check_all()
@@ -75,12 +78,24 @@ class Invariants:
             if now - order.queued_ns > OLDEST_NS:
                 raise BrokenPromiseError(f"an order does not end: {order}")
 
+    def _check_prefetches(self) -> None:
+        """No prefetch is ordered while a demand lacks space."""
+        engine = self._opened.engine
+        for number in reversed(engine.placement.flying):
+            if number <= self._newest_order:
+                break
+            order = engine.placement.flying[number]
+            if order.kind is Kind.PREFETCH and engine.scheduler._starved:
+                raise BrokenPromiseError(f"a prefetch was ordered while a demand lacks space: {order}")
+        self._newest_order = max(self._newest_order, *engine.placement.flying, -1)
+
 
 def check_quiet(world: World, store: AnyStore, opened: Opened) -> None:
     """When nobody asks for anything, everything comes to rest, and nothing is left over."""
     for _ in range(1000):
         with world.alone():
-            left = busy_with(store)
+            hanging = opened.files.num_hanging if opened.files is not None else 0
+            left = busy_with(store) or (f"{hanging} requests hang" if hanging else "")
             if not left:
                 _check_rest(opened)
                 return

@@ -145,6 +145,10 @@ class Model:
                 raise BrokenPromiseError(f"{owner} leases {name} (write={write}) beside {others}")
             self.leases.setdefault(name, []).append((owner, write, places[name]))
 
+    @property
+    def num_holders(self) -> int:
+        return len({owner for leases in self.leases.values() for owner, _, _ in leases})
+
     def release(self, owner: object, names: Mapping[str, bool], places: Mapping[str, int]) -> None:
         for name, write in names.items():
             self.leases[name].remove((owner, write, places[name]))

@@ -164,7 +164,10 @@ class _Draw:
         calls: list[Call] = []
         for _ in range(self.random.randint(4, 12)):
             chosen = self.fitting(self.random.choice((2, 3, 4, 8)))
-            if chosen:
+            outer = chosen[: len(chosen) // 2]
+            if outer and self.random.random() < 0.3:  # half of them first, the rest inside
+                calls.append(self.use(*outer, inside=(self.use(*chosen[len(outer) :], write=False),)))
+            elif chosen:
                 calls.append(self.use(*chosen))
             if self.random.random() < 0.2:
                 calls.append(self.any_call(2))

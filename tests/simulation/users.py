@@ -154,17 +154,17 @@ class User:
         for call in calls:
             await self.call(call)
         for handle, committed in self.handles:
-            await self._expecting("commit result", self._finish_commit(handle, committed))
+            await self._expecting(("commit", "result"), self._finish_commit(handle, committed))
 
     async def call(self, call: Call) -> None:
         if call[0] == "cancel":
             await self._cancel(*call[1:])
             return
-        what = describe(call)
-        await self._expecting(what, getattr(self, f"_{call[0]}")(*call[1:]))
+        await self._expecting(call, getattr(self, f"_{call[0]}")(*call[1:]))
 
-    async def _expecting(self, what: str, coroutine: Coroutine[Any, Any, None]) -> None:
+    async def _expecting(self, call: Call, coroutine: Coroutine[Any, Any, None]) -> None:
         """Carry out a call; the errors it may end with here are no failure of the store."""
+        what = describe(call)
         self.world.note(f"{self.name}: {what}")
         outcome = "done"
         try:
@@ -173,13 +173,21 @@ class User:
             self.world.note(f"{self.name}: cancelled in {what}")
             raise
         except Exception as error:
-            if isinstance(error, BrokenPromiseError) or not self._expected(what, error):
+            if isinstance(error, BrokenPromiseError) or not self._expected(call, error):
                 raise
             outcome = type(error).__name__
         self.stage.outcomes[f"{what.split()[0]} {outcome}"] += 1
         self.world.note(f"{self.name}: {outcome}: {what}")
 
-    def _expected(self, what: str, error: Exception) -> bool:
+    def _fits(self, call: Call) -> bool:
+        """Whether what is wanted and what is leased surely fit on the device together: pages of one size leave no gaps."""
+        scenario = self.stage.scenario
+        if call[0] != "use" or any(plan.pages > 1 for plan in (*scenario.blocks, *scenario.extra)):
+            return False
+        wanted = {name for name, _ in call[1]} | set(+self.reads) | set(+self.writes)
+        return len(wanted) <= scenario.gpu_pages
+
+    def _expected(self, call: Call, error: Exception) -> bool:
         stage = self.stage
         if stage.calm:
             return isinstance(error, TierFullError) and stage.scenario.nvme_pages is not None
@@ -187,17 +195,17 @@ class User:
         if isinstance(error, ClosedError):
             return stage.closing
         if isinstance(error, LeaseTimeoutError):
-            return what.startswith("use") and "within" in what
+            return call[0] == "use" and call[2] is not None
         if isinstance(error, TierFullError):
             return stage.faulty or stage.scenario.nvme_pages is not None
         if isinstance(error, TransferError):
             return stage.faulty
         if isinstance(error, DeadlockError):
-            return stage.nested
+            return stage.nested and stage.model.num_holders > 1
         if isinstance(error, LeaseError):
-            return leasing or (stage.has_holds and what.startswith("evict"))
+            return leasing or (stage.has_holds and call[0] == "evict")
         if isinstance(error, CapacityError):
-            return leasing or stage.has_holds
+            return stage.has_holds or (leasing and not self._fits(call))
         return isinstance(error, BlockNotFoundError | BlockExistsError)  # checked where they were caught first
 
     async def _cancel(self, after: int, call: Call) -> None:

@@ -50,7 +50,11 @@ class Copies(Protocol):
     """Whether copies are ordered by events, so that `ordered` comes before `done`."""
 
     def start(self, order: Order, ordered: Report, done: Report) -> None:
-        """Carry the order out. Called on the engine's thread; `done` may come from any thread, `ordered` before it."""
+        """Carry the order out. Called on the engine's thread; `done` may come from any thread, `ordered` before it.
+
+        H2D orders, and those that move blocks together on the device, take effect in the order in which they are started: an extent
+        may be filled right behind the move that brings it to its place.
+        """
         ...
 
     def lease(self, offsets: Iterable[tuple[int, int]]) -> object:
