@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 from dataclasses import dataclass
@@ -131,7 +132,6 @@ def _assemble(
             option="ram",
             size=options.ram,
         )
-    lock_pages = cuda and options.page_locked is not False
     runtime = Machine()
     rates = LinkRates()
     placement = Placement(
@@ -148,28 +148,21 @@ def _assemble(
         limits=dict.fromkeys(Link, Limits()),
         clock=runtime.clock,
     )
-    arena = DeviceArena(gpu_bytes, device)
-    threads = min(16, os.cpu_count() or 1)
-    host = HostArena(max(1, placement.capacity_bytes(Tier.RAM)), page_lock=lock_pages, threads=threads)
-    transfer = HostArena(transfer_bytes, page_lock=lock_pages, threads=threads)
-    refused = host.page_lock_error or transfer.page_lock_error
-    if options.page_locked is True and (not cuda or refused is not None):
-        host.close()
-        transfer.close()
-        have = refused or "no driver to lock pages for: the device is the CPU"
-        remedy = 'lower ram= or use page_locked="auto"'
-        raise OptionError("the RAM tier cannot be page-locked", need=f"{host.nbytes + transfer.nbytes} bytes", have=have, remedy=remedy)
-    copies: Copies = CudaCopies(arena, host, transfer, (slot * NUM_SLOTS, slot)) if cuda else ThreadCopies(arena, host)
-    engine = Engine(
-        Scheduler(placement, runtime.clock),
-        device=arena,
-        host=host,
-        copies=copies,
-        directory=directory,
-        transfer=transfer,
-        slot_bytes=slot,
-        runtime=runtime,
-    )
+    with contextlib.ExitStack() as undo:
+        arena, host, transfer = _reserve(options, device, gpu_bytes, placement.capacity_bytes(Tier.RAM), transfer_bytes, undo)
+        copies: Copies = CudaCopies(arena, host, transfer, (slot * NUM_SLOTS, slot)) if cuda else ThreadCopies(arena, host)
+        undo.callback(copies.close)
+        engine = Engine(
+            Scheduler(placement, runtime.clock),
+            device=arena,
+            host=host,
+            copies=copies,
+            directory=directory,
+            transfer=transfer,
+            slot_bytes=slot,
+            runtime=runtime,
+        )
+        undo.pop_all()
     if directory is not None:
         for entry in directory.entries.values():
             record = engine.scheduler.recover(entry.block)
@@ -179,3 +172,29 @@ def _assemble(
         if directory.committed is not None:
             log.info("resumed generation %d with %d blocks", directory.committed.generation, len(directory.entries))
     return engine
+
+
+def _reserve(
+    options: Options, device: torch.device, gpu_bytes: int, ram_bytes: int, transfer_bytes: int, undo: contextlib.ExitStack
+) -> tuple[DeviceArena, HostArena, HostArena]:
+    """The arenas: device, host and transfer space. `undo` frees them again.
+
+    Raises:
+        CapacityError: There is not so much memory.
+        OptionError: Page-locking was demanded, and refused.
+    """
+    cuda = device.type == "cuda"
+    lock_pages = cuda and options.page_locked is not False
+    threads = min(16, os.cpu_count() or 1)
+    arena = DeviceArena(gpu_bytes, device)
+    # Transfer space first: where the driver locks only so much, what remains pageable is copied through it.
+    transfer = HostArena(transfer_bytes, page_lock=lock_pages, threads=threads)
+    undo.callback(transfer.close)
+    host = HostArena(max(1, ram_bytes), page_lock=lock_pages and transfer.page_lock_error is None, threads=threads)
+    undo.callback(host.close)
+    refused = host.page_lock_error or transfer.page_lock_error
+    if options.page_locked is True and (not cuda or refused is not None):
+        have = refused or "no driver to lock pages for: the device is the CPU"
+        remedy = 'lower ram= or use page_locked="auto"'
+        raise OptionError("the RAM tier cannot be page-locked", need=f"{host.nbytes + transfer.nbytes} bytes", have=have, remedy=remedy)
+    return arena, host, transfer

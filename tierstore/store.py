@@ -496,7 +496,11 @@ class AsyncTierStore(StoreBase):
             try:
                 warn_of_loss(await asyncio.wrap_future(call.result))
             finally:
-                await asyncio.to_thread(engine.shut_down)
+                try:
+                    await asyncio.to_thread(engine.shut_down)
+                except RuntimeError:  # the system starts no more threads
+                    if not engine.ended.done():
+                        engine.shut_down()
 
         await land(end())
 

@@ -22,6 +22,7 @@ import threading
 import weakref
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -100,12 +101,17 @@ class Engine:
         self.ended: Future[None] = Future()
         self._closing = False
         self._stopping = False
+        self._dying = False
         self._landed = asyncio.Event()
         self._hosts = Threads("tierstore-host", 2)
         self.slots = Slots(slot_bytes)
         self.loop = runtime.new_loop()
         self.loop.set_exception_handler(self._unexpected)
-        self._thread = runtime.start_thread(self._run, "tierstore-engine", daemon=True)
+        try:
+            self._thread = runtime.start_thread(self._run, "tierstore-engine", daemon=True)
+        except BaseException:
+            self.loop.close()
+            raise
         _LIVE.add(self)
 
     def _run(self) -> None:
@@ -119,6 +125,7 @@ class Engine:
             failure = error
         finally:
             if not self._stopping:
+                self._dying = True
                 self._died(failure)
             self.loop.close()
             for call in [call for call in self.calls if call.task is None]:  # came while it died
@@ -267,13 +274,18 @@ class Engine:
                 return None
             self._closing = True
             call = Call(self, coroutine)
-            if not self.loop.is_closed():
+            if not self._dying:
                 return self._begin(call)
-        try:  # the engine's thread is gone: a thread and a loop for this one call
-            self.runtime.start_thread(call.run_alone, "tierstore-close")
+        try:
+            self.runtime.start_thread(partial(self._close_alone, call), "tierstore-close")
         except RuntimeError:
-            call.run_alone()
+            self._close_alone(call)
         return call
+
+    def _close_alone(self, call: Call[T]) -> None:
+        """Run the call that closes the store once the engine's thread has ended: here, on a loop of its own."""
+        self.runtime.join(self._thread)
+        call.run_alone()
 
     def wake(self) -> None:
         """Have the scheduler looked at soon. Any thread; cheap when already asked for. Under the lock, set `wanted` instead."""
@@ -587,7 +599,9 @@ class Engine:
             await self._landed.wait()
 
     def shut_down(self) -> None:
-        """Stop the loop and free the arenas. After `drain`, from any other thread."""
+        """Stop the loop and free the arenas. After `drain`, from any other thread. Repeatable."""
+        if self.ended.done():
+            return
         if self.quarantined_bytes:
             log.warning("closed while reads hang that were given up: %d bytes of RAM stay mapped until they return", self.quarantined_bytes)
         with contextlib.ExitStack() as steps:  # last in, first out, each whatever became of the others
@@ -596,9 +610,15 @@ class Engine:
             steps.callback(self.transfer.close)
             steps.callback(self.host.close)
             steps.callback(self._hosts.shutdown)
+            steps.callback(self._close_directory)
             steps.callback(self._stop)
             steps.callback(self.copies.close)
             _LIVE.discard(self)
+
+    def _close_directory(self) -> None:
+        """Only where the call that should have closed it came to nothing, because the engine's thread ended."""
+        if self.directory is not None and not self.directory.closed:
+            asyncio.run(self.directory.close())
 
     def _stop(self) -> None:
         self._stopping = True

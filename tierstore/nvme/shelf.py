@@ -81,6 +81,11 @@ class Shelf:
         """Payloads bypass the page cache."""
         return self.files.direct
 
+    @property
+    def closed(self) -> bool:
+        """`close` has begun."""
+        return self._closed
+
     def path_of(self, shard: Shard) -> str:
         return self._join(shard.file)
 

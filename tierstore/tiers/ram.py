@@ -113,8 +113,12 @@ class HostArena:
 
     def _touch(self, threads: int) -> None:
         starts = range(0, self.nbytes, TOUCH_BYTES)
-        with ThreadPoolExecutor(threads, thread_name_prefix="tierstore-touch") as pool:
-            list(pool.map(lambda start: self.tensor[start : start + TOUCH_BYTES].zero_(), starts))
+        try:
+            with ThreadPoolExecutor(threads, thread_name_prefix="tierstore-touch") as pool:
+                list(pool.map(lambda start: self.tensor[start : start + TOUCH_BYTES].zero_(), starts))
+        except RuntimeError as error:  # the system starts no more threads
+            log.debug("touching memory on one thread: %s", error)
+            self.tensor.zero_()
 
     def _register(self) -> None:
         runtime = torch.cuda.cudart()
