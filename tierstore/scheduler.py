@@ -59,6 +59,12 @@ REMEMBERED = 512
 BURST = 64
 """Blocks of a commit or flush looked at per call: bounds the time under the lock."""
 
+LESSON = 16
+"""Accesses a policy is told of per call, likewise: it may think about each."""
+
+BACKLOG = 1024
+"""Accesses that may wait for that. A policy that is slower still holds up those who make them."""
+
 
 class Scheduler(Leases):
     """Leases, requests and their order; `placement` decides about space.
@@ -253,13 +259,14 @@ class Scheduler(Leases):
         if not self._starved and not self.closing:
             again |= self.placement.look_ahead(self._now, protect, claimed)
         orders, self.placement.orders = self.placement.orders, []
-        return orders, again
+        return orders, again or bool(self._accesses)
 
     def _learn(self) -> None:
-        """Tell the policy of the accesses since the last call."""
+        """Tell the policy of the accesses since the last call, a lesson at a time."""
         policy = self.placement.policy
         records = self.placement.records
-        while self._accesses:
+        behind = len(self._accesses)
+        for _ in range(min(behind, max(LESSON, behind - BACKLOG))):
             number, write = self._accesses.popleft()
             self._now += 1
             policy.accessed(number, write)
