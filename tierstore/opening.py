@@ -148,6 +148,7 @@ def _assemble(
         limits=dict.fromkeys(Link, Limits()),
         clock=runtime.clock,
     )
+    placement.pace.runs_ahead = cuda
     arena = DeviceArena(gpu_bytes, device)
     threads = min(16, os.cpu_count() or 1)
     host = HostArena(max(1, placement.capacity_bytes(Tier.RAM)), page_lock=lock_pages, threads=threads)

@@ -439,9 +439,11 @@ class Placement(Extents):
         record = order.record
         if order.action is Action.H2D:
             assert record is not None
+            self.pace.busy_s += self.seconds_on(Link.H2D, record.id)
             record.ram.readers -= 1
         elif order.action is Action.D2H:
             assert record is not None
+            self.pace.busy_s += self.seconds_on(Link.D2H, record.id)
             if order.version != record.version:
                 self._outdated(record)
             else:
