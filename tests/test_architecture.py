@@ -24,7 +24,7 @@ ORDER = [
 
 # Whether directly or through what they import.
 PURE = (
-    *("catalog", "residency", "arena", "policies", "requests", "extents", "placement", "fitness", "leases", "waiting", "scheduler"),
+    *("catalog", "residency", "arena", "pace", "policies", "requests", "extents", "placement", "fitness", "leases", "waiting", "scheduler"),
     *("planner.fit", "planner.simulate"),
 )
 NOT_PURE = {"torch", "asyncio"}

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from tierstore.arena import Arena
 from tierstore.catalog import BlockId
+from tierstore.pace import Pace
 from tierstore.policies.base import Policy
 from tierstore.policies.guard import Guard
 from tierstore.requests import Record
@@ -45,7 +46,7 @@ class Extents:
         self._ahead: dict[Tier, dict[BlockId, int]] = {Tier.GPU: {}, Tier.RAM: {}}
         self._ahead_bytes = {Tier.GPU: 0, Tier.RAM: 0}
         self.left_device: list[BlockId] = []  # whose bytes on the device are not where they were, until the engine has seen it
-        self.seconds_between = 0.0
+        self.pace = Pace()
         self.policy.bind(self)
 
     # -- what a policy may ask (policies.base.View) ----------------------------------------------------------------------
@@ -77,6 +78,10 @@ class Extents:
 
     def save_cost(self, block: BlockId, tier: Tier) -> float:
         return self.records[block].nbytes * self._seconds_per_byte[Link.D2H if tier is Tier.GPU else Link.NVME_WRITE]
+
+    @property
+    def seconds_between(self) -> float:
+        return self.pace.seconds
 
     def seconds_on(self, link: Link, block: BlockId) -> float:
         return self.nbytes(block) * self._seconds_per_byte[link]

@@ -11,9 +11,16 @@ is only what is bounded by its nature: transfers under way, and held blocks, whi
 
 [Note: How far ahead]
 Prefetching as early as the rules of Cao et al. allow keeps a window of the nearest blocks, and on a cycle fetches every block
-once a period; Belady's rule on demand keeps a fixed part and fetches only the rest, but hides no latency. So a prefetch that
-costs another block its place runs only as far ahead as it takes to keep the link busy (`AHEAD_BYTES`, at least three blocks,
-at most a quarter of the tier); into space that is free, or held by what is never needed again, it runs as far as it can.
+once a period. A policy that ranks for positions (`victims_for`) says whom the fetch for a position should cost its place, and a
+fetch waits for just that block: see [Note: Patience]. Of any other policy, a prefetch that costs another block its place runs only
+as far ahead as it takes to keep the link busy (`AHEAD_BYTES`, at least three blocks, at most a quarter of the tier). Into
+space that is free, or held by what is never needed again, it runs as far as it can.
+
+[Note: Patience]
+Each tier has a cursor: up to there, all that is expected has been seen to. The block expected at the cursor, when it is missing, is
+fetched as soon as the first blocks of the policy's order can leave. While one of them is still to be used before the cursor, or is
+leased by its last use, or on its way, nothing else is evicted in its place: another victim would cost a transfer, waiting costs
+none. What is leased for long, or held, is passed over.
 """
 
 from __future__ import annotations
@@ -439,9 +446,11 @@ class Placement(Extents):
         record = order.record
         if order.action is Action.H2D:
             assert record is not None
+            self.pace.busy_s += self.seconds_on(Link.H2D, record.id)
             record.ram.readers -= 1
         elif order.action is Action.D2H:
             assert record is not None
+            self.pace.busy_s += self.seconds_on(Link.D2H, record.id)
             if order.version != record.version:
                 self._outdated(record)
             else:

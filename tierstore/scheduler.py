@@ -53,9 +53,6 @@ HINT_LIFE = 256
 _GPU = Tier.GPU
 """Python 3.11 takes 0.1 µs to find a member of an enum, and every lease asks for this one."""
 
-REMEMBERED = 512
-"""Accesses over which the time from one to the next is averaged."""
-
 BURST = 64
 """Blocks of a commit or flush looked at per call: bounds the time under the lock."""
 
@@ -87,7 +84,6 @@ class Scheduler(Leases):
         self._hints: dict[Record, int] = {}
         self._hinted: dict[Record, int] = {}
         self._now = 0
-        self._granted_ns = 0  # when the last lease was asked for or, after a wait, given
         self._starved = False
         self.closing = False  # nothing is fetched ahead any more
         self._favourite = -1
@@ -552,7 +548,8 @@ class Scheduler(Leases):
 
     def note_use(self, records: tuple[Record, ...], writes: frozenset[int]) -> None:
         """Record the accesses of a lease that is being asked for, and where its blocks were found."""
-        self._note_time(len(records))
+        if records:
+            self.placement.pace.asked(self._clock.now_ns(), len(records))
         for record in records:
             if record.gpu.valid or record.gpu.loading:
                 found = _GPU
@@ -564,15 +561,6 @@ class Scheduler(Leases):
             record.used_at = self.placement.last_used = self.trace.num_accesses
             self.trace.append(record.block.name, write, found)
             self._accesses.append((record.id, write))
-
-    def _note_time(self, num_accesses: int) -> None:
-        """Learn how long callers compute from one access to the next, waits left out."""
-        now_ns = self._clock.now_ns()
-        if self.trace.num_accesses and num_accesses:
-            gap = (now_ns - self._granted_ns) / 1e9 / num_accesses
-            weight = num_accesses / min(self.trace.num_accesses, REMEMBERED)
-            self.placement.seconds_between += (gap - self.placement.seconds_between) * min(1.0, weight)
-        self._granted_ns = now_ns
 
     # -- the ends of requests --------------------------------------------------------------------------------------------
 
@@ -591,7 +579,8 @@ class Scheduler(Leases):
             if isinstance(request, Make):
                 self.forget(request.records[0])
         elif isinstance(request, Use):
-            self._granted_ns = self._clock.now_ns()
+            now_ns = self._clock.now_ns()
+            self.placement.pace.granted(now_ns, now_ns - request.queued_ns, request.cause)
             request.lease = self._grant(request.owner, request.records, request.writes)
         elif isinstance(request, HostAccess) and not request.write:
             request.lease = self._grant(request.owner, request.records, frozenset())

@@ -167,6 +167,7 @@ def simulate(
         limits=dict.fromkeys(Link, limits if limits is not None else Limits()),
         clock=clock,
     )
+    placement.pace.runs_ahead = device_ordered
     world = _World(Scheduler(placement, clock), clock, links, moving, device_ordered=device_ordered, run_ahead=run_ahead)
     for name, nbytes in blocks.items():
         world.put(Block(name, (), nbytes, False, name in frozen))

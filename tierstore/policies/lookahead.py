@@ -89,7 +89,8 @@ class Lookahead(PolicyBase):
     def _with_what_is_awaited_last(self, ranking: Ranking) -> Iterator[BlockId]:
         """What is to be used before the cursor was seen to: it leaves for nothing that may take another's place."""
         awaited: list[tuple[float, BlockId]] = []
-        for block in ranking.order():
+        late = 1 if ranking.cursor == self.forecast.now else 0  # what is demanded was counted as an access when it was asked for
+        for block in ranking.order(late):
             next_use = self.forecast.next_use(block) if ranking.cursor > self.forecast.now else math.inf
             if next_use < ranking.cursor:
                 awaited.append((-next_use, block))
@@ -183,7 +184,7 @@ class Lookahead(PolicyBase):
             above, seconds = choices[Tier.GPU].kept, choices[Tier.GPU].seconds
             if spills and above is not None:
                 costs = self._costs(Tier.RAM, nbytes, Link.NVME_READ, Link.NVME_WRITE, seconds / len(cycle.accesses))
-                for found in choose(cycle, costs, phase, fixed=True, above=above):
+                for found in choose(cycle, costs, phase, above=above):
                     yield None
                     if found is not None:
                         choices[Tier.RAM] = found

@@ -19,7 +19,10 @@ TOLERANCE = 0.01
 LAGS = (0, 1, 2, 4)
 SLOTS = (1, 2, 3, 4)
 MORE_SLOTS = (2, 3, 4, 6, 8)
-WARM_UP, MEASURED = 1, 3
+REFINED = 12
+"""Longest period for which a plan is refined use by use."""
+
+WARM_UP, MEASURED = 2, 4
 """Periods run by the model before it measures, and measured."""
 
 
@@ -77,6 +80,11 @@ class Outcome:
     moved: float
     rule: Rule
 
+    @property
+    def score(self) -> float:
+        """Time, and a little for bytes."""
+        return self.seconds + TOLERANCE * self.moved
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -106,7 +114,7 @@ def choose(cycle: Cycle, costs: Costs, phase: int, *, fixed: bool = False, above
     """
     period = len(cycle.accesses)
     inside = _turned(above, phase) if above else bytes(period)
-    candidates: list[tuple[Rule, bytes | None]] = [] if fixed else [(_belady(lag), None) for lag in LAGS]
+    candidates: list[tuple[Rule, bytes | None]] = [(_belady(lag), None) for lag in LAGS if not fixed]
     for slots in MORE_SLOTS if above else SLOTS:
         for kept in keep(cycle, costs, slots, inside):
             if kept is None:
@@ -121,10 +129,38 @@ def choose(cycle: Cycle, costs: Costs, phase: int, *, fixed: bool = False, above
                 yield None
             else:
                 outcomes.append((outcome, there_or_none))
+    if period <= REFINED:
+        for better in _refine(cycle, costs, phase, inside, outcomes):
+            if better is None:
+                yield None
+            else:
+                outcomes.append(better)
     least = min(outcome.seconds for outcome, _ in outcomes)
     quick = (found for found in outcomes if found[0].seconds <= least * (1 + TOLERANCE))
     best, best_kept = min(quick, key=lambda found: found[0].moved)
     yield Choice(best.rule, best_kept, best.seconds)
+
+
+def _refine(
+    cycle: Cycle, costs: Costs, phase: int, inside: bytes, outcomes: Sequence[tuple[Outcome, bytes | None]]
+) -> Iterator[tuple[Outcome, bytes] | None]:
+    """Change the best plan use by use as long as that makes it better: of few blocks it counts which fit beside one another."""
+    period = len(cycle.accesses)
+    best, kept = min(((found, there) for found, there in outcomes if there is not None), key=lambda found: found[0].score)
+    changed = True
+    while changed:
+        changed = False
+        for position in range(period):
+            there = bytearray(kept)
+            there[position] ^= 1
+            if inside[(position - phase) % period]:
+                continue
+            for outcome in run(cycle, costs, _fixed(bytes(there), period), phase, inside):
+                if outcome is None:
+                    yield None
+                elif outcome.score < best.score * (1 - 1e-6):
+                    best, kept, changed = outcome, bytes(there), True
+    yield best, kept
 
 
 def _turned(flags: bytes, by: int) -> bytes:

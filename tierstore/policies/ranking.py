@@ -54,8 +54,8 @@ class Ranking(Protocol):
         """Move the cursor by one position."""
         ...
 
-    def order(self) -> Iterator[BlockId]:
-        """The first to leave first. Nothing may change meanwhile."""
+    def order(self, late: int = 0) -> Iterator[BlockId]:
+        """The first to leave first, for a block needed at the cursor, or `late` positions before. Nothing may change meanwhile."""
         ...
 
 
@@ -99,14 +99,14 @@ class Belady:
             self.remove(block)
             self.add(block)
 
-    def order(self) -> Iterator[BlockId]:
-        recent = {self._future.at(self.cursor - back - 1) for back in range(self._lag)}
-        late: list[BlockId] = []
+    def order(self, late: int = 0) -> Iterator[BlockId]:
+        recent = {self._future.at(self.cursor - late - back - 1) for back in range(self._lag)}
+        last: list[BlockId] = []
         batch: list[tuple[float, float, BlockId]] = []
         for key, number in reversed(self._sorted):
             block = BlockId(number)
             if block in recent:
-                late.append(block)
+                last.append(block)
                 continue
             batch.append((self._weigh(block) / max(1.0, key - self.cursor), -key, block))
             if len(batch) == _NEIGHBOURS:
@@ -115,7 +115,7 @@ class Belady:
                 del batch[: _NEIGHBOURS // 2]
         batch.sort()
         yield from (block for _, _, block in batch)
-        yield from late
+        yield from last
 
 
 class Fixed:
@@ -184,6 +184,6 @@ class Fixed:
         else:
             self._stays.add(block)
 
-    def order(self) -> Iterator[BlockId]:
+    def order(self, late: int = 0) -> Iterator[BlockId]:
         yield from self._order.values()
         yield from self._stays.order()
