@@ -13,7 +13,7 @@ import matplotlib as mpl
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter
 
 from benchmarks.workloads import Workload
 
@@ -87,7 +87,9 @@ def draw_time(
         axis.set_ylabel("seconds a period")
     for axis in axes[-1]:
         axis.set_xlabel("RAM, as a share of all blocks (device: a quarter of it)")
-    figure.text(0.995, 0.985, "shaded: no policy can get there", ha="right", va="top", fontsize=9, color="#666666")
+    quiet = [name for name in policies if colour(name, policies) == QUIET]
+    note = "shaded: no policy can get there" + (f"; grey: {', '.join(quiet)}" if quiet else "")
+    figure.text(0.995, 0.985, note, ha="right", va="top", fontsize=9, color="#666666")
     figure.savefig(path)
     plt.close(figure)
 
@@ -104,14 +106,7 @@ def _time_panel(axis: Any, results: Sequence[Result], policies: Sequence[str]) -
         axis.plot(*zip(*lines[name], strict=True), color=colour(name, policies), linewidth=width, zorder=order, solid_capstyle="round")
     axis.plot(*zip(*floor, strict=True), color=BOUND, linewidth=1, linestyle=(0, (1, 1.5)), zorder=4)
     values = [seconds for line in lines.values() for _, seconds in line] + [seconds for _, seconds in floor]
-    log = max(values) > 6 * min(values)
-    if log:
-        axis.set_yscale("log")
-        axis.set_ylim(min(values) / 1.25, max(values) * 1.15)
-        axis.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: _tick(value) if str(value * 1e6)[0] in "25" else ""))
-    else:
-        axis.set_ylim(0, max(values) * 1.06)
-        axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.set_ylim(0, max(values) * 1.06)
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
     axis.fill_between(*zip(*floor, strict=True), axis.get_ylim()[0], color="#f1f1f1", zorder=1, linewidth=0)
     budgets = [budget for budget, _ in floor]
@@ -120,7 +115,7 @@ def _time_panel(axis: Any, results: Sequence[Result], policies: Sequence[str]) -
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f} %"))
     axis.grid(axis="y", color=FAINT, linewidth=0.6, zorder=0)
     axis.tick_params(length=0)
-    _name_ends(axis, lines, quiet, floor, policies, log=log)
+    _name_ends(axis, lines, quiet, floor, policies)
 
 
 def _name_ends(
@@ -129,16 +124,13 @@ def _name_ends(
     quiet: Sequence[str],
     floor: Sequence[tuple[int, float]],
     policies: Sequence[str],
-    *,
-    log: bool,
 ) -> None:
     """Names at the right ends of the lines, moved apart where they would lie over one another."""
     wanted = [(lines[name][-1][1], name, colour(name, policies), "bold") for name in policies if name not in quiet]
     wanted.append((floor[-1][1], "bound", BOUND, "normal"))
     if quiet:
         ends = sorted(lines[name][-1][1] for name in quiet)
-        text = ", ".join(quiet) if len(quiet) == 1 else f"{len(quiet)} others"
-        wanted.append((ends[len(ends) // 2], text, "#777777", "normal"))
+        wanted.append((ends[len(ends) // 2], quiet[0] if len(quiet) == 1 else "others", "#777777", "normal"))
     to_axis = axis.transScale + axis.transLimits
     places = sorted(((float(to_axis.transform((0, value))[1]), value, *rest) for value, *rest in wanted), key=lambda item: item[0])
     gap, shown = 0.075, [place for place, *_ in places]
@@ -177,9 +169,11 @@ def draw_bytes(results: Sequence[Result], workloads: Sequence[Workload], policie
     figure, axes = plt.subplots(rows, columns, figsize=(4.1 * columns, height * rows + 0.75), squeeze=False, layout="constrained")
     title = f"What crosses the drive's link in one period, with RAM for {budget} % of all blocks"
     figure.suptitle(title, x=0.005, ha="left", fontsize=13, fontweight="bold")
-    for place, (axis, workload) in enumerate(zip(axes.flat, workloads, strict=False)):
+    note = "dark: read, light: written; dotted: the least that must be"
+    figure.text(0.995, 0.985, note, ha="right", va="top", fontsize=9, color="#666666")
+    for axis, workload in zip(axes.flat, workloads, strict=False):
         found = {result.policy: result for result in results if result.workload == workload.name and result.budget == budget}
-        _bytes_panel(axis, [found[name] for name in policies], policies, first=place == 0)
+        _bytes_panel(axis, [found[name] for name in policies], policies)
         axis.set_title(workload.title)
     for axis in axes.flat[len(workloads) :]:
         axis.set_visible(False)
@@ -187,7 +181,7 @@ def draw_bytes(results: Sequence[Result], workloads: Sequence[Workload], policie
     plt.close(figure)
 
 
-def _bytes_panel(axis: Any, results: Sequence[Result], policies: Sequence[str], *, first: bool) -> None:
+def _bytes_panel(axis: Any, results: Sequence[Result], policies: Sequence[str]) -> None:
     largest = max(result.nvme for result in results) or 1.0
     unit, name = (1e9, "GB") if largest >= 1e9 else (1e6, "MB")
     for row, result in enumerate(results):
@@ -197,14 +191,9 @@ def _bytes_panel(axis: Any, results: Sequence[Result], policies: Sequence[str], 
         axis.text(result.nvme / unit + 0.015 * largest / unit, row, f"{result.nvme / unit:.3g}", va="center", fontsize=8.5)
     bound = results[0].bound_nvme / unit
     axis.axvline(bound, color=BOUND, linewidth=1, linestyle=(0, (1, 1.5)))
-    axis.text(bound, -0.62, "least", ha="center", va="bottom", fontsize=8, color="#444444")
+    axis.text(bound + 0.01 * largest / unit, -0.62, "least", ha="left", va="bottom", fontsize=8, color="#444444")
     axis.set_yticks(range(len(results)), [result.policy for result in results])
     axis.set_ylim(len(results) - 0.4, -1.1)
     axis.set_xlim(0, 1.17 * largest / unit)
     axis.set_xlabel(f"{name} a period")
     axis.tick_params(length=0)
-    if first:
-        result = results[0]
-        row = 0
-        axis.text(0.02 * largest / unit, row, "read", va="center", color="white", fontsize=8, fontweight="bold")
-        axis.text((result.nvme_read + 0.02 * largest) / unit, row, "written", va="center", color=INK, fontsize=8, fontweight="bold")
