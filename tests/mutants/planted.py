@@ -231,7 +231,13 @@ MUTANTS = (
         "                record.ram.apply(Event.SAVE_FAILED)\n",
         "                record.ram.apply(Event.SAVED)\n",
     ),
-    Mutant("a broken shard is read", SHARDS, "return not (self.broken or self.writing)", "return not self.writing"),
+    Mutant(
+        "a shard counts as whole after a write in place has failed",
+        SHARDS,
+        "return not (self.broken or self.writing)",
+        "return not self.writing",
+        suite="tests/nvme/test_recovery.py",
+    ),
     # -- the CUDA path, which the simulation runs on streams of its own
     *(Mutant(name, "mover/streams.py", right, wrong) for name, (right, wrong) in ON_CUDA.items()),
 )

@@ -84,7 +84,7 @@ class SimulatedFiles:
     Attributes:
         world: None: everything ends at once, as while a store is opened.
         under_way: Requests that have not completed.
-        num_hanging: Requests that were given up, and are still to touch their memory.
+        num_hanging: Requests that were given up, and are still to touch their memory. has_hung: One ever was.
         num_faults: Operations that were made to fail.
     """
 
@@ -96,6 +96,7 @@ class SimulatedFiles:
         self.world: World | None = None
         self.under_way = 0
         self.num_hanging = 0
+        self.has_hung = False
         self.num_faults = 0
         self._pace = pace
         self._free_ns = {"read": 0, "write": 0}
@@ -153,6 +154,7 @@ class SimulatedFiles:
         assert world is not None
         landed: Future[None] = Future()
         self.num_hanging += 1
+        self.has_hung = True
 
         def happen() -> None:
             self.num_hanging -= 1

@@ -91,6 +91,7 @@ class _Draw:
         self.extra: list[BlockPlan] = []
         self.gpu_pages = 0
         self.nvme = True
+        self.only_nesting = False
 
     def pause(self) -> int:
         return self.random.choice((0, 0, 0, 5, 20, 100))
@@ -173,6 +174,16 @@ class _Draw:
                 calls.append(self.any_call(2))
         return calls
 
+    def nesting(self) -> list[Call]:
+        """A lease inside a lease, while others commit: who waits for whom is all that matters."""
+        calls: list[Call] = []
+        for _ in range(self.random.randint(3, 8)):
+            if self.random.random() < 0.4:
+                calls.append(("commit", self.random.random() < 0.8) if self.nvme else ("flush",))
+            else:
+                calls.append(self.use(self.name(), inside=(self.use(self.name(), write=self.random.random() < 0.7),)))
+        return calls
+
     def impatient(self) -> list[Call]:
         """Calls that are given up half-way (see `with_cancellations`), and a look at what became of them."""
         calls: list[Call] = []
@@ -220,8 +231,10 @@ class _Draw:
     def calls(self, *, task: bool = False) -> Calls:
         shapes = [self.training, self.cyclic, self.adapters, self.experts, self.crowd, self.crowd, *(self.anything,) * 4]
         shape = self.random.choice(shapes + [self.impatient] * 4 if task else shapes)
+        if self.only_nesting:
+            shape = self.nesting
         calls = shape()
-        if shape not in (self.anything, self.impatient) and self.random.random() < 0.5:
+        if shape not in (self.anything, self.impatient, self.nesting) and self.random.random() < 0.5:
             often: Call = ("commit", self.random.random() < 0.5) if self.nvme else ("flush",)
             calls.insert(self.random.randrange(len(calls) + 1), self.random.choice((often, ("flush",))))
         return tuple(calls[:40])
@@ -254,6 +267,7 @@ def draw(seed: int) -> Scenario:
     total, most = sum(each.pages for each in everything), max(each.pages for each in everything)
     parts.gpu_pages = rng.randint(most, max(most, total + 1))
     ram_pages = rng.randint(most, total + 1) if parts.nvme else total + rng.randint(0, 3)
+    parts.only_nesting = rng.random() < 0.1
     threads = tuple(parts.calls() for _ in range(rng.choice((1, 1, 2, 2, 3, 4))))
     tasks = tuple(parts.with_cancellations(parts.calls(task=True)) for _ in range(rng.choice((0, 0, 0, 1, 2, 3))))
     return Scenario(

@@ -88,3 +88,12 @@ def test_a_commit_holds_one_instant_even_if_it_had_to_wait_for_it() -> None:
     committer = (("commit", False), ("put", "x0"), ("sleep", 200), ("commit", False), ("put", "x1"))
     extra = (BlockPlan("x0", 1), BlockPlan("x1", 1))
     hunt(Scenario((BlockPlan("b0", 1),), extra, 2, 4, threads=(writer, committer)))
+
+
+def test_a_holder_of_a_lease_overtakes_a_commit_that_waits_for_him() -> None:
+    """Nothing was found here: it is what tells whether a standstill is broken in favour of the right one."""
+    blocks = (BlockPlan("b0", 1), BlockPlan("b1", 1), BlockPlan("b2", 1))
+    reader = (("use", (("b0", False),), None, 100, (("use", (("b1", True),), None, 0, ()),)),) * 3
+    writer = (("use", (("b2", True),), None, 100, (("use", (("b0", True),), None, 0, ()),)),) * 3
+    committer = (("commit", True), ("sleep", 50)) * 4
+    hunt(Scenario(blocks, (), 3, 3, threads=(reader, writer, committer)))

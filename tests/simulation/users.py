@@ -205,6 +205,8 @@ class User:
         if isinstance(error, LeaseError):
             return leasing or (stage.has_holds and call[0] == "evict")
         if isinstance(error, CapacityError):
+            if stage.opened.files is not None and stage.opened.files.has_hung:
+                return True  # what it may still touch is kept out of use
             return stage.has_holds or (leasing and not self._fits(call))
         return isinstance(error, BlockNotFoundError | BlockExistsError)  # checked where they were caught first
 
