@@ -57,7 +57,12 @@ class Register:
 
 
 class Model:
-    """Every tensor's register, and who leases what."""
+    """Every tensor's register, and who leases what.
+
+    Attributes:
+        leases: (owner, whether for writing, extent), by block.
+        last_crowded: The tick at which more than one user was last seen to lease something.
+    """
 
     def __init__(self) -> None:
         self._ticks = itertools.count(1)
@@ -65,6 +70,7 @@ class Model:
         self._registers: dict[tuple[str, str], Register] = {}
         self._named: dict[int, str] = {}
         self.leases: dict[str, list[tuple[object, bool, int]]] = {}
+        self.last_crowded = 0
 
     def tick(self) -> int:
         return next(self._ticks)
@@ -144,12 +150,14 @@ class Model:
             if any(write or theirs for _, theirs, _ in others):
                 raise BrokenPromiseError(f"{owner} leases {name} (write={write}) beside {others}")
             self.leases.setdefault(name, []).append((owner, write, places[name]))
+        self._note_holders()
 
-    @property
-    def num_holders(self) -> int:
-        return len({owner for leases in self.leases.values() for owner, _, _ in leases})
+    def _note_holders(self) -> None:
+        if len({owner for leases in self.leases.values() for owner, _, _ in leases}) > 1:
+            self.last_crowded = self.tick()
 
     def release(self, owner: object, names: Mapping[str, bool], places: Mapping[str, int]) -> None:
+        self._note_holders()
         for name, write in names.items():
             self.leases[name].remove((owner, write, places[name]))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,12 +14,13 @@ from tests.simulation.links import Pace, SimulatedCopies
 from tests.simulation.runtime import SimulatedRuntime
 from tests.simulation.scenario import Scenario
 from tests.simulation.world import World
-from tierstore.catalog import PAGE
+from tierstore.catalog import PAGE, BlockId
 from tierstore.mover.budget import NUM_SLOTS, RING_SLOTS, slot_bytes
 from tierstore.mover.engine import Engine
 from tierstore.nvme.directory import Directory
 from tierstore.placement import Limits, Placement
-from tierstore.policies import Policy, resolve
+from tierstore.policies import Lookahead, Policy, resolve
+from tierstore.residency import Tier
 from tierstore.scheduler import Scheduler
 from tierstore.tiers.device import DeviceArena
 from tierstore.tiers.ram import HostArena
@@ -54,9 +55,20 @@ class Opened:
             self.machine.kernel(work)
 
 
+class WatchedLookahead(Watched):
+    """Passes the optional question on, too."""
+
+    def victims_for(self, tier: Tier, position: int) -> Iterator[BlockId]:
+        assert isinstance(self.policy, Lookahead)
+        return self.policy.victims_for(tier, position)
+
+
 def policy_of(name: str) -> Policy:
     """Every policy but the hostile one is watched: the scheduler must keep to its side of the protocol."""
-    return Hostile(0) if name == "hostile" else Watched(resolve(name))
+    policy = resolve("lru" if name == "hostile" else name)
+    if isinstance(policy, Lookahead):
+        return WatchedLookahead(policy)
+    return Hostile(0) if name == "hostile" else Watched(policy)
 
 
 def open_simulated(world: World, scenario: Scenario, disk: Disk, machine: Streams | None) -> Opened:

@@ -17,7 +17,7 @@ from typing import Any
 Call = tuple[Any, ...]
 Calls = tuple[Call, ...]
 
-POLICIES = ("lookahead", "lookahead", "lookahead", "lru", "static", "hostile")
+POLICIES = (*("lookahead",) * 8, *("static",) * 3, *("hostile",) * 3, "lru", "lru", "fifo", "clock", "sieve", "s3fifo", "arc")
 
 
 @dataclass(frozen=True)

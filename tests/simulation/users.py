@@ -164,7 +164,7 @@ class User:
 
     async def _expecting(self, call: Call, coroutine: Coroutine[Any, Any, None]) -> None:
         """Carry out a call; the errors it may end with here are no failure of the store."""
-        what = describe(call)
+        what, since = describe(call), self.model.tick()
         self.world.note(f"{self.name}: {what}")
         outcome = "done"
         try:
@@ -173,7 +173,7 @@ class User:
             self.world.note(f"{self.name}: cancelled in {what}")
             raise
         except Exception as error:
-            if isinstance(error, BrokenPromiseError) or not self._expected(call, error):
+            if isinstance(error, BrokenPromiseError) or not self._expected(call, error, since):
                 raise
             outcome = type(error).__name__
         self.stage.outcomes[f"{what.split()[0]} {outcome}"] += 1
@@ -187,7 +187,7 @@ class User:
         wanted = {name for name, _ in call[1]} | set(+self.reads) | set(+self.writes)
         return len(wanted) <= scenario.gpu_pages
 
-    def _expected(self, call: Call, error: Exception) -> bool:
+    def _expected(self, call: Call, error: Exception, since: int) -> bool:
         stage = self.stage
         if stage.calm:
             return isinstance(error, TierFullError) and stage.scenario.nvme_pages is not None
@@ -201,7 +201,7 @@ class User:
         if isinstance(error, TransferError):
             return stage.faulty
         if isinstance(error, DeadlockError):
-            return stage.nested and stage.model.num_holders > 1
+            return stage.nested and stage.model.last_crowded > since
         if isinstance(error, LeaseError):
             return leasing or (stage.has_holds and call[0] == "evict")
         if isinstance(error, CapacityError):
