@@ -37,6 +37,7 @@ class Gate:
 
     Attributes:
         hanging: Calls that hang now.
+        moved: Files that calls came back to find another file, or none, behind their descriptor.
     """
 
     def __init__(self) -> None:
@@ -44,6 +45,7 @@ class Gate:
         self.file = ""
         self.late = False
         self.hanging = 0
+        self.moved: list[str] = []
         self._open = threading.Event()
         self._lock = threading.Lock()
 
@@ -69,11 +71,18 @@ class Gate:
             if not ours or name not in self.calls or self.file not in self._file_of(arguments[0]):
                 return call(*arguments, **options)
             result = call(*arguments, **options) if self.late else None
+            before = self._file_of(arguments[0])
             with self._lock:
                 self.hanging += 1
             self._open.wait(60)
+            try:
+                now = self._file_of(arguments[0])
+            except OSError:
+                now = "nothing"
             with self._lock:
                 self.hanging -= 1
+                if now.removesuffix(" (deleted)") != before:
+                    self.moved.append(f"{before} became {now}")
             return result if self.late else call(*arguments, **options)
 
         return gated
@@ -96,6 +105,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     yield gate
     gate.open()
     wait_until(lambda: not gate.hanging)
+    assert not gate.moved, "a late call would have gone to somebody else's file"
 
 
 def wait_until(condition: Callable[[], object], within_s: float = 20.0) -> None:
