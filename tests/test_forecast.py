@@ -106,6 +106,31 @@ def test_an_evaluation_in_between_is_got_over(period: list[int], evaluation: lis
     assert wrong <= 2
 
 
+@given(PERIODS, st.integers(0, 20))
+def test_the_period_goes_on_for_ever(period: list[int], beyond: int) -> None:
+    """However far ahead: `at`, `next_use` and `last_use` speak of one and the same endless trace."""
+    assume(is_unambiguous(period))
+    trace = period * 3 + (period * CONTEXT)[:CONTEXT]
+    told = tell(trace)
+    endless = [*trace, *(period[index % len(period)] for index in range(len(trace), len(trace) + 5 * len(period) + beyond))]
+    assert [told.at(position) for position in range(len(endless))] == endless
+    for position in range(told.now, told.now + 2 * len(period) + beyond):
+        for block in range(14):
+            following = [place for place in range(position, len(endless)) if endless[place] == block]
+            before = [place for place in range(position) if endless[place] == block]
+            assert told.next_use(BlockId(block), position) == (following[0] if following else math.inf)
+            assert told.last_use(BlockId(block), position) == (before[-1] if before else -math.inf)
+
+
+def test_the_longest_agreement_tells_passes_apart() -> None:
+    """Three equal passes of twenty blocks and then another block: short contexts cannot tell which pass this is."""
+    step = [*list(range(20)) * 3, 30]
+    told = tell(step * 2)
+    for index in range(3 * len(step)):
+        assert told.expected(told.now) == step[index % len(step)]
+        told.append(BlockId(step[index % len(step)]))
+
+
 def test_what_never_repeats_is_never_expected() -> None:
     told = tell(list(range(500)))
     assert not told.known

@@ -12,6 +12,9 @@ from __future__ import annotations
 REMEMBERED = 512
 """Accesses over which gaps between calls are averaged."""
 
+PAUSE = 10
+"""A gap longer than so many times the average is a pause (an evaluation, a checkpoint), and counts no more than that."""
+
 WINDOW = 64
 """Accesses over which passing time is compared with the time that transfers took."""
 
@@ -40,6 +43,8 @@ class Pace:
         """A lease of so many blocks is asked for."""
         if self._num_accesses:
             gap_s = (now_ns - self._granted_ns) / 1e9 / num_accesses
+            if self._num_accesses > WINDOW:
+                gap_s = min(gap_s, max(PAUSE * self._gap_s, 1e-6))
             weight = num_accesses / min(self._num_accesses, REMEMBERED)
             self._gap_s += (gap_s - self._gap_s) * min(1.0, weight)
             self.seconds = self._gap_s

@@ -59,7 +59,12 @@ class View(Protocol):
 
 @runtime_checkable
 class Policy(Protocol):
-    """The protocol. `PolicyBase` has a do-nothing answer for everything but `victims`."""
+    """The protocol. `PolicyBase` has a do-nothing answer for everything but `victims`.
+
+    Two questions are asked only of policies that have them. `victims_for(tier, position)`: as `victims`, for a block needed at a
+    position up to which all else has been seen to; a prefetch then waits for the first of these. `stays(block)`: whether a block on
+    the device is to stay there until its next use.
+    """
 
     def bind(self, view: View) -> None:
         """Called once, before anything else."""

@@ -317,7 +317,7 @@ def keep(cycle: Cycle, costs: Costs, slots: int, above: bytes) -> Iterator[bytes
         block = cycle.accesses[position]
         if room.take(position, int(cycle.next_use(block, position + 1)) - position, costs.nbytes[block]):
             kept[position] = 1
-        yield None
+        yield from (None,) * 4  # it takes about as long as four steps of the model
     yield bytes(kept)
 
 
