@@ -17,7 +17,7 @@ PACKAGE = ROOT / "tierstore"
 # Inside one entry imports are free. "" is tierstore/__init__.py, the face that users import.
 ORDER = [
     *("errors", "units", "clock", "threads", "hardware", "catalog", "residency", "arena", "monitor.perfetto", "trace", "counters"),
-    *("policies", "requests", "extents", "placement", "fitness", "leases", "waiting", "scheduler", "tiers", "nvme", "mover"),
+    *("pace", "policies", "requests", "extents", "placement", "fitness", "leases", "waiting", "scheduler", "tiers", "nvme", "mover"),
     *("inputs", "opening", "store", "sync", "training", "planner", "monitor"),
     *("huggingface", "distributed", "<face>", "testing", "demo", "cli", "__main__"),
 ]

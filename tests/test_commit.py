@@ -343,7 +343,9 @@ def test_a_killed_process_leaves_a_complete_commit(tmp_path: Path) -> None:
     with nursery:
         assert nursery.stdin is not None
         assert nursery.stdout is not None
-        for attempt in range(12):
+        for attempt in range(60):
+            if attempt >= 12 and steps[-1] > 10:  # a slow machine needs more lives to come so far
+                break
             keep = 1 + attempt % 2
             nursery.stdin.write(f"{keep}\n")
             nursery.stdin.flush()
