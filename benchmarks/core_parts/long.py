@@ -46,7 +46,7 @@ def million(plan: Plan) -> list[Row]:
     num_accesses = plan.scaled(1_000_000, 6_000)
     blocks, memory, seconds, worst = [], [], [], 0
     with plan.empty() as where, TierStore(24 * PAGE, "64MB", where, device=plan.device, nvme_limit="1GB") as store:
-        store.engine.timeline = Timeline(plan.scaled(5_000, 100))  # so that it is full within the first half
+        store.engine.timeline = Timeline(plan.scaled(500, 50))  # so that it is full within the first half
         for number in range(32):
             store.put(f"b{number}", torch.zeros(PAGE // 4))
         period = [f"b{number}" for number in range(16) for _ in range(20)] + [f"b{number}" for number in range(16, 32)]

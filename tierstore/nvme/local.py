@@ -41,6 +41,7 @@ T = TypeVar("T")
 
 FILE_MODE = 0o600
 DIRECTORY_MODE = 0o700
+SYNC_THREADS = 16
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 _DIRECT: int | None = getattr(os, "O_DIRECT", None)
 _PREADV: Any = getattr(os, "preadv", None)
@@ -78,7 +79,8 @@ class LocalFiles:
     """The machine's own file system. Methods may be called from any loop; blocking work runs on threads owned here.
 
     Args:
-        threads: I/O threads of each kind: "read", "write" and "other" never queue behind one another.
+        threads: I/O threads of each kind: "read", "write" and "other" never queue behind one another. For "sync" there are
+            `SYNC_THREADS`, as a journal takes the syncs that are under way together at once.
         portable: Take the portable path. None: only where positional I/O is missing.
     """
 
@@ -96,7 +98,8 @@ class LocalFiles:
 
     def _pool(self, kind: str) -> Threads:
         if kind not in self._executors:
-            self._executors[kind] = Threads(f"tierstore-{kind}", self._threads, self._watch)
+            count = SYNC_THREADS if kind == "sync" else self._threads
+            self._executors[kind] = Threads(f"tierstore-{kind}", count, self._watch)
         return self._executors[kind]
 
     async def on_threads(self, kind: str, calls: Sequence[Callable[[], int]]) -> list[Outcome]:
@@ -145,14 +148,15 @@ class LocalFiles:
                 future.add_done_callback(partial(ended, index))
         return await land(done)
 
-    async def work(self, call: Callable[..., T], *args: Any, nbytes: int = 0) -> T:
+    async def work(self, call: Callable[..., T], *args: Any, nbytes: int = 0, kind: str = "other") -> T:
         """Make a call on a thread.
 
         Args:
             call, args: What blocks.
             nbytes: Bytes that the system may have to write for it.
+            kind: Of the thread.
         """
-        future = self._pool("other").start(partial(call, *args), nbytes / _SLOWEST_BYTES_PER_S)
+        future = self._pool(kind).start(partial(call, *args), nbytes / _SLOWEST_BYTES_PER_S)
         return await land(asyncio.wrap_future(future))
 
     def close(self) -> None:
@@ -265,7 +269,7 @@ class _PositionalFile:
 
     async def sync(self) -> None:
         nbytes = (await self.stat()).nbytes
-        await self._files.work(lambda: self._with_descriptor(os.fsync), nbytes=nbytes)
+        await self._files.work(lambda: self._with_descriptor(os.fsync), nbytes=nbytes, kind="sync")
 
     async def close(self) -> None:
         if self._write:

@@ -30,7 +30,9 @@ MAX_UNSYNCED_HANDLES = 256
 """Files written through and not synced yet that stay open, so that the sync sees every error of a late write; the system
 reports such an error to a handle opened later only if it has not forgotten the file meanwhile."""
 
-SYNCS_AT_ONCE = 4
+SYNCS_AT_ONCE = 16
+"""Shards synced together: a journal makes one entry for all that wait for it."""
+
 RELOCATE_BYTES = 1 << 20
 
 
