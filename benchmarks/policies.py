@@ -18,7 +18,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -40,6 +40,7 @@ from tierstore.trace import Link
 from tierstore.units import LinkRates
 
 RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parents[1] / "README.md"
 POLICIES = ("lookahead", "static", "lru", "fifo", "clock", "sieve", "s3fifo", "arc")
 BUDGETS = (5, 10, 20, 30, 50, 70, 85, 95)
 QUICK_BUDGETS = (30, 70)
@@ -271,6 +272,37 @@ def traffic_table(results: Sequence[Result], workloads: Sequence[Workload], poli
     return found
 
 
+README_BUDGET = 30
+BEGIN, END = "<!-- benchmarks/policies.py writes from here -->", "<!-- to here -->"
+
+
+def markdown(rows: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> str:
+    """The README's table, from the rows of the CSV: GB over the drive's link, and time as a multiple of the bound."""
+    at = {(row["workload"], row["policy"]): row for row in rows if int(row["budget"]) == README_BUDGET}
+    names = list(dict.fromkeys(policy for _, policy in at))
+    lines = [f"| | least | {' | '.join(names)} |", f"| --- |{' ---: |' * (len(names) + 1)}"]
+    for workload, title in titles.items():
+        first = at[workload, names[0]]
+        cells = [
+            _drive(first, "bound_"),
+            *(f"{_drive(at[workload, name])}, {float(at[workload, name]['over_bound']):.2f}" for name in names),
+        ]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _drive(row: Mapping[str, Any], prefix: str = "") -> str:
+    nbytes = float(row[f"{prefix}nvme_read"]) + float(row[f"{prefix}nvme_write"])
+    return f"{nbytes / 1e9:.3g} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.3g} MB"
+
+
+def write_readme(path: Path, text: str) -> None:
+    """Put the table where the README keeps it."""
+    before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+    after = rest.partition(END)[2]
+    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+
+
 def _seconds(ns: float) -> str:
     return f"{ns / 1e9:.2f} s" if ns >= 1e9 else f"{ns / 1e6:.1f} ms"
 
@@ -338,6 +370,14 @@ def main(
     write_csv(results, out / "policies.csv")
     write_json(results, confirmed, out / "policies.json", arguments={"policies": policies, "budgets": percents, "quick": quick})
     _draw(console, results, workloads, policies, percents, out)
+    if out == RESULTS and not (extra or only or wanted or traces or quick or budgets):
+        update_readme(workloads)
+
+
+def update_readme(workloads: Sequence[Workload]) -> None:
+    """From the CSV in `RESULTS`."""
+    with open(RESULTS / "policies.csv", encoding="utf-8", newline="") as file:
+        write_readme(README, markdown(list(csv.DictReader(file)), {workload.name: workload.title for workload in workloads}))
 
 
 def _named(wanted: str | None, quick: bool, have_traces: bool) -> list[Workload]:

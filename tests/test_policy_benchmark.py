@@ -164,3 +164,19 @@ def test_budgets_are_shares() -> None:
     gpu_bytes, ram_bytes = policies.tiers(workload, 80)
     assert ram_bytes == pytest.approx(0.8 * workload.nbytes, rel=0.01)
     assert gpu_bytes == pytest.approx(0.2 * workload.nbytes, rel=0.01)
+
+
+def test_the_readme_shows_what_was_measured() -> None:
+    with open(policies.RESULTS / "policies.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    shown = (ROOT / "README.md").read_text(encoding="utf-8").partition(policies.BEGIN)[2].partition(policies.END)[0].strip()
+    titles = {name: SYNTHETIC[name](True).title for name in SYNTHETIC} | {"demo": "demo, recorded"}
+    assert shown == policies.markdown(rows, titles)
+    assert shown.count("\n") == len(titles) + 1
+
+
+def test_the_readme_s_table_is_replaced_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "README.md"
+    path.write_text(f"before\n{policies.BEGIN}\nold\n{policies.END}\nafter\n", encoding="utf-8")
+    policies.write_readme(path, "new")
+    assert path.read_text(encoding="utf-8") == f"before\n{policies.BEGIN}\nnew\n{policies.END}\nafter\n"
