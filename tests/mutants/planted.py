@@ -225,7 +225,7 @@ MUTANTS = (
         "        return False\n",
     ),
     # -- failures
-    Mutant("a failed read is tried for ever", PLACEMENT, "            record.load_error = error\n", ""),
+    Mutant("a failed read is tried for ever", PLACEMENT, "record.load_error = error\n", "pass\n"),
     Mutant(
         "a failed write-back loses the newest copy",
         PLACEMENT,
