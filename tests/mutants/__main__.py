@@ -19,8 +19,11 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = [mutant for mutant in MUTANTS if any(words in mutant.name for words in options.only or [""])]
 
     def one(mutant: Mutant) -> Verdict:
-        verdict = hunt(mutant, seeds=options.seeds)
-        print(f"{verdict.seconds:6.1f} s  {mutant.name}: {verdict.how[:150]}", file=sys.stderr, flush=True)
+        try:
+            verdict = hunt(mutant, seeds=options.seeds)
+        except AssertionError as error:  # it could not be planted, or nothing ran
+            verdict = Verdict("", 0, str(error), 0.0)
+        print(f"{verdict.seconds:6.1f} s, {verdict.seeds} seeds: {mutant.name}: {verdict.how[:150]}", file=sys.stderr, flush=True)
         return verdict
 
     with ThreadPoolExecutor(options.jobs) as pool:

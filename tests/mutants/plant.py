@@ -50,7 +50,9 @@ def planted(mutant: Mutant) -> Iterator[Path]:
         shutil.copytree(ROOT / "tierstore", root / "tierstore", ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copytree(ROOT / "tests", root / "tests", ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", root)
-        (root / "tierstore" / mutant.module).write_text(text.replace(mutant.right, mutant.wrong), encoding="utf-8")
+        mutated = text.replace(mutant.right, mutant.wrong)
+        compile(mutated, mutant.module, "exec")
+        (root / "tierstore" / mutant.module).write_text(mutated, encoding="utf-8")
         yield root
 
 

@@ -143,8 +143,9 @@ MUTANTS = (
     Mutant(
         "a write-back counts as newest though the block was written meanwhile",
         PLACEMENT,
-        "elif order.action is Action.D2H:\n            assert record is not None\n            if order.version != record.version:",
-        "elif order.action is Action.D2H:\n            assert record is not None\n            if False:",
+        "            if order.version != record.version:\n                self._outdated(record)\n            else:\n                "
+        "record.ram.apply(Event.CR",
+        "            if True:\n                record.ram.apply(Event.CR",
     ),
     Mutant(
         "a spill counts as the newest version", PLACEMENT, "record.nvme_version = order.version", "record.nvme_version = record.version"
@@ -224,7 +225,7 @@ MUTANTS = (
         "        return False\n",
     ),
     # -- failures
-    Mutant("a failed read is tried for ever", PLACEMENT, "            record.load_error = error\n", ""),
+    Mutant("a failed read is tried for ever", PLACEMENT, "record.load_error = error\n", "pass\n"),
     Mutant(
         "a failed write-back loses the newest copy",
         PLACEMENT,
