@@ -54,12 +54,14 @@ MUTANTS = (
         ENGINE,
         "while self.placement.flying and self.failure is None:",
         "while False:",
+        rare=True,
     ),
     Mutant(
         "a cancelled call does not wait for its copy on a host thread",
         ENGINE,
         "            while not future.done():\n                await asyncio.wait([future])\n            raise",
         "            raise",
+        rare=True,
     ),
     # -- leases
     Mutant("a leased block is evicted", PLACEMENT, "            return not record.leased\n", "            return True\n"),
@@ -173,6 +175,7 @@ MUTANTS = (
         OPERATIONS,
         "engine.device.invalidate([record.id])",
         "placement.left_device.append(record.id)",
+        rare=True,
     ),
     # -- commits
     Mutant(
@@ -217,6 +220,7 @@ MUTANTS = (
         SCHEDULER,
         "self._favourite = request.sequence",
         "self._favourite = request.sequence + 1",
+        rare=True,
     ),
     Mutant(
         "a standstill is not broken",
