@@ -20,6 +20,7 @@ class Mutant:
         right, wrong: The text there, and what takes its place.
         suite: What catches it: "simulation", or a test file.
         rare: It takes hundreds of seeds, so only nightly runs plant it.
+        at_large: Nothing catches it yet: either the suites are too weak, or what it breaks is no longer needed.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Mutant:
     wrong: str
     suite: str = "simulation"
     rare: bool = False
+    at_large: bool = False
 
 
 ENGINE, PLACEMENT, SCHEDULER = "mover/engine.py", "placement.py", "scheduler.py"
@@ -214,6 +216,7 @@ MUTANTS = (
         SCHEDULER,
         "                    self._unreserve(other)\n                return True",
         "                    pass\n                return True",
+        at_large=True,
     ),
     Mutant(
         "in a standstill the wrong one gets its turn",
