@@ -19,6 +19,9 @@ RATE = 27e12
 MEMORY_RATE = 250e9
 """Bytes per second of its memory: what a small matrix product and an update are limited by."""
 
+COUNTED = 3
+"""Periods that are measured, the last ones: by then `lookahead` has recognised the period and planned for it."""
+
 CHUNK_BYTES = 200_000_000
 """Optimizer state moves in chunks of at most this size: a third of a layer's."""
 
@@ -134,7 +137,7 @@ def full_finetune(model: Transformer, *, steps: int, evaluations: int = 0) -> Wo
     else:
         name, title = "full", "full fine-tune"
         what = "TinyLlama-1.1B, all weights learn: 16-bit weights and gradients, fp32 AdamW state in chunks, 4,096 tokens a step"
-    return Workload(name, title, what, blocks, (period,) * steps, warm=3, repeats=True)
+    return Workload(name, title, what, blocks, (period,) * steps, warm=steps - COUNTED, repeats=True)
 
 
 def lora(model: Transformer, *, steps: int, rank: int = 16) -> Workload:
@@ -169,7 +172,7 @@ def lora(model: Transformer, *, steps: int, rank: int = 16) -> Workload:
     ]
     step = (*forward, *backward, *update)
     what = "the same model with its weights frozen and adapters of rank 16 in each layer"
-    return Workload("lora", "LoRA", what, blocks, (step,) * steps, warm=3, repeats=True, frozen=frozen)
+    return Workload("lora", "LoRA", what, blocks, (step,) * steps, warm=steps - COUNTED, repeats=True, frozen=frozen)
 
 
 def inference(model: Transformer, *, passes: int, sequences: int = 8, context: int = 4096) -> Workload:
@@ -184,7 +187,7 @@ def inference(model: Transformer, *, passes: int, sequences: int = 8, context: i
         one.append(lease(f"{part}.weights", *cache, writes=cache, seconds=nbytes / MEMORY_RATE))
     what = "the same model answers 8 requests at once, a token each per pass, with 4,096 tokens of context"
     return Workload(
-        "inference", "inference", what, blocks, (tuple(one),) * passes, warm=passes // 2, repeats=True, frozen=frozenset(weights)
+        "inference", "inference", what, blocks, (tuple(one),) * passes, warm=passes - COUNTED, repeats=True, frozen=frozenset(weights)
     )
 
 
@@ -220,11 +223,11 @@ def experts(*, passes: int, layers: int = 16, experts: int = 64, active: int = 8
 
 
 SYNTHETIC: dict[str, Callable[[bool], Workload]] = {
-    "full": lambda quick: full_finetune(_model(quick), steps=5),
-    "lora": lambda quick: lora(_model(quick), steps=5),
-    "inference": lambda quick: inference(_model(quick), passes=6),
+    "full": lambda quick: full_finetune(_model(quick), steps=5 if quick else 18),
+    "lora": lambda quick: lora(_model(quick), steps=5 if quick else 18),
+    "inference": lambda quick: inference(_model(quick), passes=6 if quick else 40),
     "experts": lambda quick: experts(passes=6 if quick else 10, layers=4 if quick else 16, experts=16 if quick else 64),
-    "evaluation": lambda quick: full_finetune(_model(quick), steps=5, evaluations=2),
+    "evaluation": lambda quick: full_finetune(_model(quick), steps=5 if quick else 18, evaluations=2),
 }
 """By name; the argument asks for a small version that is done in a moment."""
 

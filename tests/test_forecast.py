@@ -160,3 +160,20 @@ def test_it_forgets_what_is_long_ago(monkeypatch: pytest.MonkeyPatch) -> None:
         for block in range(7):
             assert told.next_use(BlockId(block)) == (told.now + window.index(BlockId(block)) if block in window else math.inf)
     assert len(told._contexts) <= 4 * 2 * 64
+
+
+def test_what_repeats_by_chance_is_not_trusted() -> None:
+    """Experts drawn anew for each token: a few that follow one another as they once did say nothing of the next."""
+    chance = random.Random(5)
+    forecast = Forecast()
+    trusted = 0
+    for _ in range(400):
+        for layer in range(8):
+            for expert in sorted(chance.sample(range(6), 3)):
+                forecast.append(BlockId(10 * layer + expert))
+                trusted += forecast.known
+    assert trusted < 0.05 * 400 * 24
+    for step in range(20):  # and a rhythm that sets in is
+        for block in range(100, 140):
+            forecast.append(BlockId(block))
+        assert forecast.known == (step >= 3) or step in (1, 2)

@@ -314,7 +314,7 @@ def test_no_other_policy_is_faster_with_all_in_ram(name: str, share: int, comput
     num_blocks = len({block for block, _ in period})
     case = Case(tuple(period), (100,) * num_blocks, num_blocks * share // 100 * 100, compute)
     times = {
-        policy: played(case, policy, periods=40, measured=20, device_ordered=device_ordered)[0] for policy in ("lookahead", "static", "lru")
+        policy: played(case, policy, periods=80, measured=20, device_ordered=device_ordered)[0] for policy in ("lookahead", "static", "lru")
     }
     # how long a device computes that orders work by itself is not told, only inferred
     assert times["lookahead"] <= (1.05 if device_ordered else 1.03) * min(times.values()), times

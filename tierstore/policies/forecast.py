@@ -31,6 +31,11 @@ KEEP = 1 << 16
 """Accesses remembered: the longest period that can be recognised."""
 
 
+TRUST = 0.6
+TRUST_OVER = 64
+"""Of about so many expectations, that share must have come true: a trace that is half random repeats itself by chance."""
+
+
 class Forecast:
     """Recognises a repeating trace.
 
@@ -50,11 +55,18 @@ class Forecast:
         self._hashes = [0]  # of all accesses up to a position, kept as `_sequence` is
         self._pointer: int | None = None
         self._matched = 0
+        self._trust = 1.0
+        self._since = 0
 
     @property
     def known(self) -> bool:
         """Whether expectations are given at present."""
-        return self._pointer is not None and self._matched >= TRUSTED_CONTEXT
+        return self._pointer is not None and self._matched >= TRUSTED_CONTEXT and self._trust >= TRUST
+
+    @property
+    def held(self) -> int:
+        """For how many accesses all has come as expected."""
+        return self.now - self._since
 
     @property
     def period(self) -> int | None:
@@ -66,6 +78,8 @@ class Forecast:
         was_known = self.known
         expected = self._at(self._pointer) if self._pointer is not None else None
         held = expected == block
+        if expected is not None and self._matched >= TRUSTED_CONTEXT:
+            self._trust += (held - self._trust) / TRUST_OVER
         self._sequence.append(block)
         self._writes.append(write)
         self._hashes.append((self._hashes[-1] * _BASE + block + 1) % _MODULUS)
@@ -83,6 +97,7 @@ class Forecast:
             return True
         if was_known or self.known:
             self.epoch += 1
+            self._since = self.now
         return False
 
     def window(self) -> Sequence[BlockId]:

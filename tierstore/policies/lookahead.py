@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from tierstore.catalog import BlockId
 from tierstore.policies.base import PolicyBase
 from tierstore.policies.forecast import Forecast
-from tierstore.policies.plan import Choice, Costs, Cycle, choose
+from tierstore.policies.plan import Choice, Costs, Cycle, choose, outline
 from tierstore.policies.ranking import Belady, Ranking
 from tierstore.residency import Tier
 from tierstore.trace import Link
@@ -25,6 +25,12 @@ STRIDE = 256
 
 THOUGHT = 16
 """Steps of planning per access."""
+
+SETTLED = 32
+"""Accesses, and one period, that must have come as expected before a period is planned for."""
+
+RESTLESS = 8
+"""Plans for one period after which the next is not made before one step per access has been paid for the last."""
 
 CHANGE = 1.5
 """The time between accesses must change by this factor to be planned for anew."""
@@ -45,6 +51,9 @@ class Lookahead(PolicyBase):
         self._built_epoch = -1
         self._planned_epoch = -1
         self._planned_seconds = 0.0
+        self._planned_at = 0
+        self._thought = 0  # steps that the last plan took
+        self._num_plans = 0  # since the period was recognised
         self._thinking: Iterator[dict[Tier, Choice] | None] | None = None
 
     @property
@@ -144,29 +153,46 @@ class Lookahead(PolicyBase):
     # -- planning --------------------------------------------------------------------------------------------------------
 
     def _think(self) -> None:
-        """Plan a little: once for each period recognised, and again when computing takes another time."""
-        if self._planned_epoch == self.epoch and self._thinking is None:
-            seconds = self.view.seconds_between
-            if max(seconds, 1e-9) <= CHANGE * max(self._planned_seconds, 1e-9) <= CHANGE**2 * max(seconds, 1e-9):
-                return
+        """Plan a little: once for each period that has come as expected, and again when computing takes another time."""
         if self._planned_epoch != self.epoch:
             self._choices = {}
             self._thinking = None
+            self._num_plans = 0
+            if self.forecast.held < max(SETTLED, self.forecast.period or 0):
+                return
+        elif self._thinking is None and not self._outdated():
+            return
         if self._thinking is None:
             self._planned_epoch = self.epoch
             self._planned_seconds = self.view.seconds_between
+            self._thought = 0
+            self._num_plans += 1
             self._thinking = self._plan()
         for _ in range(THOUGHT):
-            choices = next(self._thinking, None)
+            self._thought += 1
+            try:
+                choices = next(self._thinking)
+            except StopIteration:
+                self._thinking, self._planned_at = None, self.forecast.now
+                return
             if choices is not None:
-                self._choices = choices
-                self._thinking = None
-                if self._built_epoch == self.epoch:
-                    for tier in choices:
-                        self._rank(tier, self._ranking[tier].cursor)
+                self._adopt(choices)
                 return
 
+    def _outdated(self) -> bool:
+        """Whether computing takes another time than was planned with. Each plan is to last longer, until one costs a step per access."""
+        seconds, planned = max(self.view.seconds_between, 1e-9), max(self._planned_seconds, 1e-9)
+        rest = self._thought if self._num_plans >= RESTLESS else self._thought >> (RESTLESS - self._num_plans)
+        return not planned / CHANGE <= seconds <= CHANGE * planned and self.forecast.now - self._planned_at >= rest
+
+    def _adopt(self, choices: dict[Tier, Choice]) -> None:
+        self._choices = choices
+        if self._built_epoch == self.epoch:
+            for tier in choices:
+                self._rank(tier, self._ranking[tier].cursor)
+
     def _plan(self) -> Iterator[dict[Tier, Choice] | None]:
+        """Yields None after each small piece of work, and what to go by from then on, the better the later."""
         cycle = Cycle(list(self.forecast.window()), bytes(self.forecast.written()))
         phase = self.forecast.now
         yield None
@@ -177,6 +203,9 @@ class Lookahead(PolicyBase):
         if total > view.capacity_bytes(Tier.GPU) and all(nbytes.values()):
             spills = total > view.capacity_bytes(Tier.RAM)
             costs = self._costs(Tier.GPU, nbytes, Link.H2D, Link.D2H, self._planned_seconds)
+            if spills and not self._choices:
+                below = self._costs(Tier.RAM, nbytes, Link.NVME_READ, Link.NVME_WRITE, self._planned_seconds)
+                yield from outline(cycle, costs, below, phase)
             for found in choose(cycle, costs, phase, fixed=spills):
                 yield None
                 if found is not None:

@@ -14,11 +14,13 @@ from dataclasses import dataclass
 
 from tierstore.catalog import BlockId
 from tierstore.policies.ranking import Belady, Fixed, Future, Ranking
+from tierstore.residency import Tier
 
 TOLERANCE = 0.01
 LAGS = (0, 1, 2, 4)
 SLOTS = (1, 2, 3, 4)
 MORE_SLOTS = (2, 3, 4, 6, 8)
+OUTLINED = 3
 REFINED = 12
 """Longest period for which a plan is refined use by use."""
 
@@ -139,6 +141,21 @@ def choose(cycle: Cycle, costs: Costs, phase: int, *, fixed: bool = False, above
     quick = (found for found in outcomes if found[0].seconds <= least * (1 + TOLERANCE))
     best, best_kept = min(quick, key=lambda found: found[0].moved)
     yield Choice(best.rule, best_kept, best.seconds)
+
+
+def outline(cycle: Cycle, gpu: Costs, ram: Costs, phase: int) -> Iterator[dict[Tier, Choice] | None]:
+    """A plan for two tiers that is soon made and seldom bad, to go by until a better one is found: `OUTLINED` slots rotate."""
+    period = len(cycle.accesses)
+    inside, choices = bytes(period), {}
+    for tier, costs in ((Tier.GPU, gpu), (Tier.RAM, ram)):
+        for kept in keep(cycle, costs, OUTLINED, inside):
+            if kept is None:
+                yield None
+            else:
+                there = _turned(kept, -phase)
+                choices[tier] = Choice(_fixed(there, period), there, 0.0)
+                inside = kept
+    yield choices
 
 
 def _refine(
