@@ -124,7 +124,8 @@ async def _both_ways(plan: Plan, nbytes: int) -> Row:
         async with AsyncTierStore(total // 4, total + max(128 * MIB, total // 8), device=plan.device) as store:
             for name in names:
                 await store.put(name, torch.ones(nbytes, dtype=torch.uint8))
-            for turn in range(plan.scaled(9, 4)):
+            turns = plan.scaled(40, 4)
+            for turn in range(turns):
                 before, start = store.stats().links, time.perf_counter()
                 for name in names:
                     async with store.use(name, write=True):
@@ -132,7 +133,7 @@ async def _both_ways(plan: Plan, nbytes: int) -> Row:
                 plan.settle()
                 seconds, after = time.perf_counter() - start, store.stats().links
                 moved = sum(after[link].bytes - before[link].bytes for link in ("h2d", "d2h"))
-                if turn > 1:  # the policy knows the cycle
+                if turn >= turns - plan.scaled(7, 2):  # by then the policy has planned for the cycle
                     mine.append(moved / seconds)
                     theirs.append(copied / bare.seconds(into=True, out=True))
     detail = {"store_bytes_per_s": mine, "bare_bytes_per_s": theirs, "blocks": len(names)}
