@@ -28,6 +28,10 @@ class Capped:
     locked: dict[int, int] = field(default_factory=dict)
     num_asked: int = 0
 
+    def __getattr__(self, name: str) -> Any:
+        """All else is the driver's."""
+        return getattr(self.real, name)
+
     def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:  # noqa: N802
         self.num_asked += 1
         if self.num_asked > self.allowed:
