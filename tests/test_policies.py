@@ -6,6 +6,7 @@ import random
 import threading
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from tierstore.catalog import BlockId
 from tierstore.errors import OptionError
 from tierstore.placement import AHEAD_BLOCKS
 from tierstore.policies import GROUP, Lookahead, Lru, Policy, PolicyBase, Static, available, resolve
+from tierstore.policies.plan import Costs, Cycle, keep
 from tierstore.requests import Action, Order, Record
 from tierstore.residency import Tier
 
@@ -322,3 +324,25 @@ def test_a_store_closes_while_its_policy_fetches_without_end(tmp_path: Path) -> 
     closer.start()
     closer.join(20)
     assert not closer.is_alive(), "close() hangs"
+
+
+class Counted(bytes):
+    """Counts how often one of its items is looked at."""
+
+    looks = 0
+
+    def __getitem__(self, key: Any) -> Any:
+        self.looks += 1
+        return super().__getitem__(key)
+
+
+def test_a_plan_of_a_long_period_is_made_in_small_pieces() -> None:
+    """It is made under the store's lock, and every `use()` waits for that."""
+    period = 1000
+    blocks = [BlockId(number) for number in range(period)]
+    seconds = dict.fromkeys(blocks, 1.0)
+    costs = Costs(100, dict.fromkeys(blocks, 1), seconds, seconds, 0.1)
+    above, most = Counted(period), 0
+    for _ in keep(Cycle(blocks, [1] * period), costs, 1, above):
+        most, above.looks = max(most, above.looks), 0
+    assert most < 10

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import threading
@@ -121,6 +122,42 @@ def test_a_dead_drive_costs_a_bounded_number_of_threads(pool: Threads) -> None:
     gate.set()
     wait_until(lambda: pool.num_lost == 0)
     assert pool.submit(int).result(PATIENCE_S) == 0
+
+
+def test_calls_that_hang_one_after_the_other_cost_no_more_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is always a younger one that has not been given up yet."""
+    monkeypatch.setattr(threads, "STALL_S", 2.0)
+    pool, gate = Threads("test", 2), threading.Event()
+    futures: list[Future[bool]] = []
+    try:
+        with contextlib.suppress(StalledError):
+            for _ in range(4 * MAX_LOST):
+                futures.append(pool.submit(gate.wait))
+                time.sleep(0.01)  # it begins
+                pool.tick(1.1)  # the one before is given up, this one is not
+        assert pool.num_lost + len(pool._members) <= MAX_LOST + 2
+        assert len(futures) < 4 * MAX_LOST, "new calls do not fail"
+    finally:
+        gate.set()
+        pool.shutdown()
+
+
+def test_a_call_that_has_just_come_does_not_pay_for_those_given_up_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The drive answers again, and the watch looks while all threads are busy for the first time since."""
+    monkeypatch.setattr(threads, "STALL_S", 2.0)
+    pool, dead, gate = Threads("test", 1), threading.Event(), threading.Event()
+    given_up = [pool.submit(dead.wait) for _ in range(2)]
+    for _ in range(3):
+        pool.tick(1.0)
+    assert all(isinstance(future.exception(0), StalledError) for future in given_up)
+    later = [pool.submit(gate.wait) for _ in range(2)]
+    pool.tick(1.0)
+    gate.set()
+    try:
+        assert all(future.result(PATIENCE_S) for future in later)
+    finally:
+        dead.set()
+        pool.shutdown()
 
 
 def test_shutdown_does_not_wait_for_what_hangs(pool: Threads) -> None:

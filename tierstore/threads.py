@@ -4,8 +4,8 @@
 A system call on a dead drive or a lost network share may not return for minutes, or never. A watched pool gives such a call up
 after `STALL_S`: whoever waits for it gets `StalledError`, and its thread counts as lost and is replaced. The call itself cannot be
 ended. It may come back at any time and touch the memory it was given, so `StalledError.landed` tells when it has; until then that
-memory must not be reused. A lost thread whose call has returned joins the pool again, or ends. A pool loses at most `MAX_LOST`
-threads; beyond that new calls fail at once.
+memory must not be reused. A lost thread whose call has returned joins the pool again, or ends. A pool that has lost `MAX_LOST`
+threads starts no more: once those it still has are lost too, new calls fail at once.
 
 Time is counted in ticks of the watch, not on the clock: while the process or the machine was stopped, nobody stalled.
 
@@ -38,7 +38,7 @@ TICKS = 8
 """The watch looks so many times within `STALL_S`: a call is given up at most an eighth late."""
 
 MAX_LOST = 16
-"""Hung threads that one pool leaves behind at most."""
+"""Hung threads beyond which a pool starts no others in their place."""
 
 
 class StalledError(OSError):
@@ -69,6 +69,8 @@ def under_way(error: BaseException | None) -> tuple[Future[None], ...]:
 
 
 class _Job:
+    """A call. `ticks`: for how long it has been under way, or before that, in the queue."""
+
     __slots__ = ("call", "future", "landed", "patience_s", "ticks")
 
     def __init__(self, call: Callable[[], Any], patience_s: float) -> None:
@@ -164,7 +166,9 @@ class Threads(Executor):
         """
         if self._num_idle >= len(self._queue) or len(self._members) >= self._max_threads:
             return
-        if self.num_lost >= MAX_LOST and not self._members:
+        if self.num_lost >= MAX_LOST:
+            if self._members:
+                return  # else one call at a time that hangs could cost any number of threads
             raise StalledError(STALL_S)
         self._num_started += 1
         thread = threading.Thread(target=self._work, name=f"{self._name}_{self._num_started}", daemon=True)
@@ -206,6 +210,7 @@ class Threads(Executor):
                 while self._queue:
                     job = self._queue.popleft()
                     if job.future.set_running_or_notify_cancel():
+                        job.ticks = 0
                         self._running[job] = me
                         return job
                 if self._closed:
@@ -256,17 +261,21 @@ class Threads(Executor):
             hung = self._tick_running(seconds)
             self._idle_ticks += bool(self._queue)
             waited_s = self._idle_ticks * seconds
+            for job in self._queue:
+                job.ticks += 1
             stuck: list[_Job] = []
             if self._queue and waited_s > STALL_S + max((job.patience_s for job in self._running), default=0.0):
-                stuck = [job for job in self._queue if job.future.set_running_or_notify_cancel()]
-                self._queue.clear()
+                # Only who has waited for so long himself: others may have come just now, and the drive back with them.
+                late = [job for job in self._queue if job.ticks * seconds > STALL_S]
+                stuck = [job for job in late if job.future.set_running_or_notify_cancel()]
+                self._queue = deque(job for job in self._queue if job.ticks * seconds <= STALL_S)
             if self._queue:
                 self._replace()
             busy = bool(self._running or self._queue)
         for job in hung:
             job.future.set_exception(StalledError(job.ticks * seconds, (job.landed,)))
         for job in stuck:  # nobody has begun these
-            job.future.set_exception(StalledError(waited_s))
+            job.future.set_exception(StalledError(job.ticks * seconds))
         return busy
 
     def _tick_running(self, seconds: float) -> list[_Job]:

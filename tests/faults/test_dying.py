@@ -18,6 +18,8 @@ from tests.quiet import tensor_of
 from tierstore import AsyncTierStore, CommitHandle, TierStore
 from tierstore.catalog import PAGE
 from tierstore.errors import ClosedError, TierstoreError
+from tierstore.mover.streams import ThreadCopies
+from tierstore.requests import Order, Vacate
 
 PATIENCE_S = 20.0
 
@@ -134,6 +136,50 @@ def test_a_commit_under_way_when_the_engine_ends(tmp_path: Path) -> None:
             handle.result(PATIENCE_S)
     assert in_thread(store.close).exception(PATIENCE_S) is None
     opened(tmp_path).close()
+
+
+def test_who_asks_while_the_engine_fails_hears_of_it(tmp_path: Path) -> None:
+    """The caller has found the store open, and queues his request after everybody else was told."""
+    store = opened(tmp_path)
+    store.put("a", pages(1, 2))
+    engine = store.engine
+    with engine.lock:
+        engine.check_open()
+        engine.loop.call_soon_threadsafe(lambda: 1 // 0)
+        wait_until(lambda: engine.failure is not None)
+        time.sleep(0.2)  # all that happens without the lock has happened
+        future = engine.submit(Vacate("test", (engine.scheduler.find("a"),)))
+    with pytest.raises(ClosedError):
+        future.result(PATIENCE_S)
+    with pytest.raises(ClosedError):
+        store.read("a")
+    store.close()
+
+
+def test_an_engine_that_fails_while_closing_closes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it fails at is the report of the last transfer that close() waits for."""
+    store = opened(tmp_path)
+    store.put("a", pages(1, 2))
+    engine, gate, copying = store.engine, threading.Event(), threading.Event()
+    carry_out = ThreadCopies._carry_out
+
+    def slow(self: ThreadCopies, order: Order) -> None:
+        copying.set()
+        gate.wait(PATIENCE_S)
+        carry_out(self, order)
+
+    def broken(order: Order) -> None:
+        raise RuntimeError("a bug of ours")
+
+    monkeypatch.setattr(ThreadCopies, "_carry_out", slow)
+    monkeypatch.setattr(engine.placement, "done", broken)
+    store.prefetch("a")
+    assert copying.wait(PATIENCE_S)
+    closing = in_thread(store.close)
+    wait_until(lambda: engine.closed)
+    time.sleep(0.1)  # it waits for the copy
+    gate.set()
+    closing.result(PATIENCE_S)
 
 
 def refuse_threads(patch: pytest.MonkeyPatch, name: str = "") -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import threading
@@ -26,6 +27,7 @@ from tierstore.errors import CapacityError, TierstoreError, TransferError
 from tierstore.nvme import local
 from tierstore.nvme.directory import Directory
 from tierstore.nvme.local import LocalFiles
+from tierstore.nvme.shards import ShardWriter
 
 STALL_S = 0.3
 SOON_S = 10 * STALL_S
@@ -361,6 +363,55 @@ def test_a_cancelled_read_that_hangs_keeps_its_memory(tmp_path: Path, gate: Gate
             assert torch.equal(await store.read("a"), pages(1, 2))  # type: ignore[arg-type]
 
     asyncio.run(go())
+
+
+def test_a_cancelled_put_that_hangs_keeps_its_file(tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system frees a file's bytes only once nobody has it open any more, so they stay counted."""
+    write = ShardWriter.write
+
+    async def hanging(self: ShardWriter, offset: int, source: memoryview) -> None:
+        gate.shut("pwritev", file="block-a-", late=True)  # not before: the header passes
+        await write(self, offset, source)
+
+    async def go() -> None:
+        async with AsyncTierStore(gpu=6 * PAGE, ram=13 * PAGE, nvme=tmp_path / "swap", device="cpu") as store:
+            directory = store.engine.directory
+            assert directory is not None
+            before = directory.used_bytes
+            with monkeypatch.context() as patch:
+                patch.setattr(ShardWriter, "write", hanging)
+                task = asyncio.create_task(store.put("a", pages(1, 2), tier="nvme"))
+                await asyncio.to_thread(wait_until, lambda: gate.hanging)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+            assert directory.used_bytes > before, "room is given away that the drive has not got back"
+            gate.open()
+            await asyncio.to_thread(wait_until, lambda: not gate.hanging)
+            await store.commit()
+            assert not list((tmp_path / "swap").glob("block-a-*"))
+
+    asyncio.run(go())
+
+
+def open_files() -> list[str]:
+    found = []
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            found.append(os.readlink(f"/proc/self/fd/{number}"))
+    return found
+
+
+def test_a_file_that_is_made_late_is_not_left_open(tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    opening = os.open
+    monkeypatch.setattr(os, "open", gate.through("open", opening))
+    with opened(tmp_path) as store:
+        gate.shut("open", file="block-a-")
+        given_up(lambda: store.put("a", pages(1, 2), tier="nvme"), "a")
+        gate.open()
+        wait_until(lambda: not gate.hanging)
+        time.sleep(0.1)
+        assert not [name for name in open_files() if "block-a-" in name]
 
 
 def test_a_slow_drive_is_not_a_hung_one(tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -387,7 +387,9 @@ class Engine:
         """A bug of ours: nobody may wait for ever."""
         self.failure = self.failure or error
         log.critical("the engine failed", exc_info=error)
-        futures, self._futures = self._futures, {}
+        self._landed.set()  # `drain` waits for nothing any more
+        with self.lock:  # who found no failure under it has his future among these
+            futures, self._futures = self._futures, {}
         for future in futures.values():
             if not future.done():
                 future.set_exception(engine_failed(error))

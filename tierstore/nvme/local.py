@@ -17,7 +17,7 @@ import os
 import shutil
 import stat as stat_flags
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Executor, Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -291,10 +291,11 @@ class _PositionalFile:
         return count
 
     def _create(self, nbytes: int) -> None:
-        with self._opening:
-            descriptor = os.open(self._path, self._flags | os.O_CREAT | os.O_EXCL, FILE_MODE)
-            self._descriptors[False] = descriptor
-        self._with_descriptor(partial(_make_room, nbytes=nbytes), False)
+        with self._using():
+            with self._opening:
+                descriptor = os.open(self._path, self._flags | os.O_CREAT | os.O_EXCL, FILE_MODE)
+                self._descriptors[False] = descriptor
+            _make_room(descriptor, nbytes)
 
     def _with_descriptor(self, call: Callable[[int], T], direct: bool | None = None) -> T:
         """Make a call that blocks.
@@ -303,9 +304,7 @@ class _PositionalFile:
             call: Takes the descriptor, which stays open until it returns, also if it hangs and the file is closed.
             direct: Whether for direct I/O; None: any.
         """
-        with self._counting:
-            self._in_use += 1
-        try:
+        with self._using():
             with self._opening:
                 if direct is None:
                     direct = True in self._descriptors and False not in self._descriptors
@@ -313,6 +312,14 @@ class _PositionalFile:
                     self._descriptors[direct] = os.open(self._path, self._flags | ((_DIRECT or 0) if direct else 0))
                 descriptor = self._descriptors[direct]
             return call(descriptor)
+
+    @contextlib.contextmanager
+    def _using(self) -> Iterator[None]:
+        """No descriptor is closed meanwhile; the last to leave after `_close` closes them."""
+        with self._counting:
+            self._in_use += 1
+        try:
+            yield
         finally:
             with self._counting:
                 self._in_use -= 1

@@ -292,8 +292,10 @@ class ShardWriter:
                 ],
             )
             self._written_bytes += len(source)
-        except OSError as error:
-            self.shard.hung += under_way(error)
+        except BaseException as error:
+            self.shard.hung += under_way(error)  # whoever was cancelled may have left a call behind, too
+            if not isinstance(error, OSError):
+                raise
             path = self._owner.path_of(self.shard)
             raise io_error(error, f"writing block {self.shard.block.name!r}", path=path, block=self.shard.block.name) from error
         finally:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
 
 from tierstore.catalog import BlockId
 from tierstore.policies.ranking import Belady, Fixed, Future, Ranking
@@ -321,16 +322,16 @@ def keep(cycle: Cycle, costs: Costs, slots: int, above: bytes) -> Iterator[bytes
     largest = max(costs.nbytes.values())
     room = _Room(period, costs.capacity_bytes - slots * largest)
     bits = max(1, (period - 1).bit_length())
-    ranked = sorted((int(f"{position:0{bits}b}"[::-1], 2), position) for position in range(period) if not above[position])
-    worth: dict[int, float] = {}
+    ranked: list[tuple[float, int, int]] = []  # a heap, as sorting a long period at once would take milliseconds under the lock
     for position, block in enumerate(cycle.accesses):
         if not above[position]:
             saved = costs.load_s[block] + (costs.save_s[block] if block in cycle.written else 0.0)
-            worth[position] = saved / (costs.nbytes[block] * (cycle.next_use(block, position + 1) - position))
+            worth = saved / (costs.nbytes[block] * (cycle.next_use(block, position + 1) - position))
+            heappush(ranked, (-worth, int(f"{position:0{bits}b}"[::-1], 2), position))
             yield None
-    ranked.sort(key=lambda place: -worth[place[1]])  # stable: what is worth the same stays spread
     kept = bytearray(period)
-    for _, position in ranked:
+    while ranked:
+        _, _, position = heappop(ranked)
         block = cycle.accesses[position]
         if room.take(position, int(cycle.next_use(block, position + 1)) - position, costs.nbytes[block]):
             kept[position] = 1
