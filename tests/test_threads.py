@@ -170,6 +170,20 @@ def test_shutdown_does_not_wait_for_what_hangs(pool: Threads) -> None:
     error.landed[0].result(PATIENCE_S)
 
 
+def test_what_nobody_is_left_to_begin_is_given_up_at_shutdown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "STALL_S", 2.0)
+    monkeypatch.setattr(threads, "MAX_LOST", 1)
+    pool, gate = Threads("test", 1, Watch()), threading.Event()
+    pool.submit(gate.wait)
+    for _ in range(2):
+        pool.tick(1.0)
+    queued = pool.submit(int)
+    pool.tick(1.0)
+    pool.shutdown()
+    gate.set()
+    assert isinstance(queued.exception(0.5), StalledError)
+
+
 def test_a_call_refused_for_want_of_a_thread_is_never_made(pool: Threads, monkeypatch: pytest.MonkeyPatch) -> None:
     """The standard library's executor keeps it queued, and the next thread writes where others have their bytes by then."""
     made: list[str] = []

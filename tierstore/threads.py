@@ -153,8 +153,18 @@ class Threads(Executor):
             if member is None:
                 break
             member.join(0.05 if self._watch is not None else None)  # it may be lost meanwhile
+        if wait:
+            self._give_up_queued()
         if wait and self._watch is not None:
             self._watch.remove(self)
+
+    def _give_up_queued(self) -> None:
+        """There is no thread left to begin these, and none can be had."""
+        with self._changed:
+            queued, self._queue = self._queue, deque()
+        for job in queued:
+            if job.future.set_running_or_notify_cancel():
+                job.future.set_exception(StalledError(0.0))
 
     # -- the threads ---------------------------------------------------------------------------------------------------------
 
