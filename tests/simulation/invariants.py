@@ -96,6 +96,8 @@ def check_quiet(world: World, store: AnyStore, opened: Opened) -> None:
         with world.alone():
             hanging = opened.files.num_hanging if opened.files is not None else 0
             left = busy_with(store) or (f"{hanging} requests hang" if hanging else "")
+            if not left and opened.engine.quarantined_bytes:  # what hung has returned, but the engine's loop has not heard of it yet
+                left = f"{opened.engine.quarantined_bytes} bytes are quarantined"
             if not left:
                 _check_rest(opened)
                 return

@@ -97,3 +97,9 @@ def test_a_holder_of_a_lease_overtakes_a_commit_that_waits_for_him() -> None:
     writer = (("use", (("b2", True),), None, 100, (("use", (("b0", True),), None, 0, ()),)),) * 3
     committer = (("commit", True), ("sleep", 50)) * 4
     hunt(Scenario(blocks, (), 3, 3, threads=(reader, writer, committer)))
+
+
+def test_a_read_that_was_given_up_returns_as_everything_comes_to_rest() -> None:
+    """Of the simulation itself: it looked for extents that belong to nobody before the engine had heard that the read has returned."""
+    reader = (("use", (("b0", False),), 30, 20, ()),) * 2
+    hunt(Scenario((BlockPlan("b0", 1, tier="nvme"),), (), 1, 1, threads=(reader,), faults=0.5), range(100))
