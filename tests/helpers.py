@@ -12,7 +12,7 @@ from tierstore.catalog import BlockId
 from tierstore.mover.engine import Engine
 from tierstore.placement import Placement
 from tierstore.policies import Policy, PolicyBase, View
-from tierstore.requests import LINK_OF, Action, Order, Owner, Record
+from tierstore.requests import LINK_OF, Action, Make, Order, Owner, Place, Record, Use
 from tierstore.residency import State, Tier
 from tierstore.scheduler import Scheduler
 from tierstore.trace import Link
@@ -235,6 +235,11 @@ def check_scheduler(scheduler: Scheduler) -> None:
         owner: records for owner, records in scheduler._owned.items() if records
     }
     assert dict(writes) == scheduler._writes_of
+    for record in placement.records.values():
+        if record.gpu.state is State.RESERVED and not record.locked:
+            wanted = any(isinstance(request, Use | Place | Make) for request in scheduler.waiting.wanting(record))
+            wanted |= record in scheduler._left or record in scheduler._hints or record.ram.moving
+            assert wanted, f"{_of(record)} has room on the device that nobody waits for"
     for request in scheduler.waiting.values():
         assert not request.resolved
         for record in request.records:

@@ -814,3 +814,82 @@ def test_a_move_that_fails_half_way_is_not_taken_for_done() -> None:
     with pytest.raises(OSError, match="half-way"):
         sim.placement.failed(move, OSError("stopped half-way"))
     assert blocks[2].gpu.moving, "it may not be leased, read or moved again"
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_room_that_is_being_moved_when_its_request_ends_is_given_back(ordered: bool) -> None:
+    """It stayed taken, for nobody: others got CapacityError beside it."""
+    sim = Sim(gpu=8, ram=16, device_is_ordered=ordered, max_orders=1)
+    first, second, third, last = (sim.put(f"{index}", 2, tier=Tier.GPU) for index in range(4))
+    large, small = sim.put("large", 4), sim.put("small", 2, tier=Tier.NVME)
+    keep = sim.ask("other", (last,))
+    assert isinstance(keep, Lease)
+    sim.scheduler.forget(second)
+    given_up = sim.ask("one", (small,))
+    sim.pump()
+    assert isinstance(given_up, Use)
+    assert small.gpu.state is State.RESERVED
+    for neighbour in (first, third):
+        sim.scheduler.forget(neighbour)
+    wanted = sim.ask("two", (large,))
+    orders, _ = sim.scheduler.advance()
+    (move,) = [order for order in orders if order.action is Action.COMPACT]
+    assert [record for record, _, _ in move.moves] == [small]
+    sim.scheduler.cancel(given_up)
+    for order in orders:
+        sim._start(order)
+    sim.settle()
+    assert small.gpu.state is State.ABSENT
+    assert isinstance(wanted, Use)
+    assert wanted.lease is not None
+    sim.check_lease(wanted.lease)
+    sim.check_lease(keep)
+
+
+def test_room_whose_block_is_written_when_its_request_ends_is_given_back() -> None:
+    """As above; the one who writes goes first, as he holds a lease."""
+    sim = Sim(gpu=8, ram=16, max_orders=1)
+    kept = sim.put("kept", 2, tier=Tier.GPU)
+    slow, block = sim.put("slow", 2, tier=Tier.NVME), sim.put("block", 2, tier=Tier.NVME)
+    keep = sim.ask("writer", (kept,))
+    assert isinstance(keep, Lease)
+    sim.ask("one", (slow,))
+    given_up = sim.ask("two", (block,))
+    sim.pump()
+    assert isinstance(given_up, Use)
+    assert (block.gpu.state, block.ram.state) == (State.RESERVED, State.ABSENT), "the link is busy with the other block"
+    access = HostAccess("writer", (block,), write=True)
+    sim.scheduler.submit(access)
+    sim.pump()
+    assert access.resolved
+    sim.scheduler.cancel(given_up)
+    sim.pump()
+    assert block.gpu.state is State.RESERVED, "nothing changes while the host writes"
+    sim.scheduler.host_write_ended(block)
+    sim.settle()
+    assert block.gpu.state is State.ABSENT
+
+
+def test_room_that_was_to_be_given_back_stays_with_who_asked_for_it_meanwhile() -> None:
+    sim = Sim(gpu=8, ram=16, max_orders=1)
+    kept = sim.put("kept", 2, tier=Tier.GPU)
+    slow, block = sim.put("slow", 2, tier=Tier.NVME), sim.put("block", 2, tier=Tier.NVME)
+    assert isinstance(sim.ask("writer", (kept,)), Lease)
+    sim.ask("one", (slow,))
+    given_up = sim.ask("two", (block,))
+    sim.pump()
+    assert isinstance(given_up, Use)
+    access = HostAccess("writer", (block,), write=True)
+    sim.scheduler.submit(access)
+    sim.pump()
+    sim.scheduler.cancel(given_up)
+    again = sim.ask("three", (block,))
+    sim.pump()
+    place = block.gpu.offset
+    sim.scheduler.host_write_ended(block)
+    sim.pump()
+    assert (block.gpu.state, block.gpu.offset) == (State.RESERVED, place)
+    sim.settle()
+    assert isinstance(again, Use)
+    assert again.lease is not None
+    sim.check_lease(again.lease)

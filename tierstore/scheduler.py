@@ -89,6 +89,7 @@ class Scheduler(Leases):
         self._favourite = -1
         self._tried: set[int] = set()
         self._locked: dict[Record, None] = {}
+        self._left: dict[Record, None] = {}  # see `_unreserve`
         self._hosts = 0
 
     # -- asking ----------------------------------------------------------------------------------------------------------
@@ -217,6 +218,7 @@ class Scheduler(Leases):
             del self.names[record.block.name]
         self._hints.pop(record, None)
         self._hinted.pop(record, None)
+        self._left.pop(record, None)
         self.placement.held.pop(record.id, None)
         if record.id in self.placement.records:
             self.placement.remove(record)
@@ -249,6 +251,7 @@ class Scheduler(Leases):
     def advance(self) -> tuple[list[Order], bool]:
         """Serve what can be served. Returns the orders to carry out, and whether to call again soon."""
         self._learn()
+        self._clear_left()
         protect = self._serve_all()
         claimed = {record for request in self.waiting.values() if alone(request) for record in request.records}
         again = self._serve_hints(protect, claimed) if not self.closing else False
@@ -595,14 +598,33 @@ class Scheduler(Leases):
             self._hosts += 1
 
     def _unreserve(self, request: Request) -> None:
-        """Give up the extents that wait for a request's bytes."""
+        """Give up the extents that wait for a request's bytes; those that cannot go now are `_left` until they can."""
         for record in request.records:
             if record.locked and not isinstance(request, Make):
-                continue  # these belong to the `put` at work
-            for tier in (Tier.GPU, Tier.RAM):
-                copy = record.copy(tier)
-                if copy.state is State.RESERVED and copy.settled and not (tier is Tier.RAM and not self.placement.has_nvme):
+                self._left[record] = None  # a `put` at work needs its extents, a `write` leaves alone what others have reserved
+                continue
+            for tier in self._reserved(record):
+                if record.copy(tier).settled:
                     self.placement.drop(record, tier)
+                else:
+                    self._left[record] = None
+
+    def _reserved(self, record: Record) -> list[Tier]:
+        """Where the block has an extent that waits for its bytes, and that it need not have."""
+        tiers = MEMORY_TIERS if self.placement.has_nvme else (Tier.GPU,)
+        return [tier for tier in tiers if record.copy(tier).state is State.RESERVED]
+
+    def _clear_left(self) -> None:
+        """Give back what could not be when its request ended, unless somebody else waits for the block by now."""
+        for record in list(self._left):
+            reserved = self._reserved(record)
+            if reserved and (record.locked or not all(record.copy(tier).settled for tier in reserved)):
+                continue
+            del self._left[record]
+            if any(isinstance(request, Use | Place) for request in self.waiting.wanting(record)):
+                continue  # it is theirs, and goes when they do
+            for tier in reserved:
+                self.placement.drop(record, tier)
 
     def host_read_ended(self, request: HostAccess) -> None:
         """A `read` has copied what it wanted."""

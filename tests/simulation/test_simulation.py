@@ -103,3 +103,16 @@ def test_a_read_that_was_given_up_returns_as_everything_comes_to_rest() -> None:
     """Of the simulation itself: it looked for extents that belong to nobody before the engine had heard that the read has returned."""
     reader = (("use", (("b0", False),), 30, 20, ()),) * 2
     hunt(Scenario((BlockPlan("b0", 1, tier="nvme"),), (), 1, 1, threads=(reader,), faults=0.5), range(100))
+
+
+def test_room_that_is_being_moved_when_its_request_times_out() -> None:
+    """Nobody gave it back: it stayed taken for good, and who needed the whole device got CapacityError."""
+    blocks = (BlockPlan("b0", 4), BlockPlan("b1", 2, tier="nvme"), BlockPlan("b2", 1), BlockPlan("b3", 3), BlockPlan("b4", 4, tier="gpu"))
+    blocks += (BlockPlan("b5", 3), BlockPlan("b6", 1, tier="nvme"))
+    one = (
+        ("use", (("b4", True), ("b2", False), ("b5", True)), None, 0, ()),
+        ("use", (("b6", True), ("b1", True), ("b3", True)), 30, 0, ()),
+        ("use", (("b5", False), ("b4", False)), None, 0, ()),
+    ) * 2
+    two = (("use", (("b2", False), ("b1", False), ("b3", False)), 30, 20, ()), ("use", (("b5", False), ("b0", False)), 30, 0, ())) * 2
+    hunt(Scenario(blocks, (), 9, 18, threads=(one, two), orders=1, slow=0.05, policy="lru"), range(60))
