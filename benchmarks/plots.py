@@ -5,6 +5,7 @@ Colours are from Okabe and Ito's set, which people with any colour vision can te
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,6 +68,15 @@ def colour(policy: str, policies: Sequence[str]) -> str:
     return LOUD.get(policy, QUIET)
 
 
+def _head(figure: Any, title: str, note: str, columns: int) -> None:
+    """The title, and the note beside it; below the panels where the picture is too narrow for both."""
+    figure.suptitle(textwrap.fill(title, 36 * columns), x=0.005, ha="left", fontsize=13, fontweight="bold")
+    if columns >= 3:
+        figure.text(0.995, 0.985, note, ha="right", va="top", fontsize=9, color="#666666")
+    else:
+        figure.supxlabel(textwrap.fill(note, 60 * columns), fontsize=9, color="#666666")
+
+
 # -- time by budget -------------------------------------------------------------------------------------------------------
 
 
@@ -81,7 +91,6 @@ def draw_time(
     columns = min(3, len(workloads))
     rows = -(-len(workloads) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4.1 * columns, 3.15 * rows + 0.75), squeeze=False, layout="constrained")
-    figure.suptitle("Time of one period against memory, by policy", x=0.005, ha="left", fontsize=13, fontweight="bold")
     for axis, workload in zip(axes.flat, workloads, strict=False):
         _time_panel(axis, [result for result in results if result.workload == workload.name], policies)
         axis.set_title(workload.title)
@@ -93,7 +102,7 @@ def draw_time(
         axis.set_xlabel("RAM, as a share of all blocks (device: a quarter of it)")
     quiet = [name for name in policies if colour(name, policies) == QUIET]
     note = "shaded: no policy can get there" + (f"; grey: {', '.join(quiet)}" if quiet else "")
-    figure.text(0.995, 0.985, note, ha="right", va="top", fontsize=9, color="#666666")
+    _head(figure, "Time of one period against memory, by policy", note, columns)
     figure.savefig(path)
     plt.close(figure)
 
@@ -178,9 +187,8 @@ def draw_bytes(results: Sequence[Result], workloads: Sequence[Workload], policie
     height = 0.26 * len(policies) + 0.75
     figure, axes = plt.subplots(rows, columns, figsize=(4.1 * columns, height * rows + 0.75), squeeze=False, layout="constrained")
     title = f"What crosses the drive's link in one period, with RAM for {budget} % of all blocks"
-    figure.suptitle(title, x=0.005, ha="left", fontsize=13, fontweight="bold")
     note = "dark: read, light: written; dotted: the least that must be"
-    figure.text(0.995, 0.985, note, ha="right", va="top", fontsize=9, color="#666666")
+    _head(figure, title, note, columns)
     for axis, workload in zip(axes.flat, workloads, strict=False):
         found = {result.policy: result for result in results if result.workload == workload.name and result.budget == budget}
         _bytes_panel(axis, [found[name] for name in policies], policies)
@@ -192,7 +200,7 @@ def draw_bytes(results: Sequence[Result], workloads: Sequence[Workload], policie
 
 
 def _bytes_panel(axis: Any, results: Sequence[Result], policies: Sequence[str]) -> None:
-    largest = max(result.nvme for result in results) or 1.0
+    largest = max(result.nvme for result in results) or 1e6
     unit, name = (1e9, "GB") if largest >= 1e9 else (1e6, "MB")
     for row, result in enumerate(results):
         shade = colour(result.policy, policies)

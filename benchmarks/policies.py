@@ -33,6 +33,7 @@ from benchmarks import sources
 from benchmarks.bounds import Bound, least
 from benchmarks.workloads import SYNTHETIC, Workload
 from tierstore.catalog import PAGE
+from tierstore.errors import OptionError
 from tierstore.planner.simulate import LinkModel, Period, simulate
 from tierstore.policies import Policy, resolve
 from tierstore.residency import Tier
@@ -40,6 +41,8 @@ from tierstore.trace import Link
 from tierstore.units import LinkRates
 
 RESULTS = Path(__file__).parent / "results"
+PARTIAL = "policies-results"
+DEFAULT_OUT = f"benchmarks/results, or ./{PARTIAL} for less than everything"
 README = Path(__file__).parents[1] / "README.md"
 POLICIES = ("lookahead", "static", "lru", "fifo", "clock", "sieve", "s3fifo", "arc")
 BUDGETS = (5, 10, 20, 30, 50, 70, 85, 95)
@@ -108,6 +111,16 @@ def tiers(workload: Workload, budget: int) -> tuple[int, int]:
     ram = max(workload.nbytes * budget // 100, 3 * workload.largest_lease)
     gpu = max(workload.nbytes * budget // 400, 3 * workload.largest_lease)
     return -(-gpu // PAGE) * PAGE, -(-ram // PAGE) * PAGE
+
+
+def raised(workload: Workload, budgets: Sequence[int]) -> str:
+    """What to say of budgets at which RAM would not hold three of the largest leases; "" where it does."""
+    low = [budget for budget in budgets if workload.nbytes * budget // 100 < 3 * workload.largest_lease]
+    if not low:
+        return ""
+    share = 300 * workload.largest_lease / workload.nbytes
+    which = ", ".join(f"{budget} %" for budget in low)
+    return f"{workload.name}: RAM for three of the largest leases is {share:.0f} % of all blocks, and taken instead of {which}"
 
 
 def make_policy(name: str) -> Policy:
@@ -326,7 +339,7 @@ def _giga(nbytes: float) -> str:
     help="A trace, CSV or saved by a store.",
 )
 @click.option("--budgets", metavar="PERCENTS", help=f"Budgets in percent.  [default: {','.join(map(str, BUDGETS))}]")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=RESULTS, help="Where results are written.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help=f"Where results are written.  [default: {DEFAULT_OUT}]")
 @click.option("--jobs", type=click.IntRange(min=1), default=os.cpu_count() or 1, help="Processes.")
 @click.option("--quick", is_flag=True, help="Small workloads, two budgets: to see that it works.")
 @click.option("--real/--no-real", default=True, help="Confirm three points by runs of a real store.")
@@ -337,7 +350,7 @@ def main(
     wanted: str | None,
     traces: tuple[Path, ...],
     budgets: str | None,
-    out: Path,
+    out: Path | None,
     jobs: int,
     quick: bool,
     real: bool,
@@ -345,17 +358,20 @@ def main(
 ) -> None:
     """Compare policies on traces of training and inference."""
     console = Console(width=None if sys.stdout.isatty() else 140)
+    policies = (*(only.split(",") if only else POLICIES), *extra)
     if record_demo:
         with tempfile.TemporaryDirectory() as directory:
             sources.save(sources.DEMO, sources.record_demo(Path(directory), say=console.print))
     try:
         workloads = [*_named(wanted, quick, bool(traces)), *(sources.load(path) for path in traces)]
-        for name in extra:
+        for name in policies:
             make_policy(name)
-    except (sources.TraceError, ImportError, AttributeError) as error:
+    except (sources.TraceError, OptionError, ImportError, AttributeError) as error:
         raise click.ClickException(str(error)) from error
-    policies = (*(only.split(",") if only else POLICIES), *extra)
     percents = tuple(int(text) for text in budgets.split(",")) if budgets else QUICK_BUDGETS if quick else BUDGETS
+    whole = not (extra or only or wanted or traces or quick or budgets)
+    if out is None:
+        out = RESULTS if whole else Path(PARTIAL)
     out.mkdir(parents=True, exist_ok=True)
     results = []
     with console.status("simulating"):
@@ -363,6 +379,9 @@ def main(
             results.append(result)
             if len(results) % (len(policies) * len(percents)) == 0:
                 console.print(f"{result.workload}: {len(policies)} policies at {len(percents)} budgets")
+    for workload in workloads:
+        if floor := raised(workload, percents):
+            console.print(floor, soft_wrap=True)
     shown = [budget for budget in TABLE_BUDGETS if budget in percents] or list(percents)
     console.print(table(results, workloads, policies, shown))
     console.print(traffic_table(results, workloads, policies, shown[len(shown) // 2] if len(shown) != 4 else shown[1]))
@@ -370,7 +389,7 @@ def main(
     write_csv(results, out / "policies.csv")
     write_json(results, confirmed, out / "policies.json", arguments={"policies": policies, "budgets": percents, "quick": quick})
     _draw(console, results, workloads, policies, percents, out)
-    if out == RESULTS and not (extra or only or wanted or traces or quick or budgets):
+    if out == RESULTS and whole:
         update_readme(workloads)
 
 

@@ -12,7 +12,7 @@ CSV, one row per block of a lease, in order, with a header line:
 | `period` | a new value begins a new period; the first half of the periods warms up and is not counted (default: one, all counted) |
 
 A trace that `store.trace.save` wrote has neither sizes nor leases nor times: every access is a lease of its own and takes no time, and
-sizes come from a CSV with the columns `block` and `nbytes` beside it, or are all 64 MiB.
+sizes come from a CSV with the columns `block` and `nbytes` beside it, or are all 64 MiB. Its name must not end in `.csv`.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _csv_rows(path: Path) -> Iterator[dict[str, str]]:
     with open(path, encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
         if "block" not in (reader.fieldnames or ()):
-            raise TraceError(f"{path} has no column 'block': its first line must name the columns")
+            raise TraceError(f"{path} has no column 'block': its first line must name the columns (a trace saved by a store is no CSV)")
         yield from reader
 
 

@@ -47,9 +47,9 @@ def check_fits(placement: Placement, request: Request, owned: Collection[Record]
 def scattered(placement: Placement, request: Request) -> CapacityError:
     arenas = placement.arenas.items()
     hung = sum(placement.quarantined.values())
-    free = ", ".join(f"{arena.largest_hole} of {arena.free_bytes} free bytes on {tier.value}" for tier, arena in arenas)
+    free = "; ".join(f"{arena.free_bytes} free bytes on {tier.value}, at most {arena.largest_hole} in one piece" for tier, arena in arenas)
     return CapacityError(
-        f"no place for {names_of(request.records)}: what is held or under way leaves no hole that is large enough",
+        f"no place for {names_of(request.records)}: what cannot leave leaves no hole that is large enough",
         need=f"{max((record.nbytes for record in request.records), default=0)} bytes in one piece",
         have=free + (f", and {hung} bytes kept for reads that do not return" if hung else ""),
         remedy="check the drive"

@@ -28,7 +28,7 @@ def source_of(block: str, tensors: torch.Tensor | Tensors) -> tuple[Source, bool
             f"block {block!r} needs tensors",
             need="a tensor, or a mapping of names to one or more",
             have=have,
-            remedy="wrap it with torch.as_tensor(), or name what it should hold",
+            remedy='hand over a mapping, such as module.state_dict() or {"0": first, "1": second}, or torch.as_tensor() of numbers',
             block=block,
         )
     checked: dict[str, torch.Tensor] = {}

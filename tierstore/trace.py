@@ -100,6 +100,9 @@ class Trace:
         self._rows.append((self.num_accesses, block, write, _PLAIN[found]))
         self.num_accesses += 1
 
+    def __repr__(self) -> str:
+        return f"<Trace: {len(self)} of {self.num_accesses} accesses>"
+
     def __len__(self) -> int:
         return len(self._rows)
 
@@ -125,6 +128,9 @@ class Timeline:
     keep: int = 100_000
     transfers: deque[TransferEvent] = field(default_factory=deque)
     waits: deque[WaitEvent] = field(default_factory=deque)
+
+    def __repr__(self) -> str:
+        return f"<Timeline: {len(self.transfers)} transfers, {len(self.waits)} waits>"
 
     def __post_init__(self) -> None:
         self.transfers = deque(self.transfers, maxlen=self.keep)

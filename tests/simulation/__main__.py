@@ -57,7 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
     print("; ".join(f"{what}: {count}" for what, count in sorted(total.outcomes.items())))
     failed = [seed for seed, _ in total.failures]
     rate = total.seeds / seconds
-    print(f"seeds {first}:{end}: {total.seeds} run, {len(failed)} failed {failed[:20]}, {total.steps} steps, {rate:.1f} seeds/s")
+    which = f" {failed[:20]}" if failed else ""
+    print(f"seeds {first}:{end}: {total.seeds} run, {len(failed)} failed{which}, {total.steps} steps, {rate:.1f} seeds/s")
     return int(bool(failed))
 
 
