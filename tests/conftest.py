@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 import pytest
@@ -35,6 +36,12 @@ def device(request: pytest.FixtureRequest) -> str:
         pytest.skip(f"--device {wanted}")
     name: str = request.param
     return name
+
+
+@pytest.fixture(autouse=True)
+def log_level() -> None:
+    """A benchmark run by an earlier test may have silenced the log."""
+    logging.getLogger("tierstore").setLevel(logging.NOTSET)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

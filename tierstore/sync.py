@@ -242,8 +242,8 @@ class TierStore(StoreBase):
 
         Args:
             metadata: Any JSON value; comes back as `store.committed.metadata`.
-            wait: Return when it is durable, or at once with a handle. Either way the state is that of the call: blocks that
-                are to be written next are saved first.
+            wait: Return when it is durable, or at once with a handle. Either way the state is that of the call, or of the first
+                moment after it at which nobody holds a write lease: blocks that are to be written next are saved first.
 
         Returns:
             The generation, or a `CommitHandle`.

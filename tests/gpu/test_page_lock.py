@@ -50,7 +50,7 @@ class Capped:
 def capped(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Capped:
     driver = Capped(torch.cuda.cudart(), request.param)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
-    monkeypatch.setattr(ram, "SEGMENT_BYTES", MIB)  # a block straddles the end of what is locked
+    monkeypatch.setattr(ram, "SEGMENT_BYTES", 2 * MIB)  # a block straddles the end of what is locked; transfer space does not
     return driver
 
 
