@@ -120,7 +120,7 @@ def main(target: str, *only: str) -> int:
         Path(target).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(report, indent=1))
     failed = any(isinstance(part, dict) and part.get("exit_code") for part in report.values())
-    return int(failed or "survived" in report["planted bugs"].values())
+    return int(failed or "survived" in report.get("planted bugs", {}).values())
 
 
 if __name__ == "__main__":
