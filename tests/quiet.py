@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from tierstore import AsyncTierStore, TierStore
+from tierstore.mover.engine import Engine
 from tierstore.residency import State, Tier
 
 AnyStore = TierStore | AsyncTierStore
@@ -43,26 +44,33 @@ def assert_quiet(store: AnyStore, *, within_s: float = 10.0) -> None:
     assert not left, left
     engine = store.engine
     with engine.lock:
-        records = list(engine.placement.records.values())
-        assert sorted(record.block.name for record in records) == sorted(engine.scheduler.names)
-        assert engine.total_bytes == sum(record.nbytes for record in records)
-        for tier in (Tier.GPU, Tier.RAM):
-            held = sorted((copy.offset, record.nbytes) for record in records if (copy := record.copy(tier)).state is not State.ABSENT)
-            held += engine.placement.quarantined.items() if tier is Tier.RAM else ()
-            assert sorted(held) == list(engine.placement.arenas[tier].extents()), tier
-            assert not any(record.copy(tier).state is State.LOADING for record in records)
-            if engine.directory is not None:
-                assert not any(record.copy(tier).state is State.RESERVED for record in records)
-        for record in records:
-            assert record.tiers, f"nobody has the newest values of {record.block.name!r}"
+        check_rest(engine)
         directory = engine.directory
         if directory is not None:
-            kept = [shard for shards in directory._generations.values() for shard in shards]
-            current = [engine.shards[record] for record in records if record in engine.shards]
-            assert set(directory._shards.values()) == {*kept, *current}
-            for shard in directory._shards.values():
-                assert shard.references == kept.count(shard), shard.file
+            placed = (record.copy(tier).state for record in engine.placement.records.values() for tier in (Tier.GPU, Tier.RAM))
+            assert State.RESERVED not in placed
             assert disk_bytes(directory.path) <= directory.used_bytes <= directory.limit_bytes
+
+
+def check_rest(engine: Engine) -> None:
+    """The extents, shards and bytes of a store at rest are those of its blocks. Under the lock."""
+    records = list(engine.placement.records.values())
+    assert sorted(record.block.name for record in records) == sorted(engine.scheduler.names)
+    assert engine.total_bytes == sum(record.nbytes for record in records), "total_bytes"
+    for tier in (Tier.GPU, Tier.RAM):
+        held = [(copy.offset, record.nbytes) for record in records if (copy := record.copy(tier)).state is not State.ABSENT]
+        held += engine.placement.quarantined.items() if tier is Tier.RAM else ()
+        assert sorted(held) == list(engine.placement.arenas[tier].extents()), f"extents of {tier} that belong to nobody"
+        assert not any(record.copy(tier).state is State.LOADING for record in records)
+    for record in records:
+        assert record.tiers, f"nobody has the newest values of {record.block.name!r}"
+    directory = engine.directory
+    if directory is not None:
+        kept = [shard for shards in directory._generations.values() for shard in shards]
+        current = [engine.shards[record] for record in records if record in engine.shards]
+        assert set(directory._shards.values()) == {*kept, *current}, "shards that belong to nobody"
+        for shard in directory._shards.values():
+            assert shard.references == kept.count(shard), f"{shard.file} is retained {shard.references} times"
 
 
 def disk_bytes(path: str | Path) -> int:

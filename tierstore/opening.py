@@ -165,14 +165,19 @@ def _assemble(
         )
         undo.pop_all()
     if directory is not None:
-        for entry in directory.entries.values():
-            record = engine.scheduler.recover(entry.block)
-            engine.shards[record] = entry.shard
-            engine.committed_versions[record] = record.version
-            engine.total_bytes += record.nbytes
+        recover(engine, directory)
         if directory.committed is not None:
             log.info("resumed generation %d with %d blocks", directory.committed.generation, len(directory.entries))
     return engine
+
+
+def recover(engine: Engine, directory: Directory) -> None:
+    """Book the blocks that the directory held when it was opened."""
+    for entry in directory.entries.values():
+        record = engine.scheduler.recover(entry.block)
+        engine.shards[record] = entry.shard
+        engine.committed_versions[record] = record.version
+        engine.total_bytes += record.nbytes
 
 
 def _reserve(

@@ -7,21 +7,19 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.faults.driver import pages
+from tests.patience import PATIENCE_S, in_thread, wait_until
 from tests.quiet import tensor_of
 from tierstore import AsyncTierStore, CommitHandle, TierStore
 from tierstore.catalog import PAGE
 from tierstore.errors import ClosedError, TierstoreError
 from tierstore.mover.streams import ThreadCopies
 from tierstore.requests import Order, Vacate
-
-PATIENCE_S = 20.0
 
 ENDS: dict[str, Callable[[asyncio.AbstractEventLoop], object]] = {
     "stopped": lambda loop: loop.call_soon_threadsafe(loop.stop),
@@ -40,26 +38,6 @@ async def _die() -> None:
 
 def opened(path: Path) -> TierStore:
     return TierStore(gpu=6 * PAGE, ram=13 * PAGE, nvme=path / "swap", device="cpu")
-
-
-def in_thread(call: Callable[[], object]) -> Future[object]:
-    future: Future[object] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(call())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, "it never comes to that"
-        time.sleep(0.002)
 
 
 def enter(store: TierStore, name: str) -> None:

@@ -9,7 +9,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 
 from tests.faults.driver import pages
 from tests.helpers import check_invariants
+from tests.patience import in_thread, wait_until
 from tests.quiet import assert_quiet, tensor_of
 from tierstore import AsyncTierStore, TierStore, threads
 from tierstore.catalog import PAGE
@@ -110,13 +110,6 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     assert not gate.moved, "a late call would have gone to somebody else's file"
 
 
-def wait_until(condition: Callable[[], object], within_s: float = 20.0) -> None:
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline, "it never comes to that"
-        time.sleep(0.002)
-
-
 @contextmanager
 def opened(path: Path, *, gpu: int = 6, ram: int = 9) -> Iterator[TierStore]:
     with TierStore(gpu=gpu * PAGE, ram=(ram + 4) * PAGE, nvme=path / "swap", device="cpu") as store:
@@ -136,19 +129,6 @@ def given_up(call: Callable[[], object], block: str | None, *, tier: str = "nvme
     assert "no answer" in str(error)
     assert error.path in str(error)
     return error
-
-
-def in_thread(call: Callable[[], object]) -> Future[object]:
-    future: Future[object] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(call())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
 
 
 def use(store: TierStore, name: str) -> torch.Tensor:

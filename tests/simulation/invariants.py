@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from tests.helpers import check_scheduler, describe
-from tests.quiet import AnyStore, busy_with
+from tests.helpers import check_books, describe
+from tests.quiet import AnyStore, busy_with, check_rest
 from tests.simulation.model import Model
 from tests.simulation.opened import Opened
 from tests.simulation.world import BrokenPromiseError, World
-from tierstore.residency import State, Tier
 from tierstore.trace import Kind
 
 EVERY = 8
@@ -41,13 +40,7 @@ class Invariants:
             self.check_all()
 
     def check_all(self) -> None:
-        engine = self._opened.engine
-        check_scheduler(engine.scheduler)
-        directory = engine.directory
-        if directory is not None:
-            assert directory.used_bytes <= directory.peak_bytes <= directory.limit_bytes
-            for record in engine.placement.records.values():
-                assert record.nvme_version < 0 or record in engine.shards, f"{describe(record)} has no shard"
+        check_books(self._opened.engine)
 
     def _check_leases(self) -> None:
         """Leased blocks stay where they are."""
@@ -99,27 +92,7 @@ def check_quiet(world: World, store: AnyStore, opened: Opened) -> None:
             if not left and opened.engine.quarantined_bytes:  # what hung has returned, but the engine's loop has not heard of it yet
                 left = f"{opened.engine.quarantined_bytes} bytes are quarantined"
             if not left:
-                _check_rest(opened)
+                check_rest(opened.engine)
                 return
         world.sleep(20_000)
     raise BrokenPromiseError(f"the store does not come to rest: {left}")
-
-
-def _check_rest(opened: Opened) -> None:
-    engine = opened.engine
-    records = list(engine.placement.records.values())
-    assert sorted(record.block.name for record in records) == sorted(engine.scheduler.names)
-    assert engine.total_bytes == sum(record.nbytes for record in records), "total_bytes"
-    for tier in (Tier.GPU, Tier.RAM):
-        held = sorted((copy.offset, record.nbytes) for record in records if (copy := record.copy(tier)).state is not State.ABSENT)
-        assert held == list(engine.placement.arenas[tier].extents()), f"extents of {tier} that belong to nobody"
-        assert not any(record.copy(tier).state is State.LOADING for record in records)
-    for record in records:
-        assert record.tiers, f"nobody has the newest values of {record.block.name!r}"
-    directory = engine.directory
-    if directory is not None:
-        kept = [shard for shards in directory._generations.values() for shard in shards]
-        current = [engine.shards[record] for record in records if record in engine.shards]
-        assert set(directory._shards.values()) == {*kept, *current}, "shards that belong to nobody"
-        for shard in directory._shards.values():
-            assert shard.references == kept.count(shard), f"{shard.file} is retained {shard.references} times"

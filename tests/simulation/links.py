@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from tests.simulation.world import BrokenPromiseError, World
 from tierstore.errors import TransferError
-from tierstore.mover.streams import Report
+from tierstore.mover.streams import OnCpu, Report
 from tierstore.requests import Action, Order
 from tierstore.residency import Tier
-from tierstore.tiers.device import DeviceArena, flat_bytes
+from tierstore.tiers.device import DeviceArena
 from tierstore.tiers.ram import HostArena
 
 POISON = 0xA5
@@ -56,7 +56,7 @@ def is_poison(target: torch.Tensor) -> bool:
     return bool((target == POISON).all())
 
 
-class SimulatedCopies:
+class SimulatedCopies(OnCpu):
     """As `ThreadCopies`: a copy is ordered and done at once, when its bytes have landed.
 
     Attributes:
@@ -64,14 +64,12 @@ class SimulatedCopies:
         num_faults: Copies that were made to fail.
     """
 
-    asynchronous = False
-
     def __init__(self, world: World, device: DeviceArena, host: HostArena, pace: Pace) -> None:
+        super().__init__(device)
         self.loop: asyncio.AbstractEventLoop
         self.under_way: dict[int, Order] = {}
         self.num_faults = 0
         self._world = world
-        self._device = device
         self._host = host
         self._pace = pace
         self._free_ns = {Action.H2D: 0, Action.D2H: 0}
@@ -139,22 +137,6 @@ class SimulatedCopies:
                 arena[target : target + len(moved)].copy_(moved)
 
         return land
-
-    def lease(self, offsets: Iterable[tuple[int, int]]) -> object:
-        return None
-
-    def note_use(self, offsets: Iterable[tuple[int, int]], stream: object) -> None:
-        pass
-
-    def release(self, offsets: Iterable[tuple[int, int]]) -> int:
-        return 0
-
-    def read(self, offset: int, target: torch.Tensor) -> None:
-        target.copy_(self._device.tensor[offset : offset + target.numel()])
-
-    def write(self, offset: int, source: torch.Tensor) -> None:
-        flat = flat_bytes(source)
-        self._device.tensor[offset : offset + flat.numel()].copy_(flat)
 
     def close(self) -> None:
         if self.under_way:

@@ -18,6 +18,7 @@ from tierstore.catalog import PAGE, BlockId
 from tierstore.mover.budget import NUM_SLOTS, RING_SLOTS, slot_bytes
 from tierstore.mover.engine import Engine
 from tierstore.nvme.directory import Directory
+from tierstore.opening import recover
 from tierstore.placement import Limits, Placement
 from tierstore.policies import Lookahead, Policy, resolve
 from tierstore.residency import Tier
@@ -119,9 +120,5 @@ def open_simulated(world: World, scenario: Scenario, disk: Disk, machine: Stream
     if isinstance(copies, SimulatedCopies):
         copies.loop = engine.loop
     if directory is not None:
-        for entry in directory.entries.values():
-            record = engine.scheduler.recover(entry.block)
-            engine.shards[record] = entry.shard
-            engine.committed_versions[record] = record.version
-            engine.total_bytes += record.nbytes
+        recover(engine, directory)
     return Opened(engine, copies, files, (link_pace, drive_pace), machine)

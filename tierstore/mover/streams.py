@@ -80,13 +80,36 @@ class Copies(Protocol):
     def close(self) -> None: ...
 
 
-class ThreadCopies:
-    """The device is the CPU: one thread per direction copies."""
+class OnCpu:
+    """What needs no ordering where the device is the CPU: leases, and the host's own reads and writes."""
 
     asynchronous = False
 
-    def __init__(self, device: DeviceArena, host: HostArena) -> None:
+    def __init__(self, device: DeviceArena) -> None:
         self._device = device
+
+    def lease(self, offsets: Iterable[tuple[int, int]]) -> object:
+        return None
+
+    def note_use(self, offsets: Iterable[tuple[int, int]], stream: object) -> None:
+        pass
+
+    def release(self, offsets: Iterable[tuple[int, int]]) -> int:
+        return 0
+
+    def read(self, offset: int, target: torch.Tensor) -> None:
+        target.copy_(self._device.tensor[offset : offset + target.numel()])
+
+    def write(self, offset: int, source: torch.Tensor) -> None:
+        flat = flat_bytes(source)
+        self._device.tensor[offset : offset + flat.numel()].copy_(flat)
+
+
+class ThreadCopies(OnCpu):
+    """The device is the CPU: one thread per direction copies."""
+
+    def __init__(self, device: DeviceArena, host: HostArena) -> None:
+        super().__init__(device)
         self._host = host
         self._pools = {
             Action.H2D: Threads("tierstore-h2d", 1),
@@ -116,22 +139,6 @@ class ThreadCopies:
             gpu.copy_(ram)
         else:
             ram.copy_(gpu)
-
-    def lease(self, offsets: Iterable[tuple[int, int]]) -> object:
-        return None
-
-    def note_use(self, offsets: Iterable[tuple[int, int]], stream: object) -> None:
-        pass
-
-    def release(self, offsets: Iterable[tuple[int, int]]) -> int:
-        return 0
-
-    def read(self, offset: int, target: torch.Tensor) -> None:
-        target.copy_(self._device.tensor[offset : offset + target.numel()])
-
-    def write(self, offset: int, source: torch.Tensor) -> None:
-        flat = flat_bytes(source)
-        self._device.tensor[offset : offset + flat.numel()].copy_(flat)
 
     def close(self) -> None:
         for pool in self._pools.values():
