@@ -158,6 +158,21 @@ class Extents:
             record.ram.apply(Event.OUTDATED)
             self._stale[record.id] = record
 
+    def distrust_nvme(self, record: Record) -> None:
+        """What the shard holds may not be what was written: a copy in memory that is as new counts as dirty from now on.
+
+        Where none is, or one is just being read, the shard stays the newest copy, to be checked when it is read.
+        """
+        if record.nvme_version != record.version:
+            return
+        if record.ram.state is State.CLEAN:
+            record.ram.apply(Event.WRITE)
+        elif record.gpu.state is State.CLEAN and record.ram.state in (State.ABSENT, State.RESERVED):
+            record.gpu.apply(Event.WRITE)
+        else:
+            return
+        record.nvme_version = -1
+
     def revive_ram(self, record: Record, event: Event) -> None:
         """The host wrote RAM's copy in place."""
         if record.ram.state is State.STALE:

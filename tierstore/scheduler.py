@@ -429,6 +429,9 @@ class Scheduler(Leases):
             if request.commit and (self._locked or any(record.writer is not None for record in self.placement.leased.values())):
                 request.cause = "lease"
                 return
+            if request.commit and self._commit_saving():
+                request.cause = "commit"
+                return
             self.waiting.begin(request)
             for record in self.placement.records.values():
                 if request.covers(record) and not self._saved(record):
@@ -446,6 +449,12 @@ class Scheduler(Leases):
                 break
         if request.started and not request.pending:
             self._resolve(request, None)
+
+    def _commit_saving(self) -> bool:
+        """Whether an earlier commit is still being saved. The next waits, and writers with it: the blocks of two commits at most
+        are new on the drive then, however many are asked for. See `nvme.space`, [Note: The bound].
+        """
+        return any(isinstance(other, Save) and other.commit and other.pending for other in self.waiting.values())
 
     def _strike_off(self, save: Save) -> None:
         """Forget what is saved by now, or was written anew or deleted meanwhile, until something is left to do."""

@@ -103,6 +103,8 @@ class Engine:
         self._stopping = False
         self._dying = False
         self._landed = asyncio.Event()
+        if directory is not None:
+            directory.on_suspect = self._distrust
         self._hosts = Threads("tierstore-host", 2)
         self.slots = Slots(slot_bytes)
         self.loop = runtime.new_loop()
@@ -532,6 +534,13 @@ class Engine:
                 del capture.needs[record]
                 self.directory.retain(shard)
                 capture.shards[record] = shard
+
+    def _distrust(self, shard: Shard) -> None:
+        """A sync failed, and the system may have dropped what it could not write: what memory has too is saved anew. On the loop."""
+        with self.lock:
+            record = next((record for record, other in self.shards.items() if other is shard), None)
+            if record is not None:
+                self.placement.distrust_nvme(record)
 
     def _capture(self) -> None:
         """Take hold of the shards that a commit needs, at the instant at which its state was fixed. Under the lock."""

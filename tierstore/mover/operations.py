@@ -270,7 +270,8 @@ async def write(engine: Engine, record: Record, source: Source, owner: Owner) ->
                 record.version += 1
             try:
                 with explaining(record, Tier.NVME, f"write() of block {record.block.name!r}", directory.path):
-                    await _write_shard(engine, directory, record, source, keep=True)
+                    partly = any(spec.name not in source.tensors for spec in record.block.tensors)
+                    await _write_shard(engine, directory, record, source, keep=partly)
             except BaseException:
                 with engine.lock:
                     record.version -= 1

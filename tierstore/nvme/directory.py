@@ -30,7 +30,7 @@ from tierstore.nvme.local import LocalFiles
 from tierstore.nvme.manifest import encode_manifest, encode_metadata
 from tierstore.nvme.shards import Entry, Shard, io_error
 from tierstore.nvme.shelf import Shelf
-from tierstore.nvme.space import FIXED_BYTES, Space, footprint
+from tierstore.nvme.space import FIXED_BYTES, Space, footprint, no_relief
 from tierstore.threads import StalledError
 
 log = logging.getLogger(__name__)
@@ -60,6 +60,8 @@ class Directory(Shelf):
         self._orphans: dict[str, int] = {}  # shards that a damaged manifest may need
         self._next_generation = 1
         self._committing = asyncio.Lock()
+        self._num_commits = 0  # that are being made durable, or wait for their turn
+        self._commit_ended = asyncio.Event()  # of the next of them that ends
 
     # -- opening --------------------------------------------------------------------------------------------------------
 
@@ -235,6 +237,8 @@ class Directory(Shelf):
             assert entry.shard.whole, f"{entry.shard.file} cannot be committed now"
             self.retain(entry.shard)
 
+        self._num_commits += 1
+
         async def guarded() -> int:
             try:
                 async with self._committing:
@@ -242,8 +246,17 @@ class Directory(Shelf):
             finally:
                 for entry in entries:
                     self.release(entry.shard)
+                self._num_commits -= 1
+                self._commit_ended.set()
+                self._commit_ended = asyncio.Event()
 
         return await land(guarded())
+
+    async def _relief(self) -> bool:
+        if not self._num_commits:
+            return False
+        await self._commit_ended.wait()
+        return True
 
     async def _commit(self, entries: Sequence[Entry], metadata: str) -> int:
         self._check_open()
@@ -258,7 +271,7 @@ class Directory(Shelf):
         except OSError as error:
             raise io_error(error, "encoding the manifest", path=self.path) from error
         final = self._join(names.manifest_name(generation))
-        await self._space.reserve(len(data), what="the manifest")
+        await self._space.reserve(len(data), no_relief, what="the manifest")
         try:
             await self.files.save(final + names.TEMPORARY, data, sync=True)
             await self.files.sync_directory(self.path)
@@ -317,7 +330,7 @@ class Directory(Shelf):
             self._space.doom(name, file_bytes)
         self._orphans = {}
         await self._close_retired()
-        await self._space.trim(sum(shard.file_bytes for shard in self._shards.values()))
+        await self._space.trim(sum(shard.file_bytes for shard in self._shards.values() if not shard.discarded))
 
     # -- the end --------------------------------------------------------------------------------------------------------
 

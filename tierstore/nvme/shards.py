@@ -29,6 +29,7 @@ from tierstore.nvme.manifest import Record, ShardRecord, encode_record
 from tierstore.threads import StalledError, under_way
 
 MIN_SCRATCH_BYTES = 1 << 18
+RESTORE = "open an older generation (generation=), or restore the file from a backup"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -151,10 +152,10 @@ def io_error(error: OSError, doing: str, *, path: str, block: str | None = None)
     )
 
 
-def damage(shard: Shard, path: str, what: str, **details: object) -> ShardError:
+def damage(shard: Shard, path: str, what: str, *, remedy: str = RESTORE, **details: object) -> ShardError:
     return ShardError(
         f"the shard of block {shard.block.name!r} is damaged: {what} in {path}",
-        remedy="open an older generation (generation=), or restore the file from a backup",
+        remedy=remedy,
         tier="nvme",
         block=shard.block.name,
         path=path,

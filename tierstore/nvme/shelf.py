@@ -11,17 +11,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 from tierstore.catalog import Block
 from tierstore.errors import ClosedError, TierFullError, TierstoreError
 from tierstore.nvme import names
 from tierstore.nvme.checksums import checksum as sum_of
+from tierstore.nvme.checksums import num_chunks
 from tierstore.nvme.files import File, Files, Request, aligned_buffer, land, move_all, when_landed
 from tierstore.nvme.safetensors import build_header
 from tierstore.nvme.shards import Shard, ShardWriter, check_header, damage, io_error, read_payload
-from tierstore.nvme.space import FIXED_BYTES, Space
+from tierstore.nvme.space import FIXED_BYTES, Relief, Space, no_relief
 from tierstore.threads import StalledError, under_way
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class Shelf:
         checksum: Payloads are summed and verified.
         read_bytes: Payload bytes read since opening; likewise `written_bytes`.
         created_files: Shard files made anew since opening; likewise `reused_files`.
+        on_suspect: Told of each shard whose sync has failed.
     """
 
     def __init__(self, path: str, files: Files, *, checksum: bool) -> None:
@@ -63,6 +65,7 @@ class Shelf:
         self._handles: dict[Shard, None] = {}  # shards written through a handle that is still open, oldest first
         self._retired: list[File] = []  # handles to be closed at the next occasion
         self._closed = False
+        self.on_suspect: Callable[[Shard], None] = lambda _: None
 
     @property
     def used_bytes(self) -> int:
@@ -154,7 +157,7 @@ class Shelf:
             TransferError: The file could not be made.
         """
         self._check_open()
-        task = asyncio.ensure_future(self._create(block))
+        task = asyncio.ensure_future(self._create(block, self._relief))
         try:
             return await land(task)
         except asyncio.CancelledError:
@@ -163,7 +166,7 @@ class Shelf:
             raise
 
     async def _write(self, block: Block, source: memoryview, old: Shard | None) -> Shard:
-        writer = await self._rewrite(block, old) or await self._create(block)
+        writer = await self._rewrite(block, old) or await self._create(block, self._relief)
         try:
             await writer.write(0, source)
             return await writer.finish()
@@ -190,7 +193,7 @@ class Shelf:
         old.synced = False
         return ShardWriter(self, old, file, in_place=True)
 
-    async def _create(self, block: Block) -> ShardWriter:
+    async def _create(self, block: Block, relief: Relief) -> ShardWriter:
         await self._close_retired()
         try:
             header = await self.files.work(build_header, block)
@@ -204,7 +207,7 @@ class Shelf:
         self._shards[shard.file] = shard
         try:
             if not await self._reuse_file(shard):
-                await self._make_file(shard)
+                await self._make_file(shard, relief)
         except BaseException:
             del self._shards[shard.file]
             raise
@@ -240,10 +243,14 @@ class Shelf:
         self.reused_files += 1
         return True
 
-    async def _make_file(self, shard: Shard) -> None:
+    async def _relief(self) -> bool:
+        """For who lacks space: wait for what may free some. False: there is nothing to wait for."""
+        return False
+
+    async def _make_file(self, shard: Shard, relief: Relief) -> None:
         """Make the file with room for all of it, so that a full drive is found before a byte is written."""
         block = shard.block.name
-        await self._space.reserve(shard.file_bytes, what=f"block {block!r}", block=block)
+        await self._space.reserve(shard.file_bytes, relief, what=f"block {block!r}", block=block)
         path = self.path_of(shard)
         while True:
             file = self.files.file(path, write=True)
@@ -254,7 +261,7 @@ class Shelf:
             except OSError as error:
                 failure = io_error(error, f"making a file for block {block!r}", path=path, block=block)
                 gone = not isinstance(error, StalledError) and await self._unlink_quietly(shard.file)
-                if gone and isinstance(failure, TierFullError) and self._space.pool_bytes:
+                if gone and isinstance(failure, TierFullError) and (self._space.pool_bytes or await relief()):
                     await self._space.trim()  # the drive is fuller than the limit knows: give up what only waits
                     continue
                 if gone:
@@ -366,6 +373,8 @@ class Shelf:
             shard.synced = True
         except OSError as error:
             shard.suspect = True
+            shard.unverified = set(range(num_chunks(shard.payload_bytes))) if shard.chunks is not None else set()
+            self.on_suspect(shard)
             raise io_error(error, f"syncing block {shard.block.name!r}", path=self.path_of(shard), block=shard.block.name) from error
         finally:
             await _close_quietly(file)
@@ -378,7 +387,7 @@ class Shelf:
             ShardError: What can be read back is not what was written.
             TierFullError, TransferError: The copy failed; the shard is as it was.
         """
-        writer = await self._create(shard.block)
+        writer = await self._create(shard.block, no_relief)  # it is a commit that asks
         # An odd address sends the reads through the page cache, which may hold what the drive did not take.
         buffer = memoryview(bytearray(RELOCATE_BYTES + 1))[1:]
         old = self.files.file(self.path_of(shard))
@@ -400,7 +409,9 @@ class Shelf:
             await _close_quietly(old)
         if shard.chunks is not None and copy.chunks is not None and copy.chunks != shard.chunks:
             self.discard(copy)
-            raise damage(shard, self.path_of(shard), "a sync failed, and what can be read back is not what was written")
+            problem = "a sync failed, and what can be read back is not what was written"
+            remedy = "write() the block anew, or open the directory again at its last commit"
+            raise damage(shard, self.path_of(shard), problem, remedy=remedy)
         self._swap_files(shard, copy)
 
     def _swap_files(self, shard: Shard, copy: Shard) -> None:

@@ -6,7 +6,12 @@ no less than what `du` shows. Space is counted before a file grows and given bac
 
 [Note: The pool]
 Copy on write frees, at each commit, as many bytes as it wrote, in files of just the sizes that will be written next. They wait
-here, at most as many bytes as live shards take, and are deleted at once when anything else needs the space.
+here, at most as many bytes as the blocks' present shards take, and are deleted at once when anything else needs the space.
+
+[Note: The bound]
+With S bytes of blocks and `keep` generations, n commits under way and the newest state need at most (keep + n + 1) S, and files of
+other lengths than those needed now as much as S more until a commit ends. A limit of (keep + 2) S is enough however many commits are asked
+for: a write that finds no room waits for the commits that are being made durable, as each lets go of the generation before it.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections.abc import Awaitable, Callable
 
 from tierstore.catalog import PAGE, round_up
 from tierstore.errors import TierFullError
@@ -24,6 +30,14 @@ log = logging.getLogger(__name__)
 
 FIXED_BYTES = 6 * PAGE
 """The directory itself, lock, holder's process id, CURRENT and its temporary, the probe for direct I/O."""
+
+
+Relief = Callable[[], Awaitable[bool]]
+
+
+async def no_relief() -> bool:
+    """For the commit itself, which cannot wait for its own end."""
+    return False
 
 
 def footprint(file_bytes: int) -> int:
@@ -62,27 +76,38 @@ class Space:
         """Stop counting a file that is gone."""
         self.used_bytes -= footprint(file_bytes)
 
-    async def reserve(self, file_bytes: int, *, what: str, block: str | None = None) -> None:
-        """Count a file about to be made, deleting pooled files as needed.
+    async def reserve(self, file_bytes: int, relief: Relief, *, what: str, block: str | None = None) -> None:
+        """Count a file about to be made, deleting pooled files as needed. See [Note: The bound].
+
+        Args:
+            file_bytes: Its length.
+            relief: Waits for what may free space, and tells whether there was anything to wait for.
+            what, block: Named in the error.
 
         Raises:
             TierFullError: It does not fit. Nothing was written.
         """
         need = footprint(file_bytes)
+        while not await self._reserve(need):
+            if not await relief():
+                raise TierFullError(
+                    f"tier 'nvme' is full: no room for {what} in {self._path}",
+                    need=f"{need} bytes",
+                    have=f"{max(0, self.limit_bytes - self.used_bytes)} bytes of a limit of {self.limit_bytes}",
+                    remedy="raise nvme_limit=, delete blocks, or keep fewer generations",
+                    tier="nvme",
+                    path=self._path,
+                    block=block,
+                )
+
+    async def _reserve(self, need: int) -> bool:
         async with self._deleting:
             while self.used_bytes + need > self.limit_bytes:
                 if not await self._delete_one():
-                    raise TierFullError(
-                        f"tier 'nvme' is full: no room for {what} in {self._path}",
-                        need=f"{need} bytes",
-                        have=f"{max(0, self.limit_bytes - self.used_bytes)} bytes of a limit of {self.limit_bytes}",
-                        remedy="raise nvme_limit=, delete blocks, or keep fewer generations",
-                        tier="nvme",
-                        path=self._path,
-                        block=block,
-                    )
+                    return False
             self.used_bytes += need
             self.peak_bytes = max(self.peak_bytes, self.used_bytes)
+            return True
 
     def offer(self, name: str, file_bytes: int) -> None:
         """Put a file nobody refers to into the pool."""
