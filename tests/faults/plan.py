@@ -164,9 +164,9 @@ class _FaultyFile:
         self._plan.check("stat", self._path)
         return await self._file.stat()
 
-    async def sync(self) -> None:
+    async def sync(self, nbytes: int = 0) -> None:
         self._plan.check("sync", self._path)
-        await self._file.sync()
+        await self._file.sync(nbytes)
 
     async def close(self) -> None:
         await self._file.close()

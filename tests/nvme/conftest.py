@@ -95,9 +95,9 @@ class FailingFile:
     async def stat(self) -> FileStat:
         return await self._file.stat()
 
-    async def sync(self) -> None:
+    async def sync(self, nbytes: int = 0) -> None:
         self._files.pass_by("file.sync", self._path)
-        await self._file.sync()
+        await self._file.sync(nbytes)
 
     async def close(self) -> None:
         await self._file.close()

@@ -348,7 +348,7 @@ class SimulatedFile:
     async def stat(self) -> FileStat:
         return await self._files.stat(self._path)
 
-    async def sync(self) -> None:
+    async def sync(self, nbytes: int = 0) -> None:
         await self._files.elapse(f"sync {name_of(self._path)}", lambda: self._files.disk.sync(self._path), fault=errno.EIO)
 
     async def close(self) -> None:

@@ -96,7 +96,15 @@ class File(Protocol):
         ...
 
     async def stat(self) -> FileStat: ...
-    async def sync(self) -> None: ...
+
+    async def sync(self, nbytes: int = 0) -> None:
+        """Make what was written durable.
+
+        Args:
+            nbytes: The most that may have to be written for it: it may take as long as a slow drive needs for that.
+        """
+        ...
+
     async def close(self) -> None: ...
 
     def forget(self) -> None:

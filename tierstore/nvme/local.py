@@ -247,7 +247,7 @@ class _PositionalFile:
     def __init__(self, files: LocalFiles, path: str, write: bool) -> None:
         self._files = files
         self._path = path
-        self._write = write
+        self._clean = not write
         self._flags = (os.O_RDWR if write else os.O_RDONLY) | _NO_FOLLOW
         self._descriptors: dict[bool, int] = {}  # by whether direct
         self._opening = threading.Lock()  # may be held by a call that hangs
@@ -262,20 +262,21 @@ class _PositionalFile:
         return await self._files.on_threads("read", [partial(self._move, _PREADV, request) for request in requests])
 
     async def write(self, requests: Sequence[Request]) -> list[Outcome]:
+        self._clean = False
         return await self._files.on_threads("write", [partial(self._move, _PWRITEV, request) for request in requests])
 
     async def stat(self) -> FileStat:
         return _file_stat(await self._files.work(lambda: self._with_descriptor(os.fstat)))
 
-    async def sync(self) -> None:
-        nbytes = (await self.stat()).nbytes
+    async def sync(self, nbytes: int = 0) -> None:
         await self._files.work(lambda: self._with_descriptor(os.fsync), nbytes=nbytes, kind="sync")
+        self._clean = True
 
     async def close(self) -> None:
-        if self._write:
-            await self._files.work(self._close)
-        else:
+        if self._clean:
             self._close()  # nothing to write back, so it does not block
+        else:
+            await self._files.work(self._close)
 
     def forget(self) -> None:
         for descriptor in self._descriptors.values():
@@ -394,10 +395,10 @@ class _StreamFile:
     async def stat(self) -> FileStat:
         return await self._files.stat(self._path)
 
-    async def sync(self) -> None:
+    async def sync(self, nbytes: int = 0) -> None:
         async def whole() -> None:
             async with self._open("r+b", "other") as handle:
-                await self._files.work(os.fsync, handle.fileno(), nbytes=(await self.stat()).nbytes)
+                await self._files.work(os.fsync, handle.fileno(), nbytes=nbytes)
 
         await land(whole())
 

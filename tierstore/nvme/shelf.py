@@ -369,7 +369,7 @@ class Shelf:
         file = shard.handle or self.files.file(self.path_of(shard), write=True)
         shard.handle = None
         try:
-            await file.sync()
+            await file.sync(shard.file_bytes)
             shard.synced = True
         except OSError as error:
             shard.suspect = True
