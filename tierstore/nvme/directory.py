@@ -27,6 +27,7 @@ from tierstore.errors import BusyError, OptionError, TierFullError
 from tierstore.nvme import names, recovery
 from tierstore.nvme.files import Files, Lock, land
 from tierstore.nvme.local import LocalFiles
+from tierstore.nvme.locks import MAX_HOLDER_BYTES, describe_holder, living_holder
 from tierstore.nvme.manifest import encode_manifest, encode_metadata
 from tierstore.nvme.shards import Entry, Shard, io_error
 from tierstore.nvme.shelf import Shelf
@@ -123,6 +124,7 @@ class Directory(Shelf):
             if lock is None:
                 raise await _busy(files, path)
             directory = cls(path, files, lock, checksum=checksum, keep=keep)
+            await recovery.clear_holder(files, path)
             await directory._name_holder()
             await directory._recover(limit, generation)
             await files.probe(path, direct_io)
@@ -135,7 +137,7 @@ class Directory(Shelf):
 
     async def _name_holder(self) -> None:
         try:
-            await self.files.save(self._join(names.HOLDER), f"{os.getpid()}\n".encode("ascii"), sync=False)
+            await self.files.save(self._join(names.HOLDER), describe_holder(), sync=False)
         except OSError as error:
             failure = io_error(error, "writing the process id", path=self._join(names.HOLDER))
             if not isinstance(failure, TierFullError):  # a full drive can still be opened, and space made
@@ -150,7 +152,8 @@ class Directory(Shelf):
         chosen = recovery.choose(found, self.path, generation)
         if chosen is not None:
             recovery.check_shards(found, self.path, chosen)
-        self._shards, entries = recovery.link_shards(list(found.manifests.values()), found)
+        self._next_shard, self._next_generation = recovery.next_numbers(found)
+        self._shards, entries = recovery.link_shards(found, self.path, chosen)
         self._generations = {number: [entry.shard for entry in listed] for number, listed in entries.items()}
         self._manifest_bytes = found.manifest_bytes
         self._useless = set(found.damaged)
@@ -160,20 +163,16 @@ class Directory(Shelf):
         current = {entry.shard for entry in self._entries.values()}
         for shard in self._shards.values():
             shard.discarded = shard not in current  # of other generations only: let go with the last of them
-        numbers = [number for name in found.files if (number := names.shard_number(name)) is not None]
-        promised = [manifest.next_shard for manifest in found.manifests.values()]
-        self._next_shard = max([0, *numbers, *(number - 1 for number in promised)]) + 1
-        self._next_generation = max([0, found.hint or 0, *found.manifest_bytes]) + 1
-        await self._clear_leftovers(found)
+        await self._clear_leftovers(found, keep_unclaimed=recovery.doubts(found, chosen))
         held = sum(map(footprint, [shard.file_bytes for shard in self._shards.values()]))
         held += sum(map(footprint, [*self._manifest_bytes.values(), *self._orphans.values()]))
         await self._set_limit(limit, held)
 
-    async def _clear_leftovers(self, found: recovery.Found) -> None:
-        """Delete what a killed process left. A damaged manifest's shards cannot be told from it, so they wait for the next commit."""
+    async def _clear_leftovers(self, found: recovery.Found, *, keep_unclaimed: bool) -> None:
+        """Delete what a killed process left; see [Note: What is not thrown away] in `recovery`."""
         for name, status in found.files.items():
             unclaimed = names.shard_number(name) is not None and name not in self._shards
-            if unclaimed and found.damaged:
+            if unclaimed and keep_unclaimed:
                 self._orphans[name] = status.nbytes
             elif unclaimed or names.is_temporary(name):
                 try:
@@ -370,8 +369,8 @@ def _manifest_bytes(generation: int, next_shard: int, metadata: str, entries: Se
 
 async def _busy(files: Files, path: str) -> BusyError:
     try:
-        holder = int(await files.load(os.path.join(path, names.HOLDER), 32))
-    except (OSError, ValueError):
+        holder = living_holder(await files.load(os.path.join(path, names.HOLDER), MAX_HOLDER_BYTES))
+    except OSError:
         holder = None
     who = f"process {holder}" if holder is not None else "another process"
     return BusyError(

@@ -23,11 +23,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import aiofiles
-import filelock
 
 from tierstore.catalog import PAGE
 from tierstore.errors import OptionError
 from tierstore.nvme.files import File, FileStat, Lock, Outcome, Request, aligned_buffer, is_aligned, land
+from tierstore.nvme.locks import take_lock
 from tierstore.nvme.names import PROBE_NAME
 from tierstore.threads import StalledError, Threads, Watch
 
@@ -58,21 +58,6 @@ def _open_no_follow(path: str, flags: int) -> int:
 
 def _file_stat(status: os.stat_result) -> FileStat:
     return FileStat(status.st_size, status.st_nlink, stat_flags.S_ISREG(status.st_mode), stat_flags.S_ISDIR(status.st_mode))
-
-
-class _FileLock:
-    """A held `filelock` lock. filelock itself closes a forked child's copy without unlocking the parent's."""
-
-    def __init__(self, held: filelock.BaseFileLock) -> None:
-        self._held: filelock.BaseFileLock | None = held
-
-    def release(self) -> None:
-        if self._held is not None:
-            self._held.release()
-            self._held = None
-
-    def forget(self) -> None:
-        self._held = None
 
 
 class LocalFiles:
@@ -231,12 +216,7 @@ class LocalFiles:
         return (await self.work(shutil.disk_usage, path)).free
 
     def lock(self, path: str) -> Lock | None:
-        held = filelock.FileLock(path, timeout=0, mode=FILE_MODE, thread_local=False)
-        try:
-            held.acquire()
-        except filelock.Timeout:
-            return None
-        return _FileLock(held)
+        return take_lock(path)
 
 
 class _PositionalFile:

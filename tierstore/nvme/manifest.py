@@ -14,13 +14,18 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from tierstore.catalog import FILLER_PREFIX, ITEM_BYTES, PAGE, TENSOR_ALIGNMENT, Block, TensorSpec
-from tierstore.errors import DirectoryError, OptionError, ShardError
+from tierstore.errors import DirectoryError, OptionError, ShardError, SizeError
 from tierstore.nvme import names
 from tierstore.nvme.checksums import checksum, num_chunks
-from tierstore.nvme.safetensors import MAX_DIMENSIONS, MAX_HEADER_BYTES, read_object
+from tierstore.nvme.safetensors import MAX_DIMENSIONS, MAX_HEADER_BYTES, MAX_VALUES, num_values, read_object
 
 FORMAT = 1
-MAX_MANIFEST_BYTES = 1 << 28
+MAX_MANIFEST_BYTES = 1 << 27
+"""Of one that is read, and so of one that is written: some 200,000 blocks."""
+
+MAX_METADATA_DEPTH = 100
+"""Lists and objects within one another. How deep a parser can go depends on who calls it; what was committed must be read by all."""
+
 _FRAME = re.compile(rb',"checksum":"([0-9a-f]{16})"\}\n')
 _FRAME_BYTES = len(',"checksum":"0123456789abcdef"}\n')
 _HEX = re.compile(r"[0-9a-f]{16}")
@@ -70,29 +75,31 @@ def encode_metadata(metadata: object) -> str:
     """The user's metadata as JSON text.
 
     Raises:
-        OptionError: It is not JSON: another type, a key that is not text, NaN or an infinity, a cycle.
+        OptionError: It is not JSON: another type, a key that is not text, NaN or an infinity, a cycle; or it is nested too deep.
     """
     try:
-        _check_keys(metadata)
+        _check_nested(metadata, MAX_METADATA_DEPTH)
         return json.dumps(metadata, allow_nan=False, separators=(",", ":"))
     except (TypeError, ValueError, RecursionError) as error:
         raise OptionError(
             "commit metadata must be JSON",
-            need="dicts with text keys, lists, text, finite numbers, bools, None",
+            need=f"dicts with text keys, lists, text, finite numbers, bools, None, at most {MAX_METADATA_DEPTH} within one another",
             have=str(error)[:200],
             remedy="convert what is not, e.g. tensors with .tolist()",
         ) from None
 
 
-def _check_keys(value: object) -> None:
+def _check_nested(value: object, levels: int) -> None:
+    if not isinstance(value, dict | list | tuple):
+        return
+    if not levels:
+        raise ValueError("deeper nesting, or a cycle")
     if isinstance(value, dict):
-        for key, item in value.items():
+        for key in value:
             if not isinstance(key, str):
                 raise TypeError(f"key {key!r} is not text")
-            _check_keys(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            _check_keys(item)
+    for item in value.values() if isinstance(value, dict) else value:
+        _check_nested(item, levels - 1)
 
 
 def encode_record(record: Record) -> str:
@@ -115,9 +122,21 @@ def encode_record(record: Record) -> str:
 
 
 def encode_manifest(generation: int, next_shard: int, metadata: str, records: Sequence[str]) -> bytes:
-    """The manifest's bytes, from `encode_metadata` and `encode_record`. Pure; any thread."""
+    """The manifest's bytes, from `encode_metadata` and `encode_record`. Pure; any thread.
+
+    Raises:
+        SizeError: No store would read one so long.
+    """
     head = f'{{"format":{FORMAT},"generation":{generation},"next_shard":{next_shard},"metadata":{metadata},"blocks":[\n'
     body = (head + ",\n".join(records) + "\n]").encode("ascii")
+    values = num_values(body)
+    if len(body) + _FRAME_BYTES > MAX_MANIFEST_BYTES or values > MAX_VALUES:
+        raise SizeError(
+            "the commit's manifest would be longer than any store reads",
+            need=f"at most {MAX_MANIFEST_BYTES} bytes and {MAX_VALUES} values",
+            have=f"{len(body) + _FRAME_BYTES} bytes and {values} values, {len(metadata)} bytes of them metadata, for {len(records)} blocks",
+            remedy="commit less metadata, or put fewer and larger blocks",
+        )
     return body + f',"checksum":"{checksum(body):016x}"}}\n'.encode("ascii")
 
 
@@ -145,6 +164,7 @@ def decode_manifest(data: bytes) -> Manifest:
     _expect(type(version) is int and version == FORMAT and set(fields) == members, "its members are not those of format 1")
     generation = _natural(fields["generation"], "generation")
     next_shard = _natural(fields["next_shard"], "next_shard")
+    _expect(max(generation, next_shard - 1) <= names.MAX_NUMBER, "generation or next_shard is more than a file's name can carry")
     _expect(isinstance(fields["blocks"], list), "blocks is not a list")
     records = tuple(_record(entry) for entry in fields["blocks"])
     _expect(len({record.block.name for record in records}) == len(records), "a block occurs twice")
@@ -161,7 +181,7 @@ def _record(entry: object) -> Record:
     assert isinstance(entry, dict)
     name = entry["name"]
     _expect(_is_text(name), "a block's name is not text")
-    where = f"block {name!r}: "
+    where = f"block {name[:200]!r}: "
     nbytes = _natural(entry["payload_bytes"], where + "payload_bytes")
     _expect(nbytes > 0 and nbytes % PAGE == 0, where + "payload_bytes is not a positive multiple of 4096")
     _expect(type(entry["single"]) is bool and type(entry["frozen"]) is bool, where + "single or frozen is not a bool")
@@ -180,13 +200,14 @@ def _tensors(entries: object, nbytes: int, where: str) -> tuple[TensorSpec, ...]
             _refuse(where + "a tensor is not name, dtype, shape, offset")
         name, dtype, shape, offset = entry
         _expect(_is_text(name) and not name.startswith(FILLER_PREFIX) and name != "__metadata__", where + "a tensor's name is not allowed")
-        _expect(isinstance(dtype, str) and dtype in ITEM_BYTES, where + f"the dtype of {name!r} is not known")
-        _expect(isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS, where + f"the shape of {name!r} is not a short list")
-        sizes = tuple(_natural(size, where + f"the shape of {name!r}") for size in shape)
-        spec = TensorSpec(name, dtype, sizes, _natural(offset, where + f"the offset of {name!r}"))
-        _expect(spec.offset % TENSOR_ALIGNMENT == 0 and spec.offset >= end, where + f"{name!r} overlaps or is not aligned")
+        what = repr(name[:200])
+        _expect(isinstance(dtype, str) and dtype in ITEM_BYTES, where + f"the dtype of {what} is not known")
+        _expect(isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS, where + f"the shape of {what} is not a short list")
+        sizes = tuple(_natural(size, where + f"the shape of {what}") for size in shape)
+        spec = TensorSpec(name, dtype, sizes, _natural(offset, where + f"the offset of {what}"))
+        _expect(spec.offset % TENSOR_ALIGNMENT == 0 and spec.offset >= end, where + f"{what} overlaps or is not aligned")
         end = spec.offset + spec.nbytes
-        _expect(end <= nbytes, where + f"{name!r} reaches beyond the payload")
+        _expect(end <= nbytes, where + f"{what} reaches beyond the payload")
         specs.append(spec)
     _expect(len({spec.name for spec in specs}) == len(specs), where + "a tensor occurs twice")
     return tuple(specs)
@@ -223,7 +244,11 @@ def _natural(value: object, what: str) -> int:
 def _is_text(value: object) -> bool:
     if not isinstance(value, str) or not value:
         return False
-    return not any("\ud800" <= character <= "\udfff" for character in value)
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:  # a lone surrogate
+        return False
+    return True
 
 
 def _expect(condition: bool, problem: str) -> None:

@@ -4,6 +4,14 @@
 The highest whose manifest is there and matches its checksum. `CURRENT` is a hint, used only to say that a commit is missing.
 A manifest appears under its name only after the shards it names are durable, and disappears durably before the first of them
 is rewritten; so a valid manifest means intact shards, however the last process ended.
+
+[Note: What is not thrown away]
+A manifest that is damaged, or that `CURRENT` promises and is missing, may be mended or restored by hand. Which shards it needs
+cannot be told, so while there is such a one no shard is deleted because nobody claims it: not before the next commit.
+
+[Note: Nothing is opened before it was looked at]
+Under a name of the store's there may be anything: a pipe, whose opening never returns; another name of somebody's file. So what
+is not a plain file is refused before it is opened, and whatever the store writes goes to a file that it makes itself.
 """
 
 from __future__ import annotations
@@ -11,7 +19,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tierstore.errors import DirectoryError, ShardError
@@ -69,11 +77,53 @@ async def check_place(files: Files, path: str) -> None:
         raise DirectoryError(
             f"{path} holds files that are not the store's",
             need="an empty directory, or one that a store made",
-            have=some(foreign, ", "),
+            have=some(list(map(repr, foreign)), ", "),
             remedy="name another directory, or move these files away",
             path=path,
             foreign=tuple(foreign),
         )
+    # The others are looked at with the lock held, in `survey`; these are opened before.
+    first = [name for name in (names.LOCK, names.HOLDER) if name in present]
+    _refuse_odd(path, {name: status for name in first if (status := await _look(files, os.path.join(path, name))) is not None})
+
+
+async def _look(files: Files, path: str) -> FileStat | None:
+    """None if it has gone: a store that is just closing removes files."""
+    try:
+        return await files.stat(path)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise unusable(path, error) from error
+
+
+def _refuse_odd(path: str, present: Mapping[str, FileStat]) -> None:
+    """See [Note: Nothing is opened before it was looked at]."""
+    odd = sorted(name for name, status in present.items() if not status.regular)
+    if odd:
+        raise DirectoryError(
+            f"{path} holds a link, a directory or a device under a name of the store's",
+            need="plain files",
+            have=some(odd, ", "),
+            remedy="remove it",
+            path=path,
+            foreign=tuple(odd),
+        )
+
+
+async def clear_holder(files: Files, path: str) -> None:
+    """Remove what a killed process said about itself, so that nobody takes it for ours. The lock is held.
+
+    Raises:
+        DirectoryError: It cannot be removed.
+    """
+    holder = os.path.join(path, names.HOLDER)
+    try:
+        await files.unlink(holder)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise unusable(path, error) from error
 
 
 def some(items: Sequence[str], separator: str) -> str:
@@ -95,15 +145,7 @@ async def survey(files: Files, path: str) -> Found:
     """
     found = Found()
     found.files = await files.scan(path)
-    odd = sorted(name for name, status in found.files.items() if not status.regular)
-    if odd:
-        raise DirectoryError(
-            f"{path} holds a link or a directory under a name of the store's",
-            have=odd[0],
-            remedy="remove it",
-            path=path,
-            foreign=tuple(odd),
-        )
+    _refuse_odd(path, found.files)
     for name, status in sorted(found.files.items()):
         generation = names.manifest_generation(name)
         if generation is not None:
@@ -139,9 +181,10 @@ async def _read_hint(files: Files, path: str, found: Found) -> int | None:
         return None
     try:
         hint = json.loads(await files.load(os.path.join(path, names.CURRENT), 256))["generation"]
-        return hint if type(hint) is int else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+    # Rubbish must not use up the numbers.
+    return hint if type(hint) is int and 0 < hint <= names.MAX_NUMBER // 2 else None
 
 
 def encode_hint(generation: int) -> bytes:
@@ -182,6 +225,19 @@ def choose(found: Found, path: str, generation: int | None) -> Manifest | None:
     return found.manifests[newest]
 
 
+def next_numbers(found: Found) -> tuple[int, int]:
+    """Numbers that nothing in the directory has, nor any manifest promises: (shard, generation)."""
+    numbers = [number for name in found.files if (number := names.shard_number(name)) is not None]
+    shard = max([1, *(number + 1 for number in numbers), *(manifest.next_shard for manifest in found.manifests.values())])
+    generation = max([0, found.hint or 0, *found.manifest_bytes]) + 1
+    return shard, generation
+
+
+def doubts(found: Found, chosen: Manifest | None) -> bool:
+    """Whether a generation may be there that cannot be read now; see [Note: What is not thrown away]."""
+    return bool(found.damaged) or (found.hint or 0) > (0 if chosen is None else max(found.manifests))
+
+
 def check_shards(found: Found, path: str, manifest: Manifest) -> None:
     """Every shard of the manifest must be there with its length; its bytes are checked when they are read.
 
@@ -210,25 +266,40 @@ def check_shards(found: Found, path: str, manifest: Manifest) -> None:
         )
 
 
-def link_shards(manifests: Sequence[Manifest], found: Found) -> tuple[dict[str, Shard], dict[int, list[Entry]]]:
+def link_shards(found: Found, path: str, chosen: Manifest | None) -> tuple[dict[str, Shard], dict[int, list[Entry]]]:
     """One `Shard` per file, however many generations share it: (by file name, entries per generation).
 
-    Raises:
-        ShardError: Two generations disagree about one file.
+    The chosen generation has passed `check_shards`. Any other whose manifest contradicts it, a newer one or the files is damaged,
+    and moves there. Files that are only missing are left for who opens that generation.
     """
     shards: dict[str, Shard] = {}
     described: dict[str, Record] = {}
     entries: dict[int, list[Entry]] = {}
-    for manifest in manifests:
+    for manifest in sorted(found.manifests.values(), key=lambda one: (one is chosen, one.generation), reverse=True):
+        records = [record for record in manifest.records if record.shard.file in found.files]
+        wrong = next((record for record in records if _contradicts(record, described, found)), None)
+        if wrong is not None:
+            generation, where = manifest.generation, os.path.join(path, names.manifest_name(manifest.generation))
+            found.damaged[generation] = ShardError(
+                f"generation {generation} cannot be opened ({where}): {wrong.shard.file} is not what it says",
+                remedy="open another generation, or restore the directory from a backup",
+                path=where,
+                generation=generation,
+                block=wrong.block.name,
+            )
+            log.warning("%s", found.damaged[generation])
+            del found.manifests[generation]
+            continue
         entries[manifest.generation] = []
-        for record in manifest.records:
+        for record in records:
             file = record.shard.file
-            if file not in found.files:
-                continue  # of a generation nobody opened; `check_shards` has seen to the one that is
-            if described.setdefault(file, record) != record:
-                problem = f"two generations disagree about shard {file!r}"
-                raise ShardError(problem, remedy="restore the directory from a backup", block=record.block.name)
+            described[file] = record
             shard = shards.get(file) or shards.setdefault(file, Shard.from_record(record.block, record.shard))
             shard.references += 1
             entries[manifest.generation].append(Entry(record.block, shard))
     return shards, entries
+
+
+def _contradicts(record: Record, described: Mapping[str, Record], found: Found) -> bool:
+    file = record.shard.file
+    return described.get(file, record) != record or found.files[file].nbytes != record.shard.file_bytes

@@ -21,6 +21,10 @@ MAX_HEADER_BYTES = 100_000_000
 """What the format allows; other readers refuse more."""
 
 MAX_DIMENSIONS = 64
+MAX_VALUES = 1 << 23
+"""JSON values in a header or manifest, as `num_values` counts them: up to about 100 bytes of memory each while they are parsed. A block
+of a few tensors takes about 40."""
+
 BLOCK_KEY = "tierstore_block"
 """Key of the block's name in the header's metadata, so that a shard explains itself without a manifest."""
 
@@ -113,7 +117,7 @@ def parse_header(header: bytes, file_bytes: int) -> Header:
     for tensor, expected in _with_expected_begin(tensors):
         if tensor.begin != expected:
             what = "overlaps the tensor before it" if tensor.begin < expected else "leaves a hole before it"
-            raise ShardError(f"tensor {tensor.name!r} {what}", need=f"data offset {expected}", have=tensor.begin, tensor=tensor.name)
+            raise ShardError(f"tensor {_short(tensor.name)} {what}", need=f"data offset {expected}", have=tensor.begin, tensor=tensor.name)
     end = tensors[-1].end if tensors else 0
     if end != data_bytes:
         raise ShardError("the tensors do not end where the file does", need=f"{end} bytes of data", have=data_bytes)
@@ -129,18 +133,24 @@ def _with_expected_begin(tensors: list[StoredTensor]) -> Iterator[tuple[StoredTe
 
 def _stored(name: str, entry: object) -> StoredTensor:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise ShardError(f"tensor {name!r} is not described by dtype, shape and data_offsets", tensor=name)
+        raise ShardError(f"tensor {_short(name)} is not described by dtype, shape and data_offsets", tensor=name)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         known = ", ".join(ITEM_BYTES)
-        raise ShardError(f"tensor {name!r} has a dtype the store does not know", need=f"one of {known}", have=dtype, tensor=name)
+        problem = f"tensor {_short(name)} has a dtype the store does not know"
+        raise ShardError(problem, need=f"one of {known}", have=_short(dtype), tensor=name)
     if not _naturals(shape) or len(shape) > MAX_DIMENSIONS or not _naturals(offsets) or len(offsets) != 2:
-        raise ShardError(f"tensor {name!r} has a shape or offsets that are not non-negative whole numbers", tensor=name)
+        raise ShardError(f"tensor {_short(name)} has a shape or offsets that are not non-negative whole numbers", tensor=name)
     begin, end = offsets
     nbytes = math.prod(shape) * ITEM_BYTES[dtype]
     if end - begin != nbytes:
-        raise ShardError(f"tensor {name!r} does not fill its range", need=f"{nbytes} bytes", have=end - begin, tensor=name)
+        raise ShardError(f"tensor {_short(name)} does not fill its range", need=f"{nbytes} bytes", have=end - begin, tensor=name)
     return StoredTensor(name, dtype, tuple(shape), begin, end)
+
+
+def _short(value: object) -> str:
+    """For a message: whoever made the file chose how long it is."""
+    return repr(value[:200] if isinstance(value, str) else type(value).__name__)
 
 
 def _naturals(value: object) -> bool:
@@ -148,17 +158,31 @@ def _naturals(value: object) -> bool:
 
 
 def read_object(text: bytes, *, what: str) -> dict[str, Any]:
-    """Parse a JSON object strictly: valid UTF-8, no key twice, no NaN, bounded depth.
+    """Parse a JSON object strictly: valid UTF-8, no key twice, finite numbers, bounded depth, and few enough values to be held.
 
     Raises:
         ShardError: `what` is not such an object.
     """
+    if (values := num_values(text)) > MAX_VALUES:
+        raise ShardError(f"the {what} has too many values", need=f"at most {MAX_VALUES}", have=values)
     try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise ShardError(f"the {what} is not valid JSON", have=str(error)[:200]) from None
     if not isinstance(value, dict):
         raise ShardError(f"the {what} is not a JSON object", have=type(value).__name__)
+    return value
+
+
+def num_values(text: bytes) -> int:
+    """No fewer than the values in a JSON text. Does not parse it: separators and brackets are counted, also those within strings."""
+    return sum(map(text.count, (b",", b":", b"[", b"{")))
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text[:40]} is too large a number")
     return value
 
 
