@@ -19,9 +19,6 @@ MODELS = ("bytes",)
 def main(verbose: bool) -> None:
     """Train networks that fit neither on the GPU nor in RAM: state on three tiers, bit-identical to training in memory."""
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(name)s: %(message)s")
-    from tierstore.hardware import warn_if_torch_cannot_use_gpu
-
-    warn_if_torch_cannot_use_gpu()
 
 
 @main.command()
@@ -60,7 +57,9 @@ def demo(
 
     from tierstore.demo import run
     from tierstore.demo.corpus import CorpusError
+    from tierstore.hardware import warn_if_torch_cannot_use_gpu
 
+    warn_if_torch_cannot_use_gpu()
     options = run.Options(directory, device=device, policy=policy, gpu=gpu, ram=ram, steps=steps, seed=seed, fresh=fresh, check=check)
     try:
         code = run.run(options, Console())
