@@ -119,7 +119,7 @@ class Directory(Shelf):
             except OSError as error:
                 raise recovery.unusable(path, error) from error
             if lock is None:
-                raise await _busy(files, path)
+                raise await busy(files, path)
             directory = cls(path, files, lock, checksum=checksum, keep=keep)
             await directory._name_holder()
             await directory._recover(limit, generation)
@@ -355,11 +355,9 @@ def _manifest_bytes(generation: int, next_shard: int, metadata: str, entries: Se
     return encode_manifest(generation, next_shard, metadata, [entry.line() for entry in entries])
 
 
-async def _busy(files: Files, path: str) -> BusyError:
-    try:
-        holder = int(await files.load(os.path.join(path, names.HOLDER), 32))
-    except (OSError, ValueError):
-        holder = None
+async def busy(files: Files, path: str) -> BusyError:
+    """What to raise where somebody else has the lock."""
+    holder = await recovery.read_holder(files, path)
     who = f"process {holder}" if holder is not None else "another process"
     return BusyError(
         f"{path} is in use by {who}",
