@@ -116,7 +116,7 @@ def test_the_recorded_demo_is_there_and_repeats() -> None:
     demo: Workload = sources.load(sources.DEMO)
     assert demo.repeats
     assert len(demo.periods) >= 4
-    assert {name.partition(".")[2] for name in demo.blocks} == {"weights", "gradients", "moments"}
+    assert {name.rpartition("/")[0] for name in demo.blocks} == {"", "gradients", "optimizer"}
 
 
 MINE = """

@@ -23,6 +23,10 @@ PAGE = 4096
 FILLER_PREFIX = "__tierstore_filler__"
 """Names that begin so are gaps between tensors in a shard, never a user's data."""
 
+STATE_PREFIXES = ("optimizer/", "gradients/", "activations/", "training/")
+"""Names of blocks that begin so are training state, which an export of the weights leaves out. `tierstore.training` will use
+`optimizer/` (masters and moments), `gradients/`, `activations/` and, for all else that it must keep, `training/`."""
+
 ITEM_BYTES = {
     "BOOL": 1,
     "U8": 1,
@@ -65,6 +69,10 @@ class TensorSpec:
     dtype: str
     shape: tuple[int, ...]
     offset: int
+
+    @property
+    def item_bytes(self) -> int:
+        return ITEM_BYTES[self.dtype]
 
     @property
     def nbytes(self) -> int:

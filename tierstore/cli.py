@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import time
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
-from tierstore.errors import TierstoreError
+from tierstore.errors import ShardError, TierstoreError
+
+if TYPE_CHECKING:
+    from tierstore.nvme.local import LocalFiles
+
+T = TypeVar("T")
 
 MODELS = ("bytes",)
 """What `demo --model` can train."""
@@ -19,9 +28,6 @@ MODELS = ("bytes",)
 def main(verbose: bool) -> None:
     """Train networks that fit neither on the GPU nor in RAM: state on three tiers, bit-identical to training in memory."""
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(name)s: %(message)s")
-    from tierstore.hardware import warn_if_torch_cannot_use_gpu
-
-    warn_if_torch_cannot_use_gpu()
 
 
 @main.command()
@@ -60,10 +66,161 @@ def demo(
 
     from tierstore.demo import run
     from tierstore.demo.corpus import CorpusError
+    from tierstore.hardware import warn_if_torch_cannot_use_gpu
 
+    warn_if_torch_cannot_use_gpu()
     options = run.Options(directory, device=device, policy=policy, gpu=gpu, ram=ram, steps=steps, seed=seed, fresh=fresh, check=check)
     try:
         code = run.run(options, Console())
     except (TierstoreError, run.DemoError, CorpusError) as error:
         raise click.ClickException(str(error)) from error
     context.exit(code)
+
+
+# -- a store's directory, looked at without opening it ------------------------------------------------------------------------
+
+DAMAGED, CANNOT = 1, 2
+"""Exit codes: something is damaged; it could not be done at all (0: done, and good)."""
+
+
+def run_on_files(work: Callable[[LocalFiles], Coroutine[Any, Any, T]]) -> T:
+    """Run a coroutine with the machine's file system. Ctrl-C ends it once nothing is in flight."""
+    import asyncio
+
+    from tierstore.nvme.local import LocalFiles
+
+    files = LocalFiles()
+    try:
+        return asyncio.run(work(files))
+    finally:
+        files.close()
+
+
+def _end(context: click.Context, error: TierstoreError, code: int) -> NoReturn:
+    click.echo(f"Error: {error}", err=True)
+    context.exit(code)
+
+
+directory_argument = click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+generation_option = click.option("--generation", type=click.IntRange(min=1), metavar="N", help="Only this generation.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs instead (documented in tierstore/FORMAT.md).")
+
+
+@main.command()
+@directory_argument
+@generation_option
+@json_option
+@click.pass_context
+def verify(context: click.Context, directory: Path, generation: int | None, as_json: bool) -> None:
+    """Read all that a store's directory DIR holds and check every checksum.
+
+    Names the blocks and tensors that are damaged, and the generations that are whole. Nothing in DIR is changed; no store may have it
+    open meanwhile.
+
+    \b
+    Exit codes:
+      0  everything is as it was written
+      1  something is damaged
+      2  it cannot be checked: no store's directory, in use, a newer format
+    """  # noqa: D301  # click wants the backspace itself
+    from rich.console import Console
+
+    from tierstore.nvme.reading import absolute
+    from tierstore.nvme.verify import verify as check
+    from tierstore.printing import print_report, progress
+
+    started_s = time.monotonic()
+    try:
+        with progress("verifying") as begin:
+            report = run_on_files(lambda files: check(files, absolute(directory), generation=generation, begin=begin))
+    except TierstoreError as error:
+        _end(context, error, CANNOT)
+    if as_json:
+        click.echo(json.dumps(report.to_json(), indent=2))
+    else:
+        print_report(Console(), report, time.monotonic() - started_s)
+    context.exit(0 if report.good else DAMAGED)
+
+
+@main.command()
+@directory_argument
+@generation_option
+@click.option("--tensors", is_flag=True, help="List each block's tensors too.")
+@json_option
+@click.pass_context
+def inspect(context: click.Context, directory: Path, generation: int | None, tensors: bool, as_json: bool) -> None:
+    """Show what a store's directory DIR holds: generations, blocks, and what takes which part of the drive.
+
+    Reads names and manifests, not payloads, changes nothing, and may be used while a store has DIR open.
+    """
+    from rich.console import Console
+
+    from tierstore.nvme.contents import inspect as look
+    from tierstore.nvme.reading import absolute
+    from tierstore.printing import print_contents
+
+    try:
+        contents = run_on_files(lambda files: look(files, absolute(directory), generation=generation))
+    except TierstoreError as error:
+        _end(context, error, CANNOT)
+    if as_json:
+        click.echo(json.dumps(contents.to_json(), indent=2))
+    else:
+        print_contents(Console(), contents, tensors=tensors)
+
+
+@main.command()
+@directory_argument
+@click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
+@click.option("--max-shard-size", metavar="SIZE", default="5GB", help="Most bytes of tensors in one file.")
+@click.option("--only", metavar="GLOB", multiple=True, help="Export the blocks with such names and no others, also training state.")
+@click.option("--exclude", metavar="GLOB", multiple=True, help="Leave out the blocks with such names.")
+@generation_option
+@click.option("--link", is_flag=True, help="Share bytes with the store where whole files allow it: by reflink, else by hard link.")
+@click.option("--force", is_flag=True, help="Replace a model that is in OUT.")
+@click.pass_context
+def export(
+    context: click.Context,
+    directory: Path,
+    out: Path,
+    max_shard_size: str,
+    only: tuple[str, ...],
+    exclude: tuple[str, ...],
+    generation: int | None,
+    link: bool,
+    force: bool,
+) -> None:
+    """Write the weights in a store's directory DIR to OUT, as Hugging Face's libraries lay out a model.
+
+    These are model-00001-of-0000N.safetensors and model.safetensors.index.json. Training state is left out: blocks whose names begin with
+    optimizer/, gradients/, activations/ or training/. Every byte is checked as it is read, and a failure leaves nothing in OUT. Nothing
+    in DIR is changed; no store may have it open meanwhile.
+
+    A file that --link has hard-linked is the store's own file under a second name: the store will not change it, and nor should you.
+
+    \b
+    Exit codes:
+      0  done
+      1  a block to be exported is damaged
+      2  it cannot be done
+    """  # noqa: D301  # click wants the backspace itself
+    from rich.console import Console
+
+    from tierstore import export as exporting
+    from tierstore.nvme.local import LocalFiles
+    from tierstore.nvme.reading import absolute
+    from tierstore.printing import print_exported, progress
+    from tierstore.units import parse_size
+
+    started_s = time.monotonic()
+    out_files = LocalFiles()
+    try:
+        most = parse_size(max_shard_size, what="--max-shard-size")
+        options = exporting.Options(absolute(out), generation, only, exclude, most, link, force)
+        with progress("exporting") as begin:
+            done = run_on_files(lambda files: exporting.export(files, out_files, absolute(directory), options, begin=begin))
+    except TierstoreError as error:
+        _end(context, error, DAMAGED if isinstance(error, ShardError) else CANNOT)
+    finally:
+        out_files.close()
+    print_exported(Console(), done, time.monotonic() - started_s)

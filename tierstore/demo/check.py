@@ -68,7 +68,7 @@ def compare_blocks(store: TierStore, expected: dict[str, Tensor]) -> list[str]:
     """Differences between what the store reads back and `expected`, which is keyed by block, slash, name."""
     by_block: dict[str, dict[str, Tensor]] = {}
     for full_name, tensor in expected.items():
-        block, name = full_name.split("/")
+        block, _, name = full_name.rpartition("/")
         by_block.setdefault(block, {})[name] = tensor
     differences = []
     for block, tensors in by_block.items():

@@ -31,7 +31,7 @@ def train(config: model.Config) -> dict[str, Tensor]:
     """Train from the first step to the last.
 
     Returns:
-        "layer0.weights/qkv", "layer0.moments/exp_avg.qkv", ..., "losses".
+        "layer0/layer0.qkv", "optimizer/layer0/exp_avg.layer0.qkv", ..., "losses": block, slash, tensor.
     """
     weights = {part: model.initial_weights(config, part) for part in model.parts(config)}
     weights = {part: {name: tensor.to(config.device).requires_grad_() for name, tensor in group.items()} for part, group in weights.items()}
@@ -59,9 +59,9 @@ def train(config: model.Config) -> dict[str, Tensor]:
     result = {"losses": torch.tensor(losses, dtype=torch.float64)}
     for part, group in weights.items():
         for name, tensor in group.items():
-            result[f"{part}.weights/{name}"] = tensor.detach().cpu()
+            result[f"{part}/{part}.{name}"] = tensor.detach().cpu()
             for moment in ("exp_avg", "exp_avg_sq"):
-                result[f"{part}.moments/{moment}.{name}"] = optimizer.state[tensor][moment].cpu()
+                result[f"optimizer/{part}/{moment}.{part}.{name}"] = optimizer.state[tensor][moment].cpu()
     return result
 
 

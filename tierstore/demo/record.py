@@ -10,7 +10,7 @@ from typing import Any
 from tierstore.counters import Stats
 from tierstore.demo.model import Config
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(slots=True)

@@ -1,8 +1,9 @@
 """The training loop by hand, over the store's public calls alone.
 
-The whole training state lives in the store, three blocks per part of the model: `<part>.weights`, `<part>.gradients` and
-`<part>.moments` (AdamW's two, fp32). A part is on the device only while it is leased. What the loop keeps between leases is the input of
-each layer, which the backward pass starts from, and single numbers.
+The whole training state lives in the store, three blocks per part of the model: `<part>`, its weights; `gradients/<part>`; and
+`optimizer/<part>`, AdamW's two moments in fp32. Names that begin so are training state, which `tierstore export` leaves out. A part is on
+the device only while it is leased. What the loop keeps between leases is the input of each layer, which the backward pass starts from,
+and single numbers.
 """
 
 from __future__ import annotations
@@ -18,21 +19,26 @@ from tierstore import TierStore
 from tierstore.demo import model
 from tierstore.demo.audit import Audit
 
-KINDS = ("weights", "gradients", "moments")
 
-
-def block_names(config: model.Config) -> list[str]:
-    return [f"{part}.{kind}" for part in model.parts(config) for kind in KINDS]
+def block_names(part: str) -> tuple[str, str, str]:
+    """The blocks of one part: weights, gradients, moments."""
+    return part, f"gradients/{part}", f"optimizer/{part}"
 
 
 def initialise(store: TierStore, config: model.Config) -> None:
     """Put the state of step 0 into the store, part by part: a model larger than memory is never whole anywhere."""
     for part in model.parts(config):
-        weights = model.initial_weights(config, part)
-        store.put(f"{part}.weights", weights)
-        store.put(f"{part}.gradients", {name: torch.zeros_like(tensor) for name, tensor in weights.items()})
+        weights = {f"{part}.{name}": tensor for name, tensor in model.initial_weights(config, part).items()}
+        weights_block, gradients_block, moments_block = block_names(part)
+        store.put(weights_block, weights)
+        store.put(gradients_block, {name: torch.zeros_like(tensor) for name, tensor in weights.items()})
         moments = {f"{moment}.{name}": torch.zeros_like(tensor) for moment in ("exp_avg", "exp_avg_sq") for name, tensor in weights.items()}
-        store.put(f"{part}.moments", moments)
+        store.put(moments_block, moments)
+
+
+def within(part: str, tensors: model.Weights) -> dict[str, Tensor]:
+    """A part's tensors under the names that its function knows: "qkv" for "layer0.qkv"."""
+    return {name.removeprefix(f"{part}."): tensor for name, tensor in tensors.items()}
 
 
 @dataclass(slots=True)
@@ -70,21 +76,21 @@ class Trainer:
         total = torch.zeros((), dtype=torch.float64)
         for inputs, targets in batches:
             _, x = self._forward(inputs, keep=False)
-            with torch.no_grad(), self.store.use("head.weights") as weights:
-                total += model.loss(weights, x, targets.to(self.config.device)).item() * targets.numel()
+            with torch.no_grad(), self.store.use("head") as weights:
+                total += model.loss(within("head", weights), x, targets.to(self.config.device)).item() * targets.numel()
         return float(total / sum(targets.numel() for _, targets in batches))
 
     @torch.no_grad()
     def _forward(self, inputs: Tensor, keep: bool = True) -> tuple[list[Tensor], Tensor]:
         """Returns the input of each layer (none without `keep`) and the output of the last."""
         layer_inputs = []
-        with self.store.use("embedding.weights") as weights:
-            x = model.embed(weights, inputs.to(self.config.device))
+        with self.store.use("embedding") as weights:
+            x = model.embed(within("embedding", weights), inputs.to(self.config.device))
         for index in range(self.config.layers):
             if keep:
                 layer_inputs.append(x)
-            with self.store.use(f"layer{index}.weights") as weights:
-                x = model.layer(weights, x, self.config.heads)
+            with self.store.use(f"layer{index}") as weights:
+                x = model.layer(within(f"layer{index}", weights), x, self.config.heads)
         return layer_inputs, x
 
     def _backward(self, inputs: Tensor, targets: Tensor, layer_inputs: list[Tensor], x: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -112,11 +118,11 @@ class Trainer:
         Returns:
             The result, the derivative by `x` (None without `x`), and the norm of each weight's gradient.
         """
-        names = (f"{part}.weights", f"{part}.gradients")
+        names = block_names(part)[:2]
         with self.store.use(*names, write=names[1:]) as (weights, gradients), torch.enable_grad():
             leaves = {name: tensor.detach().requires_grad_() for name, tensor in weights.items()}
             x = None if x is None else x.detach().requires_grad_()
-            result = function(leaves, x)  # type: ignore[arg-type]  # the embedding takes no x and is given none
+            result = function(within(part, leaves), x)  # type: ignore[arg-type]  # the embedding takes no x and is given none
             sources = [*leaves.values()] if x is None else [*leaves.values(), x]
             found = torch.autograd.grad(result, sources, slope)
             for name, gradient in zip(leaves, found, strict=False):
@@ -131,7 +137,7 @@ class Trainer:
         total_norm = torch.linalg.vector_norm(torch.stack(norms))
         scale = torch.clamp(config.clip_norm / (total_norm + 1e-6), max=1.0)
         for part in model.parts(config):
-            names = tuple(f"{part}.{kind}" for kind in KINDS)
+            names = block_names(part)
             with self.store.use(*names, write=(names[0], names[2])) as (weights, gradients, moments):
                 adamw(
                     list(weights.values()),

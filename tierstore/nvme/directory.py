@@ -27,7 +27,7 @@ from tierstore.errors import BusyError, OptionError, TierFullError
 from tierstore.nvme import names, recovery
 from tierstore.nvme.files import Files, Lock, land
 from tierstore.nvme.local import LocalFiles
-from tierstore.nvme.locks import MAX_HOLDER_BYTES, describe_holder, living_holder
+from tierstore.nvme.locks import describe_holder
 from tierstore.nvme.manifest import encode_manifest, encode_metadata
 from tierstore.nvme.shards import Entry, Shard, io_error
 from tierstore.nvme.shelf import Shelf
@@ -122,7 +122,7 @@ class Directory(Shelf):
             except OSError as error:
                 raise recovery.unusable(path, error) from error
             if lock is None:
-                raise await _busy(files, path)
+                raise await busy(files, path)
             directory = cls(path, files, lock, checksum=checksum, keep=keep)
             await recovery.clear_holder(files, path)
             await directory._name_holder()
@@ -367,11 +367,9 @@ def _manifest_bytes(generation: int, next_shard: int, metadata: str, entries: Se
     return encode_manifest(generation, next_shard, metadata, [entry.line() for entry in entries])
 
 
-async def _busy(files: Files, path: str) -> BusyError:
-    try:
-        holder = living_holder(await files.load(os.path.join(path, names.HOLDER), MAX_HOLDER_BYTES))
-    except OSError:
-        holder = None
+async def busy(files: Files, path: str) -> BusyError:
+    """What to raise where somebody else has the lock."""
+    holder = await recovery.read_holder(files, path)
     who = f"process {holder}" if holder is not None else "another process"
     return BusyError(
         f"{path} is in use by {who}",

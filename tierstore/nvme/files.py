@@ -57,12 +57,14 @@ class FileStat:
         links: Names the file has; more than one means that somebody else may rely on its bytes.
         regular: A plain file: no link, directory or device.
         directory: A directory.
+        modified_ns: When it was last written, in ns since 1970; 0 if that is not known.
     """
 
     nbytes: int
     links: int
     regular: bool
     directory: bool
+    modified_ns: int = 0
 
 
 class Lock(Protocol):
@@ -138,15 +140,28 @@ class Files(Protocol):
         ...
 
     async def replace(self, source: str, target: str) -> None: ...
+
+    async def link(self, source: str, target: str) -> None:
+        """Give a file a second name, which must not be there yet."""
+        ...
+
+    async def clone(self, source: str, target: str) -> None:
+        """Make a file, which must not be there yet, of the same bytes that takes no space until either is changed (a reflink).
+
+        Raises ENOTSUP, or whatever else the system says, where there is no such thing. Nothing is left then.
+        """
+        ...
+
     async def unlink(self, path: str) -> None: ...
     async def stat(self, path: str) -> FileStat: ...
     async def listdir(self, path: str) -> list[str]: ...
 
     async def scan(self, path: str) -> dict[str, FileStat]:
-        """Every name in a directory, and what it is: one call, however many they are."""
+        """Every name in a directory, and what it is: one call, however many they are. Names that vanish meanwhile are left out."""
         ...
 
     async def make_directory(self, path: str) -> None: ...
+    async def remove_directory(self, path: str) -> None: ...
     async def sync_directory(self, path: str) -> None: ...
     async def disk_free(self, path: str) -> int: ...
 

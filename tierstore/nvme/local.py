@@ -16,6 +16,7 @@ import logging
 import os
 import shutil
 import stat as stat_flags
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Executor, Future
@@ -46,6 +47,8 @@ _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 _DIRECT: int | None = getattr(os, "O_DIRECT", None)
 _PREADV: Any = getattr(os, "preadv", None)
 _PWRITEV: Any = getattr(os, "pwritev", None)
+_FICLONE = 0x40049409
+"""Linux's request for a reflink (`linux/fs.h`)."""
 _SLOWEST_BYTES_PER_S = 8e6
 """A sync, or making a file, may take as long as a drive this slow needs for the file's bytes, beyond the stall limit."""
 _REFUSED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
@@ -57,7 +60,8 @@ def _open_no_follow(path: str, flags: int) -> int:
 
 
 def _file_stat(status: os.stat_result) -> FileStat:
-    return FileStat(status.st_size, status.st_nlink, stat_flags.S_ISREG(status.st_mode), stat_flags.S_ISDIR(status.st_mode))
+    mode = status.st_mode
+    return FileStat(status.st_size, status.st_nlink, stat_flags.S_ISREG(mode), stat_flags.S_ISDIR(mode), status.st_mtime_ns)
 
 
 class LocalFiles:
@@ -191,6 +195,12 @@ class LocalFiles:
     async def replace(self, source: str, target: str) -> None:
         await self.work(os.replace, source, target)
 
+    async def link(self, source: str, target: str) -> None:
+        await self.work(partial(os.link, follow_symlinks=False) if os.link in os.supports_follow_symlinks else os.link, source, target)
+
+    async def clone(self, source: str, target: str) -> None:
+        await self.work(_clone, source, target)
+
     async def unlink(self, path: str) -> None:
         await self.work(os.unlink, path)
 
@@ -201,12 +211,15 @@ class LocalFiles:
         return await self.work(os.listdir, path)
 
     async def scan(self, path: str) -> dict[str, FileStat]:
-        return await self.work(lambda: {name: _file_stat(os.lstat(os.path.join(path, name))) for name in os.listdir(path)})
+        return await self.work(_scan, path)
 
     async def make_directory(self, path: str) -> None:
         await self.work(os.makedirs, path, DIRECTORY_MODE)
         if self.syncs_directories:
             await self.sync_directory(os.path.dirname(path))
+
+    async def remove_directory(self, path: str) -> None:
+        await self.work(os.rmdir, path)
 
     async def sync_directory(self, path: str) -> None:
         if self.syncs_directories:
@@ -411,6 +424,37 @@ def _direct_refusal(directory: str) -> str | None:
         os.close(descriptor)
         _unlink_if_there(path)
     return None
+
+
+def _scan(path: str) -> dict[str, FileStat]:
+    found = {}
+    for name in os.listdir(path):
+        with contextlib.suppress(FileNotFoundError):  # a store is at work here, and somebody else looks
+            found[name] = _file_stat(os.lstat(os.path.join(path, name)))
+    return found
+
+
+if sys.platform == "linux":
+    import fcntl
+
+    def _clone(source: str, target: str) -> None:
+        source_descriptor = os.open(source, os.O_RDONLY | _NO_FOLLOW)
+        try:
+            target_descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW, FILE_MODE)
+            try:
+                fcntl.ioctl(target_descriptor, _FICLONE, source_descriptor)
+            except OSError:
+                os.unlink(target)
+                raise
+            finally:
+                os.close(target_descriptor)
+        finally:
+            os.close(source_descriptor)
+
+else:
+
+    def _clone(source: str, target: str) -> None:
+        raise OSError(errno.ENOTSUP, "this system has no reflinks that Python could ask for")
 
 
 def _unlink_if_there(path: str) -> None:

@@ -19,12 +19,13 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tierstore.errors import DirectoryError, ShardError
 from tierstore.nvme import names
 from tierstore.nvme.files import Files, FileStat
+from tierstore.nvme.locks import MAX_HOLDER_BYTES, living_holder
 from tierstore.nvme.manifest import MAX_MANIFEST_BYTES, Manifest, Record, decode_manifest
 from tierstore.nvme.shards import Entry, Shard, io_error
 
@@ -151,19 +152,14 @@ async def survey(files: Files, path: str) -> Found:
         if generation is not None:
             found.manifest_bytes[generation] = status.nbytes
             await _read_manifest(files, path, name, generation, status, found)
-    found.hint = await _read_hint(files, path, found)
+    found.hint = await read_hint(files, path, found.files)
     return found
 
 
 async def _read_manifest(files: Files, path: str, name: str, generation: int, status: FileStat, found: Found) -> None:
     where = os.path.join(path, name)
     try:
-        if status.nbytes > MAX_MANIFEST_BYTES:
-            raise ShardError("the manifest is too long", need=f"at most {MAX_MANIFEST_BYTES} bytes", have=status.nbytes)
-        manifest = await files.work(decode_manifest, await files.load(where, status.nbytes))
-        if manifest.generation != generation:
-            raise ShardError("the manifest is another generation's", need=generation, have=manifest.generation)
-        found.manifests[generation] = manifest
+        found.manifests[generation] = await load_manifest(files, where, generation, status.nbytes)
     except ShardError as error:
         found.damaged[generation] = ShardError(
             f"generation {generation} cannot be opened ({where}): {error}",
@@ -176,8 +172,25 @@ async def _read_manifest(files: Files, path: str, name: str, generation: int, st
         raise io_error(error, "reading the manifest", path=where) from error
 
 
-async def _read_hint(files: Files, path: str, found: Found) -> int | None:
-    if names.CURRENT not in found.files:
+async def load_manifest(files: Files, where: str, generation: int, nbytes: int) -> Manifest:
+    """Read and check one manifest of that length.
+
+    Raises:
+        ShardError: It is damaged, or another generation's.
+        DirectoryError: A newer version of tierstore wrote it.
+        OSError: The read failed.
+    """
+    if nbytes > MAX_MANIFEST_BYTES:
+        raise ShardError("the manifest is too long", need=f"at most {MAX_MANIFEST_BYTES} bytes", have=nbytes)
+    manifest = await files.work(decode_manifest, await files.load(where, nbytes))
+    if manifest.generation != generation:
+        raise ShardError("the manifest is another generation's", need=generation, have=manifest.generation)
+    return manifest
+
+
+async def read_hint(files: Files, path: str, present: Container[str]) -> int | None:
+    """The generation that `CURRENT` names; None if it names none."""
+    if names.CURRENT not in present:
         return None
     try:
         hint = json.loads(await files.load(os.path.join(path, names.CURRENT), 256))["generation"]
@@ -185,6 +198,14 @@ async def _read_hint(files: Files, path: str, found: Found) -> int | None:
         return None
     # Rubbish must not use up the numbers.
     return hint if type(hint) is int and 0 < hint <= names.MAX_NUMBER // 2 else None
+
+
+async def read_holder(files: Files, path: str) -> int | None:
+    """The process that has the directory open; None where no process that is alive says so."""
+    try:
+        return living_holder(await files.load(os.path.join(path, names.HOLDER), MAX_HOLDER_BYTES))
+    except OSError:
+        return None
 
 
 def encode_hint(generation: int) -> bytes:

@@ -1,0 +1,67 @@
+"""Reads a store's directory as tierstore/FORMAT.md describes it, with nothing of tierstore: what a stranger would write.
+
+python reader.py DIR
+"""
+
+import json
+import re
+import sys
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+MANIFEST = re.compile(r"manifest-([0-9]{8,16})\.json")
+TAIL = re.compile(rb',"checksum":"([0-9a-f]{16})"\}\n')
+CHUNK = 16 << 20
+KINDS = {"BOOL": "?", "I8": "i1", "I16": "<i2", "U16": "<u2", "I32": "<i4", "U32": "<u4", "I64": "<i8", "U64": "<u8"}
+KINDS |= {"F16": "<f2", "F32": "<f4", "F64": "<f8", "BF16": "<u2"}  # numpy has no bfloat16 and no 8-bit floats: their bits
+KINDS |= dict.fromkeys(["U8", "F8_E5M2", "F8_E4M3", "F8_E5M2FNUZ", "F8_E4M3FNUZ", "F8_E8M0"], "u1")
+
+
+def xxh3(data):
+    return xxhash.xxh3_64_intdigest(data)
+
+
+def read_manifest(path):
+    """The manifest, or None if it is damaged."""
+    data = path.read_bytes()
+    tail = TAIL.fullmatch(data[-32:])
+    if tail is None or int(tail[1], 16) != xxh3(data[:-32]):
+        return None
+    manifest = json.loads(data)
+    if manifest["format"] > 1:
+        raise ValueError(f"format {manifest['format']}")
+    return manifest
+
+
+def read_block(directory, block):
+    """The tensors of one block, checked."""
+    data = (directory / block["file"]).read_bytes()
+    assert len(data) == block["file_bytes"] == block["data_start"] + block["payload_bytes"]
+    payload = data[block["data_start"] :]
+    sums = [int(chunk, 16) for chunk in block["chunks"] or []]
+    if block["chunks"] is not None:
+        assert sums == [xxh3(payload[start : start + CHUNK]) for start in range(0, len(payload), CHUNK)], "damaged payload"
+    digest = xxh3(b"".join(part.to_bytes(8, "little") for part in [xxh3(data[: block["data_start"]]), *sums]))
+    assert digest == int(block["digest"], 16), "damaged header"
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    tensors = {}
+    for name, dtype, shape, offset in block["tensors"]:
+        assert header[name]["data_offsets"][0] == offset
+        tensors[name] = np.frombuffer(payload, KINDS[dtype], prod(shape), offset).reshape(shape)
+    return tensors
+
+
+def read(directory, generation=None):
+    """(generation, metadata, {block: {tensor: array}}) of the newest generation, or of the one asked for."""
+    numbers = {int(found[1]): path for path in Path(directory).iterdir() if (found := MANIFEST.fullmatch(path.name))}
+    valid = {number: manifest for number, path in numbers.items() if (manifest := read_manifest(path)) is not None}
+    chosen = max(valid) if generation is None else generation
+    blocks = {block["name"]: read_block(Path(directory), block) for block in valid[chosen]["blocks"]}
+    return chosen, valid[chosen]["metadata"], blocks
+
+
+if __name__ == "__main__":
+    print(*read(sys.argv[1])[::2], sep="\n")

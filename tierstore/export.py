@@ -1,0 +1,505 @@
+"""Takes the weights out of a store's directory: safetensors files and an index, as Hugging Face's libraries write and read them.
+
+[Note: Nothing half-written]
+All files are written under names that end in `.tmp` and synced. Then an export that is to be replaced loses its index first, the new
+files get their names, and the new index gets its name last: whoever finds an index finds all that it names.
+
+[Note: Files that are the export already]
+A shard without fillers is, byte for byte, a file that an export could consist of: its header has the key `format` that readers ask
+for, and one of ours that they pass over. Such a file can be shared instead of copied. A reflink shares its bytes until either side
+is changed, so it is always tried. A hard link is the same file under a second name; that is safe from the store, which never
+rewrites a file with more than one link, but not from whoever changes the export in place, so it must be asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from tierstore.catalog import PAGE, STATE_PREFIXES, TensorSpec, round_up
+from tierstore.errors import DirectoryError, OptionError, ShardError, TensorError
+from tierstore.nvme import names
+from tierstore.nvme.checksums import CHUNK_BYTES
+from tierstore.nvme.files import File, Files, Request, move_all
+from tierstore.nvme.manifest import Manifest, Record
+from tierstore.nvme.reading import Problem, Reading, View, check_file, lock, look, tensors_of
+from tierstore.nvme.recovery import some
+from tierstore.nvme.safetensors import LENGTH_BYTES
+from tierstore.nvme.shards import io_error
+from tierstore.nvme.verify import Begin, no_generation
+
+INDEX = "model.safetensors.index.json"
+WHOLE = "model.safetensors"
+"""A model in one file. Readers take it before an index, so an export beside it would not be seen."""
+
+DEFAULT_MAX_SHARD = "5GB"
+_PART = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What to export, and how.
+
+    Attributes:
+        out: Absolute path of the directory to write.
+        generation: Which; None: the newest.
+        only: Patterns of block names; these and no others, also training state. None given: all but training state.
+        exclude: Patterns of block names to leave out.
+        max_shard_bytes: Tensor bytes in one file; a tensor that is larger has one to itself.
+        link: Give each block whose shard is an export file already a file of its own, and share it by hard link if need be.
+        force: Replace an export that is there.
+    """
+
+    out: str
+    generation: int | None = None
+    only: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    max_shard_bytes: int = 5 * 10**9
+    link: bool = False
+    force: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """One tensor's place in an export: bytes from the start of its file's data."""
+
+    name: str
+    record: Record
+    spec: TensorSpec
+    begin: int
+
+
+@dataclass(slots=True)
+class Part:
+    """One file of an export.
+
+    Attributes:
+        tensors: In the manifest's order.
+        same_as: The shard that is this file already.
+        header: Its first bytes.
+    """
+
+    tensors: list[Placed]
+    same_as: Record | None = None
+    header: bytes = b""
+    file: str = ""
+
+    @property
+    def tensor_bytes(self) -> int:
+        return sum(placed.spec.nbytes for placed in self.tensors)
+
+
+@dataclass(slots=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        files: Names in `out`, without the index.
+        copied_bytes: Tensor bytes that were written anew.
+        shared: Files by how they share bytes with the store: "reflink", "hard link".
+        qualified: Tensors carry their block's name before their own, because names occurred twice.
+        left_out: Blocks that were not exported.
+        unchecked: Blocks that were written with `checksum=False`.
+        notes: What else is worth knowing.
+    """
+
+    out: str
+    generation: int
+    num_blocks: int
+    num_tensors: int
+    total_bytes: int
+    files: list[str] = field(default_factory=list)
+    copied_bytes: int = 0
+    shared: Counter[str] = field(default_factory=Counter)
+    qualified: bool = False
+    left_out: list[str] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+# -- choosing and laying out: pure ----------------------------------------------------------------------------------------
+
+
+def select(manifest: Manifest, only: Sequence[str], exclude: Sequence[str]) -> list[Record]:
+    """The blocks to export.
+
+    Raises:
+        OptionError: None are left.
+    """
+
+    def wanted(block: str) -> bool:
+        chosen = _matches(block, only) if only else not block.startswith(STATE_PREFIXES)
+        return chosen and not _matches(block, exclude)
+
+    records = [record for record in manifest.records if wanted(record.block.name)]
+    if not records:
+        raise OptionError(
+            f"no block of generation {manifest.generation} is to be exported",
+            need="at least one",
+            have=some([record.block.name for record in manifest.records], ", ") or "no blocks",
+            remedy="choose with --only and --exclude; names that begin with " + ", ".join(STATE_PREFIXES) + " are training state",
+        )
+    return records
+
+
+def _matches(block: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(block, pattern) for pattern in patterns)
+
+
+def tensor_names(records: Sequence[Record]) -> tuple[dict[tuple[str, str], str], bool]:
+    """What each tensor is called in the export, by block and tensor, and whether blocks' names had to come before theirs.
+
+    Raises:
+        TensorError: Two would have the same name all the same.
+    """
+    pairs = [(record, spec.name) for record in records for spec in record.block.tensors]
+    qualified = len({name for _, name in pairs}) < len(pairs)
+    called: dict[tuple[str, str], str] = {}
+    taken: dict[str, tuple[str, str]] = {}
+    for record, name in pairs:
+        block = record.block.name
+        full = f"{block}.{name}" if qualified and not record.block.single else name
+        if full in taken:
+            raise TensorError(
+                f"two tensors would be exported as {full!r}: {name!r} of block {block!r}, and {taken[full][1]!r} of {taken[full][0]!r}",
+                remedy="leave one of the blocks out with --exclude",
+                block=block,
+                tensor=name,
+            )
+        called[block, name] = full
+        taken[full] = (block, name)
+    return called, qualified
+
+
+def lay_out(records: Sequence[Record], called: dict[tuple[str, str], str], *, max_bytes: int, apart: bool) -> list[Part]:
+    """Distribute tensors over files, in the manifest's order.
+
+    Args:
+        records: Blocks to export.
+        called: From `tensor_names`.
+        max_bytes: Tensor bytes of one file.
+        apart: Blocks whose shards are export files already have a file each.
+    """
+    groups: list[list[tuple[Record, TensorSpec]]] = [[]]
+    filled = 0
+    for record in records:
+        alone = apart and _is_export(record, called)
+        for index, spec in enumerate(record.block.tensors):
+            begins = index == 0 if alone else bool(groups[-1]) and filled + spec.nbytes > max_bytes
+            if begins and groups[-1]:
+                groups.append([])
+                filled = 0
+            groups[-1].append((record, spec))
+            filled += spec.nbytes
+        if alone:
+            groups.append([])
+            filled = 0
+    parts = [_part(group, called) for group in groups if group]
+    for number, part in enumerate(parts, 1):
+        part.file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+    return parts
+
+
+def _part(group: Sequence[tuple[Record, TensorSpec]], called: dict[tuple[str, str], str]) -> Part:
+    places = dict(_places([spec for _, spec in group]))
+    part = Part([Placed(called[record.block.name, spec.name], record, spec, places[index]) for index, (record, spec) in enumerate(group)])
+    record = group[0][0]
+    if len(group) == len(record.block.tensors) and all(other is record for other, _ in group) and _is_export(record, called):
+        part.same_as = record
+    part.header = _header(part.tensors)
+    return part
+
+
+def _places(specs: Sequence[TensorSpec]) -> Iterator[tuple[int, int]]:
+    """(index, begin) of each: one behind the other, wider items first if some would otherwise not be aligned to their size."""
+    order = list(range(len(specs)))
+    begins = [0]
+    for spec in specs:
+        begins.append(begins[-1] + spec.nbytes)
+    if any(begin % specs[index].item_bytes for index, begin in enumerate(begins[:-1])):
+        order.sort(key=lambda index: -specs[index].item_bytes)
+    begin = 0
+    for index in order:
+        yield index, begin
+        begin += specs[index].nbytes
+
+
+def _is_export(record: Record, called: dict[tuple[str, str], str]) -> bool:
+    """Whether the shard is a file of an export as it is: no fillers, and the very names."""
+    end = 0
+    for spec in record.block.tensors:
+        if spec.offset != end or called[record.block.name, spec.name] != spec.name:
+            return False
+        end += spec.nbytes
+    return end == record.block.nbytes
+
+
+def _header(tensors: Sequence[Placed]) -> bytes:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    for placed in tensors:
+        spec = placed.spec
+        header[placed.name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": (placed.begin, placed.begin + spec.nbytes)}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    length = round_up(LENGTH_BYTES + len(text), PAGE) - LENGTH_BYTES
+    return length.to_bytes(LENGTH_BYTES, "little") + text.ljust(length)
+
+
+def encode_index(parts: Sequence[Part]) -> bytes:
+    weight_map = {placed.name: part.file for part in parts for placed in part.tensors}
+    index = {"metadata": {"total_size": sum(part.tensor_bytes for part in parts)}, "weight_map": weight_map}
+    return json.dumps(index, ensure_ascii=False, indent=2).encode("utf-8") + b"\n"
+
+
+# -- carrying it out --------------------------------------------------------------------------------------------------------
+
+
+async def export(files: Files, out_files: Files, path: str, options: Options, *, begin: Begin | None = None) -> Exported:
+    """Write an export. Every chunk is checked against its checksum as it is read. See [Note: Nothing half-written].
+
+    Args:
+        files: The store's file system.
+        out_files: Another one for what is written, as only one of them may read past the page cache.
+        path: Of the store; absolute, see `reading.absolute`.
+        options: What to export, and how.
+        begin: For a display of progress.
+
+    Raises:
+        BusyError: A store has the directory open.
+        ShardError: Damage; names block and tensors. Nothing is left in `out`.
+        DirectoryError, OptionError, TensorError: What was asked for cannot be done. Nothing was written.
+        TierFullError, TransferError: Reading or writing failed. Nothing is left in `out`.
+    """
+    await look(files, path)  # before anything else: what is no store's directory is not locked either
+    held, unlocked = await lock(files, path)
+    try:
+        view = await look(files, path)
+        manifest = _choose(view, options.generation)
+        records = select(manifest, options.only, options.exclude)
+        for record in records:
+            if (problem := check_file(record, view.files.get(record.shard.file))) is not None:
+                raise _damaged(view, record, problem)
+        called, qualified = tensor_names(records)
+        parts = lay_out(records, called, max_bytes=options.max_shard_bytes, apart=options.link)
+        made = await _prepare(out_files, view, options)
+        chosen = set(records)
+        total = sum(part.tensor_bytes for part in parts)
+        exported = Exported(options.out, manifest.generation, len(records), len(called), total, qualified=qualified)
+        exported.left_out = [record.block.name for record in manifest.records if record not in chosen]
+        exported.unchecked = [record.block.name for record in records if record.shard.chunks is None]
+        exported.notes = [*([unlocked] if unlocked else []), *_notes(view, manifest, options)]
+        exported.files = [part.file for part in parts]
+        writer = Writer(files, out_files, view, options, parts, exported)
+        try:
+            await writer.run(records, begin)
+        except BaseException:
+            await writer.undo(made)
+            raise
+        return exported
+    finally:
+        if held is not None:
+            held.release()
+
+
+def _choose(view: View, generation: int | None) -> Manifest:
+    number = generation if generation is not None else max(view.manifest_bytes, default=None)
+    if number is None:
+        raise DirectoryError(f"nothing has been committed in {view.path}", need="a commit", remedy="commit first", path=view.path)
+    if number not in view.manifest_bytes:
+        raise no_generation(view, number)
+    if view.newer and (generation is None or generation in view.newer):
+        raise next(reversed(view.newer.values()))
+    if number in view.damaged:
+        others = sorted(view.manifests)
+        raise ShardError(
+            f"generation {number} of {view.path} is damaged: {view.damaged[number]}",
+            remedy=f"export an older one (--generation {others[-1]})" if others else "restore the file from a backup",
+            path=view.path,
+            generation=number,
+            available=tuple(others),
+        )
+    return view.manifests[number]
+
+
+def _notes(view: View, manifest: Manifest, options: Options) -> Iterator[str]:
+    if options.generation is None and (view.hint or 0) > manifest.generation:
+        yield f"generation {view.hint} was committed, and its manifest is missing: this is an older state"
+    for option, patterns in (("--only", options.only), ("--exclude", options.exclude)):
+        for pattern in patterns:
+            if not any(_matches(record.block.name, [pattern]) for record in manifest.records):
+                yield f"{option} {pattern!r} matches no block"
+
+
+def _damaged(view: View, record: Record, problem: Problem) -> ShardError:
+    tensors = some(problem.harms, ", ") if len(problem.harms) < len(record.block.tensors) else "all its tensors"
+    return ShardError(
+        f"block {record.block.name!r} is damaged ({tensors or 'none of its tensors'}): {record.shard.file} {problem.what}",
+        remedy="see what else is with `tierstore verify`; export an older generation, or leave the block out with --exclude",
+        block=record.block.name,
+        tensors=problem.harms,
+        chunk=problem.chunk,
+        path=os.path.join(view.path, record.shard.file),
+    )
+
+
+async def _prepare(out_files: Files, view: View, options: Options) -> bool:
+    """Make `out`, or refuse what is there. Returns whether it was made."""
+    out = options.out
+    if out == view.path or out.startswith(view.path + os.sep):
+        remedy = "name a directory outside of it"
+        raise OptionError(f"an export inside the store's own directory would make it unusable ({out})", remedy=remedy, path=out)
+    try:
+        status = await out_files.stat(out)
+    except FileNotFoundError:
+        try:
+            await out_files.make_directory(out)
+        except OSError as error:
+            raise io_error(error, "making the directory", path=out) from error
+        return True
+    except OSError as error:
+        raise io_error(error, "looking at the directory", path=out) from error
+    if not status.directory:
+        raise DirectoryError(f"{out} is not a directory", remedy="name a directory to write into", path=out)
+    there = sorted(name for name in await out_files.listdir(out) if is_export(name))
+    if there and not options.force:
+        raise DirectoryError(
+            f"{out} holds a model already",
+            have=some(there, ", "),
+            remedy="name another directory, or replace these files with --force",
+            path=out,
+            there=tuple(there),
+        )
+    return False
+
+
+def is_export(name: str) -> bool:
+    """Whether a file is one that an export consists of, or that would be read in its place."""
+    return name in (INDEX, WHOLE) or _PART.fullmatch(name) is not None
+
+
+class Writer:
+    """Carries out one export."""
+
+    def __init__(self, files: Files, out_files: Files, view: View, options: Options, parts: list[Part], exported: Exported) -> None:
+        self._files = files
+        self._out = out_files
+        self._view = view
+        self._options = options
+        self._parts = parts
+        self._exported = exported
+        self._open: dict[str, File] = {}  # by part
+        self._pieces: dict[tuple[str, str], tuple[Part, Placed]] = {}  # what is copied, by block and tensor
+        self._written: list[str] = []  # temporary names that may be there
+
+    async def run(self, records: Sequence[Record], begin: Begin | None) -> None:
+        progress: Callable[[int], None] | None = None
+        if begin is not None:
+            progress = begin(sum(record.block.nbytes for record in records))
+        for part in self._parts:
+            if not await self._share(part):
+                await self._begin(part)
+        await Reading(self._files, self._view, self._refuse, use=self._copy, progress=progress).run(records)
+        for name, file in self._open.items():
+            try:
+                await file.sync()
+            except OSError as error:
+                raise self._failed(error, "syncing", name) from error
+        await self._close()
+        await self._publish()
+
+    def _refuse(self, record: Record, problem: Problem) -> None:
+        raise _damaged(self._view, record, problem)
+
+    async def _share(self, part: Part) -> bool:
+        """See [Note: Files that are the export already]. The bytes are checked afterwards like all others."""
+        if part.same_as is None:
+            return False
+        source, target = os.path.join(self._view.path, part.same_as.shard.file), self._temporary(part.file)
+        ways = [("reflink", self._out.clone), ("hard link", self._out.link)]
+        for way, share in ways if self._options.link else ways[:1]:
+            try:
+                await self._discard(target)
+                self._written.append(target)
+                await share(source, target)
+            except OSError:
+                continue  # not on this file system, or not across two
+            if way == "reflink":
+                self._open[part.file] = self._out.file(target, write=True)  # to be synced
+            self._exported.shared[way] += 1
+            return True
+        return False
+
+    async def _begin(self, part: Part) -> None:
+        target = self._temporary(part.file)
+        file = self._open[part.file] = self._out.file(target, write=True)
+        try:
+            await self._discard(target)
+            self._written.append(target)
+            await file.create(len(part.header) + part.tensor_bytes)
+            await move_all(self._out, file.write, [Request(0, memoryview(part.header))])
+        except OSError as error:
+            raise self._failed(error, "writing", part.file) from error
+        self._exported.copied_bytes += part.tensor_bytes
+        self._pieces.update(((placed.record.block.name, placed.spec.name), (part, placed)) for placed in part.tensors)
+
+    async def _copy(self, record: Record, chunk: int, data: memoryview) -> None:
+        """Write what a chunk holds of each tensor to its place."""
+        start = chunk * CHUNK_BYTES
+        requests: dict[str, list[Request]] = {}
+        for spec in tensors_of(record, chunk):
+            part, placed = self._pieces.get((record.block.name, spec.name), (None, None))
+            if part is None or placed is None:
+                continue  # shared
+            first, last = max(spec.offset, start), min(spec.offset + spec.nbytes, start + len(data))
+            where = len(part.header) + placed.begin + first - spec.offset
+            requests.setdefault(part.file, []).append(Request(where, data[first - start : last - start]))
+        for name, listed in requests.items():
+            try:
+                await move_all(self._out, self._open[name].write, listed)
+            except OSError as error:
+                raise self._failed(error, "writing", name) from error
+
+    async def _publish(self) -> None:
+        out, index = self._options.out, self._temporary(INDEX)
+        try:
+            self._written.append(index)
+            await self._out.save(index, encode_index(self._parts), sync=True)
+            present = sorted(await self._out.listdir(out), key=lambda name: name != INDEX)
+            ours = {os.path.basename(path) for path in self._written}
+            abandoned = [name for name in present if name not in ours and is_export(name.removesuffix(names.TEMPORARY))]
+            for name in abandoned:  # by an export that was killed, or given up to --force
+                await self._out.unlink(os.path.join(out, name))
+            for name in [*self._exported.files, INDEX]:
+                await self._out.replace(self._temporary(name), os.path.join(out, name))
+            await self._out.sync_directory(out)
+        except OSError as error:
+            raise self._failed(error, "naming", INDEX) from error
+
+    async def undo(self, made: bool) -> None:
+        """After a failure: leave nothing half-written. Failures of this are not worth more than the first one."""
+        with contextlib.suppress(OSError):
+            await self._close()
+            for path in self._written:
+                await self._discard(path)
+            if made:
+                await self._out.remove_directory(self._options.out)
+
+    async def _close(self) -> None:
+        for file in self._open.values():
+            await file.close()
+
+    async def _discard(self, path: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            await self._out.unlink(path)
+
+    def _temporary(self, name: str) -> str:
+        return os.path.join(self._options.out, name + names.TEMPORARY)
+
+    def _failed(self, error: OSError, doing: str, name: str) -> Exception:
+        failure = io_error(error, f"{doing} the export", path=os.path.join(self._options.out, name))
+        return type(failure)(failure.problem, remedy="free space or choose another place for OUT", **failure.details)

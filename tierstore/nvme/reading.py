@@ -1,0 +1,385 @@
+"""A directory looked at without opening it as a store: nothing in it is changed, whatever is found.
+
+[Note: Looking beside a running store]
+A store at work makes, renames and deletes files while somebody lists them, and listing is not one moment. But a manifest is there
+only while every shard that it names is. So the directory is listed before and after its manifests are read: for a generation
+that stands in both listings, each of its shards stood in at least one. Where that does not come out, the store was quicker, and
+one looks again.
+
+[Note: Reading what a store wrote]
+Payloads are read chunk by chunk, as many as `IN_FLIGHT` at once, each into a buffer of its own and summed in the thread that read
+it. Page-aligned reads past the page cache are tried on the first shard, which needs no trial file: what is then checked is what the
+drive holds, and other programs keep what they have cached.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from tierstore.catalog import PAGE, TensorSpec
+from tierstore.errors import DirectoryError, ShardError
+from tierstore.nvme import names
+from tierstore.nvme.checksums import CHUNK_BYTES, checksum, num_chunks, shard_checksum
+from tierstore.nvme.directory import busy
+from tierstore.nvme.files import File, Files, FileStat, Lock, Request, aligned_buffer, move_all
+from tierstore.nvme.manifest import Record
+from tierstore.nvme.recovery import Found, load_manifest, read_hint, unusable
+from tierstore.nvme.safetensors import parse_header
+from tierstore.nvme.shards import io_error
+from tierstore.threads import StalledError
+
+IN_FLIGHT = 4
+"""Chunks of 16 MiB that are read, checked and passed on at once: the memory that reading takes."""
+
+LOOKS = 8
+"""How often one looks again before what is missing counts as missing."""
+
+_READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+@dataclass(slots=True)
+class View(Found):
+    """What is found in a directory; see `recovery.Found` for the rest.
+
+    Attributes:
+        path: Absolute.
+        newer: Manifests that a newer version wrote.
+    """
+
+    path: str = ""
+    newer: dict[int, DirectoryError] = field(default_factory=dict)
+
+    @property
+    def leftovers(self) -> list[str]:
+        """Files of the store's that no generation needs: what a killed process left, or a running one is at work on.
+
+        Where a manifest cannot be read, shards may be its own, and are not counted.
+        """
+        claimed = {record.shard.file for manifest in self.manifests.values() for record in manifest.records}
+        known = not (self.damaged or self.newer)
+        return sorted(
+            name
+            for name in self.files
+            if names.is_temporary(name) or (known and names.shard_number(name) is not None and name not in claimed)
+        )
+
+    @property
+    def foreign(self) -> list[str]:
+        """Names that are no store's. A store refuses to open the directory while they are there."""
+        return sorted(name for name in self.files if not names.is_ours(name))
+
+
+def absolute(path: str | os.PathLike[str]) -> str:
+    """The path as a store would take it."""
+    return os.path.realpath(os.path.expanduser(os.fspath(path)))
+
+
+async def look(files: Files, path: str) -> View:
+    """List a directory (see `absolute`) and read its manifests, also beside a running store. See [Note: Looking beside a running store].
+
+    Raises:
+        DirectoryError: It is not a store's directory, or cannot be read.
+    """
+    try:
+        before = await _scan(files, path)
+        known = View(path=path)
+        for _ in range(LOOKS):
+            await _read_manifests(files, before, known)
+            after = await files.scan(path)
+            view = await _agree(files, before, after, known)
+            claimed = {record.shard.file for manifest in view.manifests.values() for record in manifest.records}
+            if view.manifest_bytes.keys() == _manifests(after).keys() and claimed <= view.files.keys():
+                break
+            before = after
+        return view
+    except OSError as error:
+        raise unusable(path, error) from error
+
+
+async def _scan(files: Files, path: str) -> dict[str, FileStat]:
+    try:
+        status = await files.stat(path)
+    except FileNotFoundError:
+        raise DirectoryError(f"{path} is not there", remedy="name the directory that the store was given as nvme=", path=path) from None
+    if not status.directory:
+        raise DirectoryError(f"{path} is not a directory", remedy="name the directory that the store was given as nvme=", path=path)
+    present = await files.scan(path)
+    if _looks_like_a_store(present):
+        return present
+    inside = [name for name, status in sorted(present.items())[:1000] if status.directory]
+    stores = [os.path.join(path, name) for name in inside if _looks_like_a_store(await files.scan(os.path.join(path, name)))]
+    raise DirectoryError(
+        f"{path} is not a store's directory",
+        need="a manifest in it, or a store's lock",
+        have=f"{len(present)} other files" if present else "an empty directory",
+        remedy=f"did you mean {stores[0]}?" if stores else "name the directory that the store was given as nvme=",
+        path=path,
+    )
+
+
+def _looks_like_a_store(present: Iterable[str]) -> bool:
+    return any(name in (names.LOCK, names.CURRENT) or names.manifest_generation(name) is not None for name in present)
+
+
+def _manifests(present: dict[str, FileStat]) -> dict[int, FileStat]:
+    return {number: status for name, status in present.items() if (number := names.manifest_generation(name)) is not None}
+
+
+async def _read_manifests(files: Files, present: dict[str, FileStat], known: View) -> None:
+    """Add to `known` what those say that are not in it yet: a manifest that is there never changes."""
+    for generation, status in sorted(_manifests(present).items()):
+        if generation in known.manifest_bytes:
+            continue
+        where = os.path.join(known.path, names.manifest_name(generation))
+        try:
+            if not status.regular:
+                raise ShardError("the manifest is not a plain file")
+            known.manifests[generation] = await load_manifest(files, where, generation, status.nbytes)
+        except FileNotFoundError:
+            continue  # a store at work dropped it
+        except DirectoryError as error:
+            known.newer[generation] = error
+        except ShardError as error:
+            known.damaged[generation] = error
+        except OSError as error:
+            known.damaged[generation] = ShardError(f"the manifest cannot be read ({error.strerror or error})")
+        known.manifest_bytes[generation] = status.nbytes
+
+
+async def _agree(files: Files, before: dict[str, FileStat], after: dict[str, FileStat], known: View) -> View:
+    """The generations that stand in both listings, and the files they need."""
+    there = _manifests(before).keys() & _manifests(after).keys() & known.manifest_bytes.keys()
+    view = View(path=known.path, hint=await read_hint(files, known.path, after))
+    view.manifest_bytes = {number: known.manifest_bytes[number] for number in sorted(there)}
+    view.manifests = {number: known.manifests[number] for number in sorted(there & known.manifests.keys())}
+    view.damaged = {number: known.damaged[number] for number in sorted(there & known.damaged.keys())}
+    view.newer = {number: known.newer[number] for number in sorted(there & known.newer.keys())}
+    claimed = {record.shard.file for manifest in view.manifests.values() for record in manifest.records}
+    view.files = {**{name: status for name, status in before.items() if name in claimed}, **after}
+    return view
+
+
+async def lock(files: Files, path: str) -> tuple[Lock | None, str | None]:
+    """Keep stores out while one reads, without making a lock file where there is none: then nobody has the directory open.
+
+    Returns:
+        The lock, or None and why there is none if that matters.
+
+    Raises:
+        BusyError: A store has it open.
+        DirectoryError: The lock file cannot be used.
+    """
+    where = os.path.join(path, names.LOCK)
+    try:
+        await files.stat(where)
+        held = files.lock(where)
+    except FileNotFoundError:
+        return None, None
+    except OSError as error:
+        if error.errno not in _READ_ONLY:
+            raise unusable(path, error) from error
+        return None, f"the lock could not be taken ({error.strerror}): no store must work in the directory meanwhile"
+    if held is None:
+        raise await busy(files, path)
+    return held, None
+
+
+# -- payloads -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something wrong with a shard.
+
+    Attributes:
+        what: One clause about the file.
+        chunk: The chunk that it concerns; None: the file or its header.
+        harms: Tensors that cannot be trusted, in payload order.
+    """
+
+    what: str
+    chunk: int | None
+    harms: tuple[str, ...]
+
+
+def tensors_of(record: Record, chunk: int) -> tuple[TensorSpec, ...]:
+    """Those of which some bytes lie in a chunk."""
+    start, stop = chunk * CHUNK_BYTES, (chunk + 1) * CHUNK_BYTES
+    return tuple(spec for spec in record.block.tensors if spec.nbytes and spec.offset < stop and spec.offset + spec.nbytes > start)
+
+
+def all_tensors(record: Record) -> tuple[str, ...]:
+    return tuple(spec.name for spec in record.block.tensors)
+
+
+def check_file(record: Record, status: FileStat | None) -> Problem | None:
+    """What a look at the name alone tells."""
+    if status is None:
+        return Problem("is missing", None, all_tensors(record))
+    if not status.regular:
+        return Problem("is not a plain file", None, all_tensors(record))
+    if status.nbytes != record.shard.file_bytes:
+        problem = f"has {status.nbytes:,} bytes instead of {record.shard.file_bytes:,}"
+        if status.nbytes < record.shard.data_start:
+            return Problem(problem, None, all_tensors(record))
+        there = set(_whole_chunks(record, status.nbytes))
+        lost = {spec.name for chunk in range(num_chunks(record.block.nbytes)) if chunk not in there for spec in tensors_of(record, chunk)}
+        return Problem(problem, None, tuple(name for name in all_tensors(record) if name in lost))
+    return None
+
+
+def _whole_chunks(record: Record, file_bytes: int) -> list[int]:
+    """Those that a file of this length holds all of."""
+    reached = file_bytes - record.shard.data_start
+    return [chunk for chunk in range(num_chunks(record.block.nbytes)) if _range(record, chunk)[1] <= reached]
+
+
+Report = Callable[[Record, Problem], None]
+"""Told of each problem as it is found; may raise, which ends the reading."""
+Use = Callable[[Record, int, memoryview], Awaitable[None]]
+"""Given each chunk that is right, or that has no checksum; the buffer is its own until it returns."""
+
+
+class Reading:
+    """Reads shards in full. See [Note: Reading what a store wrote]. For one loop; nothing is in flight once `run` has ended.
+
+    Args:
+        files: The file system.
+        view: The directory.
+        report: Told of problems.
+        use: Given the bytes.
+        progress: Told of payload bytes as they are done with, whether they were right or not.
+    """
+
+    def __init__(
+        self, files: Files, view: View, report: Report, *, use: Use | None = None, progress: Callable[[int], None] | None = None
+    ) -> None:
+        self.read_bytes = 0
+        self._files = files
+        self._view = view
+        self._report = report
+        self._use = use
+        self._progress = progress or (lambda nbytes: None)
+        self._open: dict[int, File] = {}  # by the shard's place in the list
+        self._left: dict[int, int] = {}  # headers and chunks still to be read, likewise
+
+    async def run(self, records: Iterable[Record]) -> None:
+        """Check every header and every chunk of these shards.
+
+        Raises:
+            TransferError: The drive does not answer.
+            Exception: Whatever `report` and `use` raise.
+        """
+        listed = list(records)
+        for record in listed:
+            if (problem := check_file(record, self._view.files.get(record.shard.file))) is not None:
+                self._report(record, problem)
+        await self._try_direct(listed)
+        jobs = self._jobs(listed)
+        largest = max((min(record.block.nbytes, CHUNK_BYTES) for record in listed), default=0)
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(IN_FLIGHT):
+                    group.create_task(self._work(jobs, largest))
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        finally:
+            for file in self._open.values():
+                await file.close()
+            self._open.clear()
+
+    def _jobs(self, records: Sequence[Record]) -> Iterator[tuple[int, Record, int | None]]:
+        """Each shard's header (None) and chunks, as far as its file reaches."""
+        for index, record in enumerate(records):
+            status = self._view.files.get(record.shard.file)
+            if status is None or not status.regular:
+                self._progress(record.block.nbytes)
+                continue
+            whole = _whole_chunks(record, status.nbytes)
+            self._progress(record.block.nbytes - sum(stop - start for start, stop in (_range(record, chunk) for chunk in whole)))
+            header = [None] if status.nbytes >= record.shard.data_start else []
+            if jobs := [*header, *whole]:
+                self._open[index] = self._files.file(os.path.join(self._view.path, record.shard.file))
+                self._left[index] = len(jobs)
+            yield from ((index, record, job) for job in jobs)
+
+    async def _work(self, jobs: Iterator[tuple[int, Record, int | None]], nbytes: int) -> None:
+        buffer = aligned_buffer(nbytes)
+        for index, record, chunk in jobs:
+            if chunk is None:
+                await self._check_header(record)
+            else:
+                await self._read_chunk(record, self._open[index], chunk, buffer)
+            self._left[index] -= 1
+            if not self._left[index]:
+                await self._open.pop(index).close()
+
+    async def _check_header(self, record: Record) -> None:
+        shard = record.shard
+        path = os.path.join(self._view.path, shard.file)
+        try:
+            header = await self._files.load(path, shard.data_start)
+        except StalledError as error:
+            raise io_error(error, f"reading block {record.block.name!r}", path=path, block=record.block.name) from error
+        except OSError as error:
+            self._report(record, Problem(f"has a header that cannot be read ({error.strerror or error})", None, all_tensors(record)))
+            return
+        sums = await self._files.work(checksum, header)
+        if len(header) != shard.data_start or shard_checksum(sums, shard.chunks or ()) != shard.digest:
+            self._report(record, Problem("has a header that does not match its checksum", None, all_tensors(record)))
+        elif not _describes(header, record):
+            self._report(record, Problem("has a header that describes other tensors than the manifest", None, all_tensors(record)))
+
+    async def _read_chunk(self, record: Record, file: File, chunk: int, buffer: memoryview) -> None:
+        shard = record.shard
+        start, stop = _range(record, chunk)
+        piece = buffer[: stop - start]
+        found: list[int] = []
+        then = None if shard.chunks is None else lambda data: found.append(checksum(data))
+        problem: str | None = None
+        try:
+            await move_all(self._files, file.read, [Request(shard.data_start + start, piece, then)])
+        except StalledError as error:  # its buffer may still be filled
+            path = os.path.join(self._view.path, shard.file)
+            raise io_error(error, f"reading block {record.block.name!r}", path=path, block=record.block.name) from error
+        except OSError as error:
+            problem = f"cannot be read ({error.strerror or error})"
+        else:
+            self.read_bytes += len(piece)
+            if shard.chunks is not None and found[-1] != shard.chunks[chunk]:
+                problem = "does not match its checksum"
+        if problem is not None:
+            where = f"chunk {chunk} (bytes {shard.data_start + start} to {shard.data_start + stop})"
+            self._report(record, Problem(f"{where} {problem}", chunk, tuple(spec.name for spec in tensors_of(record, chunk))))
+        elif self._use is not None:
+            await self._use(record, chunk, piece)
+        self._progress(len(piece))
+
+    async def _try_direct(self, records: Iterable[Record]) -> None:
+        """Read past the page cache where the file system lets the first shard be read so."""
+        for record in records:
+            if check_file(record, self._view.files.get(record.shard.file)) is None:
+                file = self._files.file(os.path.join(self._view.path, record.shard.file))
+                self._files.direct = True
+                outcomes = await file.read([Request(0, aligned_buffer(PAGE))])
+                self._files.direct = outcomes == [PAGE]
+                await file.close()
+                return
+
+
+def _range(record: Record, chunk: int) -> tuple[int, int]:
+    return chunk * CHUNK_BYTES, min((chunk + 1) * CHUNK_BYTES, record.block.nbytes)
+
+
+def _describes(header: bytes, record: Record) -> bool:
+    """Whether a header places exactly the manifest's tensors where the manifest does; what lies between them is its own."""
+    try:
+        parsed = parse_header(header, record.shard.file_bytes)
+    except ShardError:
+        return False
+    placed = {tensor.name: (tensor.dtype, tensor.shape, tensor.begin) for tensor in parsed.tensors}
+    return all(placed.get(spec.name) == (spec.dtype, spec.shape, spec.offset) for spec in record.block.tensors)

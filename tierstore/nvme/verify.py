@@ -1,0 +1,229 @@
+"""Reads everything that a directory holds, and says what is right and what is damaged, down to the tensor.
+
+The report as JSON (`Report.to_json`) is documented in FORMAT.md; names are added to it, never changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from tierstore.errors import DirectoryError
+from tierstore.nvme import names
+from tierstore.nvme.files import Files
+from tierstore.nvme.manifest import Record
+from tierstore.nvme.reading import Problem, Reading, View, lock, look
+from tierstore.nvme.recovery import some
+from tierstore.units import format_bytes
+
+SCHEMA = 1
+
+
+@dataclass(slots=True)
+class BlockDamage:
+    """What is wrong with one block's shard.
+
+    Attributes:
+        problems: One clause each, about the file.
+        tensors: Those that cannot be trusted, in payload order. None of them: the damage is in bytes that mean nothing.
+        whole: All of the block's tensors.
+    """
+
+    block: str
+    file: str
+    problems: list[str]
+    tensors: list[str]
+    whole: bool
+
+    def to_json(self) -> dict[str, Any]:
+        return {"block": self.block, "file": self.file, "problems": self.problems, "tensors": self.tensors}
+
+
+@dataclass(slots=True)
+class GenerationReport:
+    """One generation.
+
+    Attributes:
+        problem: Why the generation cannot be read at all.
+        damaged: Blocks with something wrong, in the manifest's order.
+        unchecked: Blocks that were written with `checksum=False`: their payload was read, and there is nothing to compare it with.
+    """
+
+    generation: int
+    num_blocks: int = 0
+    payload_bytes: int = 0
+    problem: str | None = None
+    damaged: list[BlockDamage] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
+
+    @property
+    def whole(self) -> bool:
+        return self.problem is None and not self.damaged
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "generation": self.generation,
+            "whole": self.whole,
+            "blocks": self.num_blocks,
+            "payload_bytes": self.payload_bytes,
+            "problem": self.problem,
+            "damaged": [damage.to_json() for damage in self.damaged],
+            "unchecked": self.unchecked,
+        }
+
+
+@dataclass(slots=True)
+class Report:
+    """What `verify` found.
+
+    Attributes:
+        path: The directory.
+        generations: Ascending.
+        problems: What is wrong with the directory as a whole.
+        notes: What is no damage, and worth knowing.
+        read_bytes: Payload bytes read.
+        num_shards: Files that they came from.
+    """
+
+    path: str
+    generations: list[GenerationReport] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    read_bytes: int = 0
+    num_shards: int = 0
+
+    @property
+    def good(self) -> bool:
+        return not self.problems and all(generation.whole for generation in self.generations)
+
+    @property
+    def whole(self) -> list[int]:
+        """Generations that are undamaged."""
+        return [generation.generation for generation in self.generations if generation.whole]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "path": self.path,
+            "good": self.good,
+            "generations": [generation.to_json() for generation in self.generations],
+            "whole_generations": self.whole,
+            "problems": self.problems,
+            "notes": self.notes,
+            "shards_read": self.num_shards,
+            "payload_bytes_read": self.read_bytes,
+        }
+
+
+Begin = Callable[[int], Callable[[int], None]]
+"""Told how many payload bytes there are to read; returns what is told of each part that is done."""
+
+
+async def verify(files: Files, path: str, *, generation: int | None = None, begin: Begin | None = None) -> Report:
+    """Read all shards of all generations, each once, and check every byte that has a checksum.
+
+    Args:
+        path: Absolute; see `reading.absolute`.
+        generation: Only this one.
+        begin: For a display of progress.
+
+    Raises:
+        BusyError: A store has the directory open.
+        DirectoryError: Not a store's, of a newer format, or without that generation.
+        TransferError: The drive does not answer.
+    """
+    await look(files, path)  # before anything else: what is no store's directory is not locked either
+    held, unlocked = await lock(files, path)
+    try:
+        view = await look(files, path)
+        if view.newer and (generation is None or generation in view.newer):
+            raise next(reversed(view.newer.values()))
+        report = Report(path, notes=[unlocked] if unlocked else [])
+        _check_directory(view, report)
+        await _check_generations(files, view, report, _chosen(view, generation), begin)
+        return report
+    finally:
+        if held is not None:
+            held.release()
+
+
+def _chosen(view: View, generation: int | None) -> list[int]:
+    if generation is None:
+        return sorted(view.manifest_bytes)
+    if generation not in view.manifest_bytes:
+        raise no_generation(view, generation)
+    return [generation]
+
+
+def no_generation(view: View, generation: int) -> DirectoryError:
+    available = tuple(sorted(view.manifest_bytes))
+    return DirectoryError(
+        f"generation {generation} is not in {view.path}",
+        need=f"generation {generation}",
+        have=f"generations {', '.join(map(str, available))}" if available else "no commit",
+        remedy="choose one of those" if available else "commit first",
+        path=view.path,
+        available=available,
+    )
+
+
+def _check_directory(view: View, report: Report) -> None:
+    newest = max(view.manifest_bytes, default=0)
+    if names.CURRENT in view.files and view.hint is None:
+        report.problems.append(f"{names.CURRENT} is damaged; it is only a hint, and the next commit writes it anew")
+    elif (view.hint or 0) > newest:
+        report.problems.append(f"generation {view.hint} was committed, and its manifest is missing")
+    described: dict[str, Record] = {}
+    for generation, manifest in view.manifests.items():
+        for record in manifest.records:
+            if described.setdefault(record.shard.file, record) != record:
+                report.problems.append(f"generation {generation} and an older one disagree about {record.shard.file}")
+    if not view.manifest_bytes and not report.problems:
+        report.notes.append("nothing has been committed yet")
+    report.notes += notes_of(view)
+
+
+def notes_of(view: View) -> list[str]:
+    """What lies in the directory beside what its generations need."""
+    notes = []
+    if view.leftovers:
+        nbytes = sum(view.files[name].nbytes for name in view.leftovers)
+        notes.append(
+            f"{len(view.leftovers)} left-over files ({format_bytes(nbytes)}) that no generation needs: "
+            f"the next opening deletes them ({some(view.leftovers, ', ')})"
+        )
+    if view.foreign:
+        notes.append(f"files that are not the store's, which no store opens a directory with: {some(view.foreign, ', ')}")
+    return notes
+
+
+async def _check_generations(files: Files, view: View, report: Report, chosen: list[int], begin: Begin | None) -> None:
+    problems: dict[Record, list[Problem]] = {}
+    records = dict.fromkeys(record for number in reversed(chosen) if number in view.manifests for record in view.manifests[number].records)
+    progress = begin(sum(record.block.nbytes for record in records)) if begin is not None else None
+    reading = Reading(files, view, lambda record, problem: problems.setdefault(record, []).append(problem), progress=progress)
+    await reading.run(records)
+    report.read_bytes, report.num_shards = reading.read_bytes, len(records)
+    for number in chosen:
+        generation = GenerationReport(number)
+        report.generations.append(generation)
+        if number not in view.manifests:
+            generation.problem = str(view.damaged[number] if number in view.damaged else view.newer[number])
+            continue
+        for record in view.manifests[number].records:
+            generation.num_blocks += 1
+            generation.payload_bytes += record.block.nbytes
+            if record in problems:
+                generation.damaged.append(_damage(record, problems[record]))
+            if record.shard.chunks is None:
+                generation.unchecked.append(record.block.name)
+
+
+def _damage(record: Record, problems: list[Problem]) -> BlockDamage:
+    harmed = {name for problem in problems for name in problem.harms}
+    tensors = [spec.name for spec in record.block.tensors if spec.name in harmed]
+    ordered = sorted(problems, key=lambda problem: -1 if problem.chunk is None else problem.chunk)
+    return BlockDamage(
+        record.block.name, record.shard.file, [problem.what for problem in ordered], tensors, len(tensors) == len(record.block.tensors)
+    )

@@ -1,0 +1,225 @@
+"""How a directory looks on a terminal: what `verify`, `inspect` and `export` print."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+from rich.text import Text
+
+from tierstore.export import Exported
+from tierstore.nvme.contents import BlockRow, Contents, GenerationRow
+from tierstore.nvme.recovery import some
+from tierstore.nvme.verify import BlockDamage, GenerationReport, Report
+from tierstore.units import format_bytes
+
+MAX_TENSORS = 12
+"""Damaged tensors of one block that are listed one by one."""
+
+MAX_METADATA = 300
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[int], Callable[[int], None]]]:
+    """A bar on standard error while bytes are read, where that is a terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+
+        def begin(total: int) -> Callable[[int], None]:
+            task = bar.add_task(what, total=total)
+            return lambda nbytes: bar.advance(task, nbytes)
+
+        yield begin
+
+
+def count(number: int, noun: str) -> str:
+    """`1 block`, `2 blocks`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def _say(console: Console, text: str | Text, *, indent: int = 0, style: str = "") -> None:
+    for line in Text(str(text)).wrap(console, max(20, console.width - indent)):
+        console.print(" " * indent + line.plain.rstrip(), style=style, highlight=False, markup=False, soft_wrap=True)
+
+
+def _table(*headings: str) -> Table:
+    """Headings that begin with > stand to the right, as their numbers do."""
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    for heading in headings:
+        right = heading.startswith(">")
+        table.add_column(heading.lstrip(">"), justify="right" if right else "left", overflow="fold", no_wrap=right)
+    return table
+
+
+# -- verify -----------------------------------------------------------------------------------------------------------------
+
+
+def print_report(console: Console, report: Report, seconds: float) -> None:
+    """The damage first, then what is whole."""
+    for problem in report.problems:
+        _say(console, f"DAMAGED: {problem}", style="bold red")
+    for generation in report.generations:
+        _print_generation(console, generation)
+    for note in report.notes:
+        _say(console, f"Note: {note}")
+    speed = f", {format_bytes(report.read_bytes / seconds)}/s" if seconds > 0.1 else ""
+    _say(console, f"Read {count(report.num_shards, 'shard')} ({format_bytes(report.read_bytes)}) in {seconds:.1f} s{speed}.")
+    _say(console, _verdict(report), style="bold green" if report.good else "bold red")
+
+
+def _print_generation(console: Console, generation: GenerationReport) -> None:
+    what = f"Generation {generation.generation}"
+    if generation.problem is not None:
+        _say(console, f"{what}: DAMAGED: {generation.problem}", style="bold red")
+        return
+    blocks = f"{count(generation.num_blocks, 'block')}, {format_bytes(generation.payload_bytes)}"
+    if generation.damaged:
+        _say(console, f"{what}: DAMAGED in {len(generation.damaged)} of {blocks}", style="bold red")
+        for damage in generation.damaged:
+            _print_damage(console, damage)
+    else:
+        _say(console, f"{what}: good ({blocks})", style="green")
+    if generation.unchecked:
+        listed = some(generation.unchecked, ", ")
+        _say(console, f"not checked: {len(generation.unchecked)} written with checksum=False ({listed})", indent=2, style="yellow")
+
+
+def _print_damage(console: Console, damage: BlockDamage) -> None:
+    _say(console, f"block {damage.block!r} in {damage.file}", indent=2)
+    for problem in damage.problems:
+        _say(console, f"the file {problem}" if not problem.startswith("chunk") else problem, indent=4)
+    if damage.whole:
+        _say(console, f"all its tensors are bad ({len(damage.tensors)})", indent=4)
+    elif damage.tensors:
+        more = f" and {len(damage.tensors) - MAX_TENSORS} more" if len(damage.tensors) > MAX_TENSORS else ""
+        _say(console, f"bad tensors: {', '.join(damage.tensors[:MAX_TENSORS])}{more}", indent=4)
+    else:
+        _say(console, "its tensors are good: the damage is in bytes that mean nothing", indent=4)
+
+
+def _verdict(report: Report) -> str:
+    if report.good:
+        return "Everything is as it was written." if report.generations else "There is nothing to check."
+    if not report.whole:
+        return "Damaged; no generation that was read is whole."
+    newest = max(generation.generation for generation in report.generations)
+    best = report.whole[-1]
+    if best == newest and not report.problems:
+        return f"Damaged; generation {best}, the newest, is whole."
+    return f"Damaged; generation {best} is whole: open it with generation={best}."
+
+
+# -- inspect ----------------------------------------------------------------------------------------------------------------
+
+
+def print_contents(console: Console, contents: Contents, *, tensors: bool) -> None:
+    """Generations, then the blocks of the current one (or of the only one asked for), then the drive."""
+    _say(console, contents.path, style="bold")
+    if contents.holder is not None:
+        state = "open in" if contents.running else "left by"
+        _say(console, f"{state} process {contents.holder}{'' if contents.running else ', which is gone'}")
+    console.print()
+    if not contents.generations:
+        _say(console, "Nothing has been committed yet.")
+    else:
+        console.print(_generations(contents.generations))
+        for row in contents.generations:
+            if row.problem is not None:
+                _say(console, f"generation {row.generation}: {row.problem}", style="red")
+    shown = contents.current or next((row for row in reversed(contents.generations) if row.problem is None), None)
+    if shown is not None:
+        _print_blocks(console, shown, tensors=tensors)
+    console.print()
+    console.print(_disk(contents))
+    for what, listed in (("left over", contents.leftovers), ("foreign", contents.foreign)):
+        if listed:
+            _say(console, f"{what}: {some(listed, ', ')}")
+
+
+def _generations(rows: list[GenerationRow]) -> Table:
+    table = _table(">generation", "", "committed", ">blocks", ">bytes")
+    for row in rows:
+        marks = [*(["current"] if row.current else []), *(["damaged"] if row.damaged else [])]
+        figures = (f"{len(row.blocks):,}", format_bytes(row.payload_bytes)) if row.problem is None else ("", "")
+        style = "red" if row.damaged else ""
+        table.add_row(str(row.generation), ", ".join(marks), _local_time(row.committed), *figures, style=style)
+    return table
+
+
+def _local_time(moment: datetime) -> str:
+    return moment.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _print_blocks(console: Console, row: GenerationRow, *, tensors: bool) -> None:
+    console.print()
+    _say(console, f"Generation {row.generation}", style="bold")
+    if row.metadata is not None:
+        text = json.dumps(row.metadata, ensure_ascii=False)
+        _say(console, f"metadata: {text if len(text) <= MAX_METADATA else text[:MAX_METADATA] + ' ... (all of it with --json)'}")
+    console.print()
+    table = _table("block", ">tensors", "dtypes", ">bytes", "shard", "")
+    for block in row.blocks:
+        name = Text(block.record.block.name, style="dim" if block.state else "")
+        marks = [*(["frozen"] if block.record.block.frozen else []), *([block.problem] if block.problem else [])]
+        table.add_row(
+            name,
+            f"{len(block.record.block.tensors):,}",
+            _some_dtypes(block),
+            format_bytes(block.record.block.nbytes),
+            block.record.shard.file.removeprefix("block-").removesuffix(".safetensors"),
+            Text(", ".join(marks), style="red" if block.problem else ""),
+        )
+        if tensors:
+            for spec in block.record.block.tensors:
+                shape = "x".join(map(str, spec.shape)) or "scalar"
+                table.add_row(Text(f"  {spec.name}", style="dim"), "", spec.dtype, format_bytes(spec.nbytes), Text(shape, style="dim"), "")
+    console.print(table)
+    _say(console, "SHARD is the file block-SHARD.safetensors" + ("; for a tensor, its shape" if tensors else ""), style="dim")
+
+
+def _some_dtypes(block: BlockRow) -> str:
+    dtypes = block.dtypes
+    return ", ".join(dtypes[:2]) + (f" +{len(dtypes) - 2}" if len(dtypes) > 2 else "")
+
+
+def _disk(contents: Contents) -> Table:
+    table = _table("on the drive", ">files", ">bytes")
+    names = {
+        "current shards": "shards of the current generation",
+        "older shards": "shards of older generations only",
+        "left over": "in no generation: " + ("the store is at work on them" if contents.running else "left over"),
+        "unclear": "shards that a manifest which cannot be read may need",
+        "other": "lock, CURRENT and the like",
+        "foreign": "not the store's",
+    }
+    for kind, share in [*contents.disk.items(), contents.total()]:
+        if share.files or kind == "total":
+            table.add_row(names.get(kind, kind), f"{share.files:,}", format_bytes(share.bytes))
+    return table
+
+
+# -- export -----------------------------------------------------------------------------------------------------------------
+
+
+def print_exported(console: Console, exported: Exported, seconds: float) -> None:
+    """What was written, and what was not."""
+    if exported.qualified:
+        _say(console, "Some tensors of different blocks have the same name: all are exported as BLOCK.TENSOR.")
+    if exported.left_out:
+        _say(console, f"Left out: {count(len(exported.left_out), 'block')} ({some(exported.left_out, ', ')})")
+    if exported.unchecked:
+        listed = some(exported.unchecked, ", ")
+        _say(console, f"Not checked: {count(len(exported.unchecked), 'block')} written with checksum=False ({listed})", style="yellow")
+    for note in exported.notes:
+        _say(console, f"Note: {note}", style="yellow")
+    for way, number in sorted(exported.shared.items()):
+        _say(console, f"Shared by {way}: {number} of {count(len(exported.files), 'file')}")
+    what = f"{count(exported.num_tensors, 'tensor')} of {count(exported.num_blocks, 'block')}, {format_bytes(exported.total_bytes)}"
+    where = f"in {count(len(exported.files), 'file')} in {exported.out}"
+    _say(console, f"Exported generation {exported.generation}: {what}, {where} ({seconds:.1f} s).", style="bold green")
