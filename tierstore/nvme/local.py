@@ -81,8 +81,8 @@ class LocalFiles:
 
     def __init__(self, *, threads: int = 4, portable: bool | None = None, system: System | None = None) -> None:
         here, only_portable = native()
-        self.system = here if system is None else system
         self.portable = only_portable if portable is None else portable
+        self.system = system or (here if self.portable else Posix())
         self.direct = False
         self.syncs_directories = self.system.syncs_directories and not self.portable
         self.num_threads = threads

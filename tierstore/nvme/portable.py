@@ -44,9 +44,13 @@ async def opened(
 ) -> AsyncIterator[AsyncFileIO]:
     """An unbuffered handle, its calls made on the threads of a kind; closed there, too, unless a call on it hangs."""
 
+    given_up = False
+
     def opener(path: str, flags: int) -> int:
         descriptor = files.system.open(path, flags, direct=direct)
         try:
+            if given_up:
+                raise StalledError(0.0)  # nobody hears it
             if offset:
                 os.lseek(descriptor, offset, os.SEEK_SET)
         except BaseException:
@@ -57,7 +61,11 @@ async def opened(
     async def attempt() -> AsyncFileIO:
         return await aiofiles.open(path, mode, 0, opener=opener, executor=files.executor(kind))
 
-    handle = await patiently(attempt)
+    try:
+        handle = await patiently(attempt)
+    except StalledError:
+        given_up = True
+        raise
     try:
         yield handle
     except StalledError as error:

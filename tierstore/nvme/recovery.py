@@ -52,7 +52,7 @@ def check_name(path: str) -> None:
     if part is not None:
         raise DirectoryError(
             f"{path} cannot be a directory on Windows, which keeps the name {part!r} for itself",
-            need='a name that is no device\'s (CON, NUL, COM1, ...), ends neither in a dot nor in a space, and has none of <>:"|?*',
+            need="a name that is no device's (CON, NUL, COM1, ...), ends neither in a dot nor in a space, and has none of <>:\"|?*",
             have=repr(part),
             remedy="name another directory",
             path=path,
