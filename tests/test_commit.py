@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.nvme.common import kept
 from tests.quiet import assert_quiet, assert_same, disk_bytes, values
 from tierstore import CommitHandle, TierStore
 from tierstore.errors import BlockNotFoundError, DirectoryError, LeaseError, NoDirectoryError
@@ -96,19 +97,20 @@ def test_older_generations_can_be_opened(tmp_path: Path) -> None:
         with open_store(tmp_path, keep=2) as store:
             fill(store, step, num_blocks=5)
             assert store.commit(step) == step
-    for generation in (4, 5):
+    for generation in (4, 5):  # where directories cannot be synced, 3 is there too
         with open_store(tmp_path, keep=2, generation=generation) as store:
             assert store.committed is not None
             assert store.committed.metadata == generation
             assert read(store, "b2") == generation
     with pytest.raises(DirectoryError):
-        open_store(tmp_path, keep=2, generation=3)
+        open_store(tmp_path, keep=2, generation=5 - kept(2))
     with open_store(tmp_path, keep=2, generation=4) as store:  # going on from an older one
         fill(store, 40, num_blocks=5)
         assert store.commit("branch") == 6
     with open_store(tmp_path) as store:
         assert read(store, "b1") == 40
-        store.commit()
+        for _ in range(kept()):
+            store.commit()
         assert_quiet(store)
     with pytest.raises(DirectoryError):
         open_store(tmp_path, generation=6)
@@ -222,6 +224,7 @@ def test_closing_says_what_is_lost(tmp_path: Path, caplog: pytest.LogCaptureFixt
         found = [
             record.getMessage() for record in caplog.records if record.levelno == logging.WARNING and record.name.startswith("tierstore")
         ]
+        found = [message for message in found if "direct I/O is not available" not in message]
         caplog.clear()
         return found
 
@@ -261,11 +264,12 @@ def test_nothing_is_left_behind_over_many_commits(tmp_path: Path) -> None:
             fill(store, step)
             store.commit(step)
             sizes.append(disk_bytes(tmp_path / "swap"))
-        assert max(sizes[3:]) <= sizes[2] + 4 * PAGE
+        settled = kept() + 2
+        assert max(sizes[settled:]) <= sizes[settled - 1] + 4 * PAGE
         assert_quiet(store)
     files = os.listdir(tmp_path / "swap")
-    assert len([name for name in files if name.endswith(".safetensors")]) == 20
-    assert len(files) <= 20 + 4
+    assert len([name for name in files if name.endswith(".safetensors")]) == 20 * kept()
+    assert len(files) <= 20 * kept() + 3 + kept()
 
 
 def test_commits_from_several_threads(tmp_path: Path) -> None:

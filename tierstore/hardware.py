@@ -87,7 +87,7 @@ def measure_hardware(device: torch.device | None = None, nvme: str | os.PathLike
     gpu_name, gpu_total, gpu_free = _gpu_memory(device) if device is not None and device.type == "cuda" else (None, 0, 0)
     disk = None if nvme is None else _disk_usage(Path(nvme).expanduser())
     return Hardware(
-        cpu_count=len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1,
+        cpu_count=_usable_cpus(),
         ram_total_bytes=total,
         ram_available_bytes=available,
         gpu_name=gpu_name,
@@ -96,6 +96,12 @@ def measure_hardware(device: torch.device | None = None, nvme: str | os.PathLike
         disk_total_bytes=disk.total if disk else None,
         disk_free_bytes=disk.free if disk else None,
     )
+
+
+def _usable_cpus() -> int:
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _disk_usage(path: Path) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import logging
 import os
 import threading
@@ -28,6 +29,7 @@ from tierstore.nvme import local
 from tierstore.nvme.directory import Directory
 from tierstore.nvme.local import LocalFiles
 from tierstore.nvme.shards import ShardWriter
+from tierstore.nvme.system import Posix
 
 STALL_S = 0.3
 SOON_S = 10 * STALL_S
@@ -89,6 +91,19 @@ class Gate:
 
         return gated
 
+    def opens(self, file: str, *, mode: str, opener: Callable[[str, int], int], **_: Any) -> io.FileIO:
+        """As `open`, for the portable path: the calls of the handle pass the gate under the names of the positional ones."""
+        gate = self
+
+        class Gated(io.FileIO):
+            def readinto(self, buffer: Any) -> Any:
+                return gate.through("preadv", lambda _: io.FileIO.readinto(self, buffer))(self.fileno())
+
+            def write(self, data: Any) -> Any:
+                return gate.through("pwritev", lambda _: io.FileIO.write(self, data))(self.fileno())
+
+        return Gated(file, mode, opener=opener)
+
     @staticmethod
     def _file_of(argument: Any) -> str:
         return os.readlink(f"/proc/self/fd/{argument}") if isinstance(argument, int) else str(argument)
@@ -102,6 +117,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     monkeypatch.setattr(threads, "STALL_S", STALL_S)
     monkeypatch.setattr(local, "_PREADV", gate.through("preadv", os.preadv))
     monkeypatch.setattr(local, "_PWRITEV", gate.through("pwritev", os.pwritev))
+    monkeypatch.setattr("aiofiles.threadpool.sync_open", gate.opens)
     for name in ("fsync", "replace", "unlink", "posix_fallocate", "lstat"):
         monkeypatch.setattr(os, name, gate.through(name, getattr(os, name)))
     yield gate
@@ -394,6 +410,7 @@ def test_a_file_that_is_made_late_is_not_left_open(tmp_path: Path, gate: Gate, m
         assert not [name for name in open_files() if "block-a-" in name]
 
 
+@pytest.mark.native_files  # slows positional reads
 def test_a_slow_drive_is_not_a_hung_one(tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each request takes a while, the whole many times the stall limit: it makes progress."""
     real = local._PREADV
@@ -434,10 +451,10 @@ def test_the_portable_path_is_watched_too(tmp_path: Path, gate: Gate) -> None:
         real = os.open
         hangs = gate.through("open", real)
 
-        def no_follow(path: str, flags: int) -> int:
+        def no_follow(self: Posix, path: str, flags: int, *, direct: bool = False) -> int:
             return int(hangs(path, flags))
 
-        with mock.patch.object(local, "_open_no_follow", no_follow):
+        with mock.patch.object(Posix, "open", no_follow):
             gate.shut("open", file="block-a-")
             given_up(lambda: use(store, "a"), "a")
             gate.file = "nothing"

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from tierstore.nvme.directory import Directory
 from tierstore.nvme.files import aligned_buffer
+from tierstore.nvme.local import LocalFiles
 from tierstore.nvme.shards import Shard
 
 T = TypeVar("T")
@@ -31,6 +32,11 @@ async def contents(directory: Directory, shard: Shard) -> memoryview:
     into = aligned_buffer(shard.payload_bytes)
     await directory.read(shard, into)
     return into
+
+
+def kept(keep: int = 1) -> int:
+    """Generations that stay: one more where directories cannot be synced."""
+    return keep + (not LocalFiles().syncs_directories)
 
 
 def shard_files(path: str) -> set[str]:

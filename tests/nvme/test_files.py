@@ -76,7 +76,7 @@ def test_short_counts_and_interruptions_are_repeated(files: Any, tmp_path: Path)
 
 
 def test_direct_io_is_probed(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = LocalFiles()
+    files = LocalFiles(portable=False)
     asyncio.run(files.probe(str(tmp_path), "auto"))
     expected = files.direct
     asyncio.run(files.probe(str(tmp_path), False))

@@ -218,24 +218,24 @@ def test_a_damaged_newest_manifest(swap: str, block_of: Any, payload_of: Any, ca
 
 
 def test_nothing_but_damage(swap: str, block_of: Any, payload_of: Any) -> None:
-    filled(swap, block_of, payload_of)
-    manifest = Path(swap, "manifest-00000002.json")
+    filled(swap, block_of, payload_of, steps=1)
+    manifest = Path(swap, "manifest-00000001.json")
     whole = manifest.read_bytes()
     files = set(os.listdir(swap))
     for bad in (whole[:-5], b"", b"\0" * len(whole), whole.replace(b'"format":1', b'"format":2')):
         manifest.write_bytes(bad)
-        with pytest.raises(ShardError, match="generation 2 cannot be opened"):
+        with pytest.raises(ShardError, match="generation 1 cannot be opened"):
             Directory.open(swap)
         assert set(os.listdir(swap)) - {"tierstore.pid"} == files
     manifest.unlink()
-    with pytest.raises(ShardError, match="manifest of generation 2 is missing"):
+    with pytest.raises(ShardError, match="manifest of generation 1 is missing"):
         Directory.open(swap)
     manifest.write_bytes(whole)
     with_directory(swap, lambda directory: contents(directory, directory.entries["w"].shard))
 
 
 def test_missing_shortened_and_linked_shards(swap: str, tmp_path: Path, block_of: Any, payload_of: Any) -> None:
-    filled(swap, block_of, payload_of)
+    filled(swap, block_of, payload_of, steps=1)
     shard = Path(swap, *shard_files(swap))
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1])

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tierstore.errors import BusyError, OptionError, TierFullError
-from tierstore.nvme import names, recovery
+from tierstore.nvme import names, recovery, windows
 from tierstore.nvme.files import Files, Lock, land
 from tierstore.nvme.local import LocalFiles
 from tierstore.nvme.locks import describe_holder
@@ -98,7 +98,10 @@ class Directory(Shelf):
         """
         if keep < 1:
             raise OptionError("keep must be at least 1", need="1 or more generations", have=keep)
-        where = os.path.realpath(os.path.expanduser(os.fspath(path)))
+        where = os.path.expanduser(os.fspath(path))
+        if windows.HERE:
+            recovery.check_name(where)
+        where = windows.plain(os.path.realpath(where))
         opening = cls._open(where, limit, checksum, keep, generation, direct_io, files if files is not None else LocalFiles())
         with ThreadPoolExecutor(1, thread_name_prefix="tierstore-open") as thread:
             return thread.submit(asyncio.run, opening).result()

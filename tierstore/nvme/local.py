@@ -1,17 +1,16 @@
 """The machine's own file system.
 
 [Note: Two ways to move bytes]
-Where the system has positional reads and writes, payloads go straight between the drive and the caller's memory, with
-O_DIRECT when the directory accepts it, from a small pool of threads per direction; the calls release the GIL. Elsewhere (and
-when asked, so that Linux can test what Windows gets) each request opens a handle of its own through aiofiles. Small files go
-through aiofiles on every system.
+Where the system has positional reads and writes, payloads go straight between the drive and the caller's memory, past the page
+cache when the directory accepts that, from a small pool of threads per direction; the calls release the GIL. Elsewhere (and
+when asked, so that Linux can test what Windows gets) each request opens a handle of its own through aiofiles: see
+`tierstore.nvme.portable`. Small files go through aiofiles on every system.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
 import os
 import shutil
@@ -21,42 +20,35 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Executor, Future
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
-
-import aiofiles
+from typing import Any, Literal, TypeVar
 
 from tierstore.catalog import PAGE
 from tierstore.errors import OptionError
+from tierstore.nvme import windows
 from tierstore.nvme.files import File, FileStat, Lock, Outcome, Request, aligned_buffer, is_aligned, land
 from tierstore.nvme.locks import take_lock
 from tierstore.nvme.names import PROBE_NAME
+from tierstore.nvme.portable import StreamFile, opened
+from tierstore.nvme.system import FILE_MODE, Posix, System, can_bypass_cache, close_quietly
 from tierstore.threads import StalledError, Threads, Watch
-
-if TYPE_CHECKING:
-    from aiofiles.base import AiofilesContextManager
-    from aiofiles.threadpool.binary import AsyncFileIO
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-FILE_MODE = 0o600
 DIRECTORY_MODE = 0o700
 SYNC_THREADS = 16
-_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
-_DIRECT: int | None = getattr(os, "O_DIRECT", None)
 _PREADV: Any = getattr(os, "preadv", None)
 _PWRITEV: Any = getattr(os, "pwritev", None)
 _FICLONE = 0x40049409
 """Linux's request for a reflink (`linux/fs.h`)."""
 _SLOWEST_BYTES_PER_S = 8e6
 """A sync, or making a file, may take as long as a drive this slow needs for the file's bytes, beyond the stall limit."""
-_REFUSED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
-"""What a file system answers to a request it does not know."""
 
 
-def _open_no_follow(path: str, flags: int) -> int:
-    return os.open(path, flags | _NO_FOLLOW, FILE_MODE)
+def native() -> tuple[System, bool]:
+    """This machine's system, and whether it has only the portable path."""
+    return windows.system() if sys.platform == "win32" else Posix(), _PREADV is None
 
 
 def _file_stat(status: os.stat_result) -> FileStat:
@@ -71,13 +63,16 @@ class LocalFiles:
         threads: I/O threads of each kind: "read", "write" and "other" never queue behind one another. For "sync" there are
             `SYNC_THREADS`, as a journal takes the syncs that are under way together at once.
         portable: Take the portable path. None: only where positional I/O is missing.
+        system: Whose calls to make. None: this machine's.
     """
 
-    def __init__(self, *, threads: int = 4, portable: bool | None = None) -> None:
-        self.portable = _PREADV is None if portable is None else portable
+    def __init__(self, *, threads: int = 4, portable: bool | None = None, system: System | None = None) -> None:
+        here, only_portable = native()
+        self.portable = only_portable if portable is None else portable
+        self.system = system or (here if self.portable else Posix())
         self.direct = False
-        self.syncs_directories = os.name == "posix" and not self.portable
-        self._threads = threads
+        self.syncs_directories = self.system.syncs_directories and not self.portable
+        self.num_threads = threads
         self._watch = Watch()
         self._executors: dict[str, Threads] = {}
 
@@ -87,7 +82,7 @@ class LocalFiles:
 
     def _pool(self, kind: str) -> Threads:
         if kind not in self._executors:
-            count = SYNC_THREADS if kind == "sync" else self._threads
+            count = SYNC_THREADS if kind == "sync" else self.num_threads
             self._executors[kind] = Threads(f"tierstore-{kind}", count, self._watch)
         return self._executors[kind]
 
@@ -156,15 +151,15 @@ class LocalFiles:
     async def probe(self, directory: str, direct_io: bool | Literal["auto"]) -> None:
         if direct_io not in (True, False, "auto"):
             raise OptionError("direct_io is not an option the store knows", need="True, False or 'auto'", have=repr(direct_io))
+        self.direct = False
         if direct_io is False:
-            self.direct = False
             return
-        refusal = "the portable path has no direct I/O" if self.portable else await self.work(_direct_refusal, directory)
+        refusal = await self._direct_refusal(directory)
         self.direct = refusal is None
         if refusal is not None and direct_io is True:
             raise OptionError(
                 "direct_io=True, but the directory refuses direct I/O",
-                need="a file system that takes O_DIRECT",
+                need="a file system that can be read and written past its cache",
                 have=refusal,
                 remedy="use direct_io='auto', or a directory on a local drive",
                 path=directory,
@@ -172,64 +167,101 @@ class LocalFiles:
         if refusal is not None:
             log.warning("direct I/O is not available in %s (%s): using ordinary I/O", directory, refusal)
 
+    async def _direct_refusal(self, directory: str) -> str | None:
+        """Why direct I/O does not work here, or None: a page is written and read back, since an open that succeeds proves little."""
+        if self.portable and not self.system.streams_directly:
+            return "the portable path has no direct I/O"
+        if not self.portable and not can_bypass_cache():
+            return "this system has no O_DIRECT"
+        path = os.path.join(directory, PROBE_NAME)
+        page, back = aligned_buffer(PAGE), aligned_buffer(PAGE)
+        page[:] = bytes(range(256)) * (PAGE // 256)
+        file = self._payload_file(path, write=True)
+        self.direct = True
+        try:
+            await file.create(PAGE)
+            for outcome in [*await file.write([Request(0, page)]), *await file.read([Request(0, back)])]:
+                if isinstance(outcome, BaseException):
+                    raise outcome
+            return None if back == page else "a page read back differed from the page written"
+        except OSError as error:
+            return f"a trial transfer: {error.strerror or error}"
+        finally:
+            self.direct = False
+            with contextlib.suppress(OSError):  # else the next opening removes it
+                await file.close()
+                await self._do(self.system.unlink, path)
+
     def file(self, path: str, *, write: bool = False) -> File:
-        return _StreamFile(self, path) if self.portable else _PositionalFile(self, path, write)
+        return self._payload_file(path, write=write)
+
+    def _payload_file(self, path: str, *, write: bool) -> File:
+        return StreamFile(self, path) if self.portable else _PositionalFile(self, path, write)
 
     async def load(self, path: str, nbytes: int) -> bytes:
         async def whole() -> bytes:
-            async with aiofiles.open(path, "rb", opener=_open_no_follow, executor=self.executor("read")) as handle:
-                return await handle.read(nbytes)
+            data = bytearray()
+            async with opened(self, path, "rb", "read") as handle:
+                while len(data) < nbytes and (piece := await handle.read(nbytes - len(data))):
+                    data += piece
+            return bytes(data)
 
         return await land(whole())
 
     async def save(self, path: str, data: bytes, *, sync: bool) -> None:
         async def whole() -> None:
-            async with aiofiles.open(path, "wb", opener=_open_no_follow, executor=self.executor("other")) as handle:
-                await handle.write(data)
-                await handle.flush()
+            left = memoryview(data)
+            async with opened(self, path, "wb", "other") as handle:
+                while left:
+                    left = left[await handle.write(left) :]
                 if sync:
-                    await self.work(os.fsync, handle.fileno())
+                    await self.work(self.system.sync, handle.fileno())
 
         await land(whole())
 
+    async def _do(self, call: Callable[..., T], *args: Any) -> T:
+        """Make a call that fails on Windows while somebody else has the file open, and be patient then. Cancelled, it is not made."""
+        return await windows.patiently(lambda: self.work(call, *args))
+
     async def replace(self, source: str, target: str) -> None:
-        await self.work(os.replace, source, target)
+        await self._do(self.system.replace, source, target)
 
     async def link(self, source: str, target: str) -> None:
-        await self.work(partial(os.link, follow_symlinks=False) if os.link in os.supports_follow_symlinks else os.link, source, target)
+        link = partial(os.link, follow_symlinks=False) if os.link in os.supports_follow_symlinks else os.link
+        await self.work(link, self.system.given(source), self.system.given(target))
 
     async def clone(self, source: str, target: str) -> None:
-        await self.work(_clone, source, target)
+        await self.work(_clone, self.system.given(source), self.system.given(target))
 
     async def unlink(self, path: str) -> None:
-        await self.work(os.unlink, path)
+        await self._do(self.system.unlink, path)
 
     async def stat(self, path: str) -> FileStat:
-        return _file_stat(await self.work(os.lstat, path))
+        return _file_stat(await self.work(os.lstat, self.system.given(path)))
 
     async def listdir(self, path: str) -> list[str]:
-        return await self.work(os.listdir, path)
+        return await self.work(os.listdir, self.system.given(path))
 
     async def scan(self, path: str) -> dict[str, FileStat]:
-        return await self.work(_scan, path)
+        return await self.work(_scan, self.system.given(path))
 
     async def make_directory(self, path: str) -> None:
-        await self.work(os.makedirs, path, DIRECTORY_MODE)
+        await self.work(os.makedirs, self.system.given(path), DIRECTORY_MODE)
         if self.syncs_directories:
             await self.sync_directory(os.path.dirname(path))
 
     async def remove_directory(self, path: str) -> None:
-        await self.work(os.rmdir, path)
+        await self.work(os.rmdir, self.system.given(path))
 
     async def sync_directory(self, path: str) -> None:
         if self.syncs_directories:
-            await self.work(_sync_directory, path)
+            await self.work(self.system.sync_directory, path)
 
     async def disk_free(self, path: str) -> int:
-        return (await self.work(shutil.disk_usage, path)).free
+        return (await self.work(shutil.disk_usage, self.system.given(path))).free
 
     def lock(self, path: str) -> Lock | None:
-        return take_lock(path)
+        return take_lock(self.system.given(path))
 
 
 class _PositionalFile:
@@ -241,7 +273,7 @@ class _PositionalFile:
         self._files = files
         self._path = path
         self._clean = not write
-        self._flags = (os.O_RDWR if write else os.O_RDONLY) | _NO_FOLLOW
+        self._flags = os.O_RDWR if write else os.O_RDONLY
         self._descriptors: dict[bool, int] = {}  # by whether direct
         self._opening = threading.Lock()  # may be held by a call that hangs
         self._counting = threading.Lock()
@@ -262,7 +294,7 @@ class _PositionalFile:
         return _file_stat(await self._files.work(lambda: self._with_descriptor(os.fstat)))
 
     async def sync(self, nbytes: int = 0) -> None:
-        await self._files.work(lambda: self._with_descriptor(os.fsync), nbytes=nbytes, kind="sync")
+        await self._files.work(lambda: self._with_descriptor(self._files.system.sync), nbytes=nbytes, kind="sync")
         self._clean = True
 
     async def close(self) -> None:
@@ -273,8 +305,7 @@ class _PositionalFile:
 
     def forget(self) -> None:
         for descriptor in self._descriptors.values():
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
+            close_quietly(descriptor)
         self._descriptors = {}
 
     def _move(self, call: Callable[[int, list[memoryview], int], int], request: Request) -> int:
@@ -287,9 +318,9 @@ class _PositionalFile:
     def _create(self, nbytes: int) -> None:
         with self._using():
             with self._opening:
-                descriptor = os.open(self._path, self._flags | os.O_CREAT | os.O_EXCL, FILE_MODE)
+                descriptor = self._files.system.open(self._path, self._flags | os.O_CREAT | os.O_EXCL)
                 self._descriptors[False] = descriptor
-            _make_room(descriptor, nbytes)
+            self._files.system.make_room(descriptor, nbytes)
 
     def _with_descriptor(self, call: Callable[[int], T], direct: bool | None = None) -> T:
         """Make a call that blocks.
@@ -303,7 +334,7 @@ class _PositionalFile:
                 if direct is None:
                     direct = True in self._descriptors and False not in self._descriptors
                 if direct not in self._descriptors:
-                    self._descriptors[direct] = os.open(self._path, self._flags | ((_DIRECT or 0) if direct else 0))
+                    self._descriptors[direct] = self._files.system.open(self._path, self._flags, direct=direct)
                 descriptor = self._descriptors[direct]
             return call(descriptor)
 
@@ -334,98 +365,6 @@ class _PositionalFile:
             os.close(descriptor)
 
 
-def _make_room(descriptor: int, nbytes: int) -> None:
-    if hasattr(os, "posix_fallocate"):
-        try:
-            os.posix_fallocate(descriptor, 0, nbytes)
-            return
-        except OSError as error:
-            if error.errno not in _REFUSED:
-                raise
-    os.ftruncate(descriptor, nbytes)
-
-
-class _StreamFile:
-    """A handle of its own for each request, through aiofiles, which has no positional reads."""
-
-    keeps_handle = False
-
-    def __init__(self, files: LocalFiles, path: str) -> None:
-        self._files = files
-        self._path = path
-
-    async def create(self, nbytes: int) -> None:
-        async def whole() -> None:
-            async with self._open("xb", "other") as handle:
-                await handle.truncate(nbytes)
-
-        await land(whole())
-
-    async def read(self, requests: Sequence[Request]) -> list[Outcome]:
-        async def one(request: Request) -> int:
-            async with self._open("rb", "read") as handle:
-                await handle.seek(request.offset)
-                return await self._end("read", request, await handle.readinto(request.buffer) or 0)
-
-        return await land(asyncio.gather(*map(one, requests), return_exceptions=True))
-
-    async def write(self, requests: Sequence[Request]) -> list[Outcome]:
-        async def one(request: Request) -> int:
-            async with self._open("r+b", "write") as handle:
-                await handle.seek(request.offset)
-                return await self._end("write", request, await handle.write(request.buffer))
-
-        return await land(asyncio.gather(*map(one, requests), return_exceptions=True))
-
-    async def _end(self, kind: str, request: Request, count: int) -> int:
-        if request.then is not None and count == len(request.buffer):
-            await asyncio.get_running_loop().run_in_executor(self._files.executor(kind), request.then, request.buffer)
-        return count
-
-    def _open(self, mode: Literal["rb", "r+b", "xb"], kind: str) -> AiofilesContextManager[AsyncFileIO]:
-        return aiofiles.open(self._path, mode, 0, opener=_open_no_follow, executor=self._files.executor(kind))
-
-    async def stat(self) -> FileStat:
-        return await self._files.stat(self._path)
-
-    async def sync(self, nbytes: int = 0) -> None:
-        async def whole() -> None:
-            async with self._open("r+b", "other") as handle:
-                await self._files.work(os.fsync, handle.fileno(), nbytes=nbytes)
-
-        await land(whole())
-
-    async def close(self) -> None:
-        pass
-
-    def forget(self) -> None:
-        pass
-
-
-def _direct_refusal(directory: str) -> str | None:
-    """Why direct I/O does not work here, or None: a page is written and read back, since an open that succeeds proves little."""
-    if _DIRECT is None:
-        return "this system has no O_DIRECT"
-    path = os.path.join(directory, PROBE_NAME)
-    page = aligned_buffer(PAGE)
-    page[:] = bytes(range(256)) * (PAGE // 256)
-    back = aligned_buffer(PAGE)
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _NO_FOLLOW | _DIRECT, FILE_MODE)
-    except OSError as error:
-        _unlink_if_there(path)
-        return f"opening: {error.strerror}"
-    try:
-        if _PWRITEV(descriptor, [page], 0) != PAGE or _PREADV(descriptor, [back], 0) != PAGE or back != page:
-            return "a page read back differed from the page written"
-    except OSError as error:
-        return f"a trial transfer: {error.strerror}"
-    finally:
-        os.close(descriptor)
-        _unlink_if_there(path)
-    return None
-
-
 def _scan(path: str) -> dict[str, FileStat]:
     found = {}
     for name in os.listdir(path):
@@ -438,9 +377,9 @@ if sys.platform == "linux":
     import fcntl
 
     def _clone(source: str, target: str) -> None:
-        source_descriptor = os.open(source, os.O_RDONLY | _NO_FOLLOW)
+        source_descriptor = os.open(source, os.O_RDONLY | os.O_NOFOLLOW)
         try:
-            target_descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW, FILE_MODE)
+            target_descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, FILE_MODE)
             try:
                 fcntl.ioctl(target_descriptor, _FICLONE, source_descriptor)
             except OSError:
@@ -455,16 +394,3 @@ else:
 
     def _clone(source: str, target: str) -> None:
         raise OSError(errno.ENOTSUP, "this system has no reflinks that Python could ask for")
-
-
-def _unlink_if_there(path: str) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
-
-
-def _sync_directory(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

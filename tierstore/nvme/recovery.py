@@ -23,7 +23,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tierstore.errors import DirectoryError, ShardError
-from tierstore.nvme import names
+from tierstore.nvme import names, windows
 from tierstore.nvme.files import Files, FileStat
 from tierstore.nvme.locks import MAX_HOLDER_BYTES, living_holder
 from tierstore.nvme.manifest import MAX_MANIFEST_BYTES, Manifest, Record, decode_manifest
@@ -49,6 +49,23 @@ class Found:
     damaged: dict[int, ShardError] = field(default_factory=dict)
     manifest_bytes: dict[int, int] = field(default_factory=dict)
     hint: int | None = None
+
+
+def check_name(path: str) -> None:
+    """Refuse what Windows would take for a device, or for another name.
+
+    Raises:
+        DirectoryError: A part of the path is such a name.
+    """
+    part = windows.reserved_part(path)
+    if part is not None:
+        raise DirectoryError(
+            f"{path} cannot be a directory on Windows, which keeps the name {part!r} for itself",
+            need="a name that is no device's (CON, NUL, COM1, ...), ends neither in a dot nor in a space, and has none of <>:\"|?*",
+            have=repr(part),
+            remedy="name another directory",
+            path=path,
+        )
 
 
 async def check_place(files: Files, path: str) -> None:
