@@ -336,9 +336,9 @@ def _notes(view: View, manifest: Manifest, options: Options) -> Iterator[str]:
 
 
 def _damaged(view: View, record: Record, problem: Problem) -> ShardError:
-    tensors = some(problem.harms, ", ") if len(problem.harms) < len(record.block.tensors) else "all its tensors"
+    tensors = some(problem.harms, ", ") or "none of its tensors"
     return ShardError(
-        f"block {record.block.name!r} is damaged ({tensors or 'none of its tensors'}): {record.shard.file} {problem.what}",
+        f"block {record.block.name!r} is damaged ({tensors}): {record.shard.file} {problem.what}",
         remedy="see what else is with `tierstore verify`; export an older generation, or leave the block out with --exclude",
         block=record.block.name,
         tensors=problem.harms,

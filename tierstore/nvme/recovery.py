@@ -159,9 +159,10 @@ async def read_hint(files: Files, path: str, present: Container[str]) -> int | N
 async def read_holder(files: Files, path: str) -> int | None:
     """The process that has the directory open, or had it when it was killed; None if none says so."""
     try:
-        return int(await files.load(os.path.join(path, names.HOLDER), 32))
+        pid = int(await files.load(os.path.join(path, names.HOLDER), 32))
     except (OSError, ValueError):
         return None
+    return pid if 0 < pid < 2**31 else None  # no process has another, and asking the system for one raises
 
 
 def encode_hint(generation: int) -> bytes:
