@@ -177,7 +177,7 @@ def _print_blocks(console: Console, row: GenerationRow, *, tensors: bool) -> Non
             f"{len(block.record.block.tensors):,}",
             _some_dtypes(block),
             format_bytes(block.record.block.nbytes),
-            block.record.shard.file.removeprefix("block-").removesuffix(".safetensors"),
+            f"{block.record.shard.number:08d}",
             Text(", ".join(marks), style="red" if block.problem else ""),
         )
         if tensors:
@@ -188,7 +188,7 @@ def _print_blocks(console: Console, row: GenerationRow, *, tensors: bool) -> Non
     for block in row.blocks:
         if block.problem is not None:
             _say(console, f"block {block.record.block.name!r}: {block.record.shard.file} {block.problem}", style="red")
-    _say(console, "SHARD is the file block-SHARD.safetensors" + ("; for a tensor, its shape" if tensors else ""), style="dim")
+    _say(console, "SHARD: block-*-SHARD.safetensors is its file" + (", or a tensor's shape" if tensors else ""), style="dim")
 
 
 def _some_dtypes(block: BlockRow) -> str:
