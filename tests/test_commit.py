@@ -272,6 +272,20 @@ def test_nothing_is_left_behind_over_many_commits(tmp_path: Path) -> None:
     assert len(files) <= 20 * kept() + 3 + kept()
 
 
+def test_blocks_stay_in_the_order_in_which_they_were_put(tmp_path: Path) -> None:
+    """From commit to commit, and over reopening: an export lists tensors in this order."""
+    names = [f"b{number}" for number in range(20)]
+    with open_store(tmp_path) as store:
+        fill(store, 1.0)
+        store.commit()
+        for name in names[::3]:
+            store.write(name, page(2.0))
+        store.commit()
+        assert list(store) == names
+    with open_store(tmp_path) as store:
+        assert list(store) == names
+
+
 def test_commits_from_several_threads(tmp_path: Path) -> None:
     with open_store(tmp_path) as store:
         fill(store, 1)

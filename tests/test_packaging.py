@@ -41,6 +41,7 @@ def test_what_ships_with_the_code() -> None:
     package = Path(tierstore.__file__).parent
     assert (package / "py.typed").exists()
     assert (package / "DESIGN.md").exists()
+    assert (package / "FORMAT.md").exists()
 
 
 def test_license(installed: importlib.metadata.Distribution) -> None:

@@ -102,7 +102,7 @@ def _end(context: click.Context, error: TierstoreError, code: int) -> NoReturn:
 
 
 directory_argument = click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
-generation_option = click.option("--generation", type=click.IntRange(min=1), metavar="N", help="Only this generation.")
+generation_option = click.option("--generation", type=click.IntRange(min=1), metavar="N", help="Look at this generation only.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs instead (documented in tierstore/FORMAT.md).")
 
 

@@ -232,12 +232,10 @@ def _places(specs: Sequence[TensorSpec]) -> Iterator[tuple[int, int]]:
 
 def _is_export(record: Record, called: dict[tuple[str, str], str]) -> bool:
     """Whether the shard is a file of an export as it is: no fillers, and the very names."""
-    end = 0
-    for spec in record.block.tensors:
-        if spec.offset != end or called[record.block.name, spec.name] != spec.name:
-            return False
-        end += spec.nbytes
-    return end == record.block.nbytes
+    block = record.block
+    return sum(spec.nbytes for spec in block.tensors) == block.nbytes and all(
+        called[block.name, spec.name] == spec.name for spec in block.tensors
+    )
 
 
 def _header(tensors: Sequence[Placed]) -> bytes:
@@ -336,9 +334,9 @@ def _notes(view: View, manifest: Manifest, options: Options) -> Iterator[str]:
 
 
 def _damaged(view: View, record: Record, problem: Problem) -> ShardError:
-    tensors = some(problem.harms, ", ") if len(problem.harms) < len(record.block.tensors) else "all its tensors"
+    tensors = some(problem.harms, ", ") or "none of its tensors"
     return ShardError(
-        f"block {record.block.name!r} is damaged ({tensors or 'none of its tensors'}): {record.shard.file} {problem.what}",
+        f"block {record.block.name!r} is damaged ({tensors}): {record.shard.file} {problem.what}",
         remedy="see what else is with `tierstore verify`; export an older generation, or leave the block out with --exclude",
         block=record.block.name,
         tensors=problem.harms,

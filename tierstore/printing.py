@@ -87,7 +87,12 @@ def _print_generation(console: Console, generation: GenerationReport) -> None:
         _say(console, f"{what}: good ({blocks})", style="green")
     if generation.unchecked:
         listed = some(generation.unchecked, ", ")
-        _say(console, f"not checked: {len(generation.unchecked)} written with checksum=False ({listed})", indent=2, style="yellow")
+        _say(
+            console,
+            f"not checked: {count(len(generation.unchecked), 'block')} written with checksum=False ({listed})",
+            indent=2,
+            style="yellow",
+        )
 
 
 def _print_damage(console: Console, damage: BlockDamage) -> None:
@@ -95,7 +100,7 @@ def _print_damage(console: Console, damage: BlockDamage) -> None:
     for problem in damage.problems:
         _say(console, f"the file {problem}" if not problem.startswith("chunk") else problem, indent=4)
     if damage.whole:
-        _say(console, f"all its tensors are bad ({len(damage.tensors)})", indent=4)
+        _say(console, "its tensor is bad" if len(damage.tensors) == 1 else f"all its {len(damage.tensors)} tensors are bad", indent=4)
     elif damage.tensors:
         more = f" and {len(damage.tensors) - MAX_TENSORS} more" if len(damage.tensors) > MAX_TENSORS else ""
         _say(console, f"bad tensors: {', '.join(damage.tensors[:MAX_TENSORS])}{more}", indent=4)
@@ -122,8 +127,7 @@ def print_contents(console: Console, contents: Contents, *, tensors: bool) -> No
     """Generations, then the blocks of the current one (or of the only one asked for), then the drive."""
     _say(console, contents.path, style="bold")
     if contents.holder is not None:
-        state = "open in" if contents.running else "left by"
-        _say(console, f"{state} process {contents.holder}{'' if contents.running else ', which is gone'}")
+        _say(console, f"open in process {contents.holder}")
     console.print()
     if not contents.generations:
         _say(console, "Nothing has been committed yet.")
@@ -166,13 +170,13 @@ def _print_blocks(console: Console, row: GenerationRow, *, tensors: bool) -> Non
     table = _table("block", ">tensors", "dtypes", ">bytes", "shard", "")
     for block in row.blocks:
         name = Text(block.record.block.name, style="dim" if block.state else "")
-        marks = [*(["frozen"] if block.record.block.frozen else []), *([block.problem] if block.problem else [])]
+        marks = [*(["frozen"] if block.record.block.frozen else []), *(["damaged"] if block.problem else [])]
         table.add_row(
             name,
             f"{len(block.record.block.tensors):,}",
             _some_dtypes(block),
             format_bytes(block.record.block.nbytes),
-            block.record.shard.file.removeprefix("block-").removesuffix(".safetensors"),
+            f"{block.record.shard.number:08d}",
             Text(", ".join(marks), style="red" if block.problem else ""),
         )
         if tensors:
@@ -180,7 +184,10 @@ def _print_blocks(console: Console, row: GenerationRow, *, tensors: bool) -> Non
                 shape = "x".join(map(str, spec.shape)) or "scalar"
                 table.add_row(Text(f"  {spec.name}", style="dim"), "", spec.dtype, format_bytes(spec.nbytes), Text(shape, style="dim"), "")
     console.print(table)
-    _say(console, "SHARD is the file block-SHARD.safetensors" + ("; for a tensor, its shape" if tensors else ""), style="dim")
+    for block in row.blocks:
+        if block.problem is not None:
+            _say(console, f"block {block.record.block.name!r}: {block.record.shard.file} {block.problem}", style="red")
+    _say(console, "SHARD: block-*-SHARD.safetensors is its file" + (", or a tensor's shape" if tensors else ""), style="dim")
 
 
 def _some_dtypes(block: BlockRow) -> str:
@@ -193,7 +200,7 @@ def _disk(contents: Contents) -> Table:
     names = {
         "current shards": "shards of the current generation",
         "older shards": "shards of older generations only",
-        "left over": "in no generation: " + ("the store is at work on them" if contents.running else "left over"),
+        "left over": "in no generation: " + ("the store is at work on them" if contents.holder is not None else "left over"),
         "unclear": "shards that a manifest which cannot be read may need",
         "other": "lock, CURRENT and the like",
         "foreign": "not the store's",

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
 
-from tierstore.demo import check, run, train
+from tierstore.cli import main
+from tierstore.demo import check, model, run, train
 from tierstore.demo.record import LinkRecord, Record, TierRecord
 
 # The fixtures' types stand in conftest.py, which tests cannot import.
 Demo = Any
+
+
+ROOT = Path(__file__).parents[2]
 
 
 def same_bits(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
@@ -106,6 +115,23 @@ def test_a_run_keeps_what_it_began_with(demo: Demo) -> None:
     fresh = demo("--fresh", "--steps", "1")
     assert fresh.exit_code == 0, fresh.output
     assert "step   1/1" in fresh.output
+
+
+def test_the_readme_s_three_commands(uninterrupted: tuple[Demo, Any], tiny: model.Config, tmp_path: Path) -> None:
+    finished, _ = uninterrupted
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Looking at a store")[2]
+    (block,) = re.findall(r"^```bash\n(.*?)^```", section.partition("\n## ")[0], re.MULTILINE | re.DOTALL)
+    lines = [shlex.split(line) for line in block.splitlines()]
+    assert [line[1] for line in lines] == ["inspect", "verify", "export"]
+    for line in lines:
+        places = {"tierstore-demo/store": str(finished.directory / "store"), "weights": str(tmp_path / "weights")}
+        result = CliRunner().invoke(main, [places.get(word, word) for word in line[1:]])
+        assert result.exit_code == 0, result.output
+    (file,) = (tmp_path / "weights").glob("*.safetensors")
+    found = load_file(file)
+    blocks = {name: tensor for name, tensor in finished.state().items() if not name.startswith(("gradients/", "optimizer/"))}
+    assert same_bits(found, {name.partition("/")[2]: tensor for name, tensor in blocks.items()})
+    assert set(found) == {f"{part}.{name}" for part in model.parts(tiny) for name in model.initial_weights(tiny, part)}
 
 
 def test_a_difference_of_one_bit_is_found(uninterrupted: tuple[Demo, Any]) -> None:

@@ -40,7 +40,7 @@ def first() -> dict[str, dict[str, torch.Tensor]]:
 
 
 def make(path: str) -> None:
-    """Two kept generations, the second one's writes without checksums. Flushed block by block, so that shards have the same numbers always."""
+    """Two kept generations, the second's writes without checksums. Flushed block by block: then each shard always has the same number."""
     with TierStore(nvme=path, **BUDGETS) as store:  # type: ignore[arg-type]
         for name, tensors in first().items():
             store.put(name, tensors)

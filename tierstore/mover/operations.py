@@ -373,7 +373,8 @@ async def _finish_commit(engine: Engine, capture: Capture, future: Future[None],
     """Save what is dirty, then make it durable. Returns the generation."""
     try:
         await engine.served(capture.request, future)
-        entries = [Entry(record.block, shard) for record, shard in capture.shards.items()]
+        in_order = sorted(capture.shards, key=lambda record: record.id)  # in which they were put, whenever they were saved
+        entries = [Entry(record.block, capture.shards[record]) for record in in_order]
         generation = await need_directory(engine).commit(entries, metadata)
     except TierstoreError as error:
         if not capture.request.waited:  # nobody may ever ask the handle

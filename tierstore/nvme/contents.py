@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-import psutil
-
 from tierstore.catalog import STATE_PREFIXES
 from tierstore.nvme import names
 from tierstore.nvme.files import Files
@@ -125,8 +123,7 @@ class Contents:
 
     Attributes:
         path: The directory.
-        holder: The process that has it open, or that had it when it was killed.
-        running: That process is there.
+        holder: The process that has it open, if it is one of this machine's.
         generations: Ascending.
         disk: By kind of file: "current shards" that the current generation needs, "older shards" that only others do, "left over" that
             none does, "unclear" where a manifest that cannot be read might need them, "manifests", "other" files of the store's, "foreign".
@@ -134,7 +131,6 @@ class Contents:
 
     path: str
     holder: int | None
-    running: bool
     generations: list[GenerationRow]
     disk: dict[str, Share]
     leftovers: list[str]
@@ -149,7 +145,7 @@ class Contents:
             "schema": SCHEMA,
             "format": FORMAT,
             "path": self.path,
-            "open_in": {"pid": self.holder, "running": self.running} if self.holder is not None else None,
+            "open_in": {"pid": self.holder} if self.holder is not None else None,
             "current": self.current.generation if self.current else None,
             "generations": [row.to_json() for row in self.generations],
             "disk": {
@@ -179,8 +175,7 @@ async def inspect(files: Files, path: str, *, generation: int | None = None) -> 
         raise no_generation(view, generation)
     rows = _generations(view)
     shown = rows if generation is None else [row for row in rows if row.generation == generation]
-    running = holder is not None and psutil.pid_exists(holder)
-    return Contents(path, holder, running, shown, _disk(view), view.leftovers, view.foreign)
+    return Contents(path, holder, shown, _disk(view), view.leftovers, view.foreign)
 
 
 def _generations(view: View) -> list[GenerationRow]:

@@ -139,13 +139,11 @@ async def _read_manifests(files: Files, present: dict[str, FileStat], known: Vie
             if not status.regular:
                 raise ShardError("the manifest is not a plain file")
             known.manifests[generation] = await load_manifest(files, where, generation, status.nbytes)
-        except FileNotFoundError:
-            continue  # a store at work dropped it
         except DirectoryError as error:
             known.newer[generation] = error
         except ShardError as error:
             known.damaged[generation] = error
-        except OSError as error:
+        except OSError as error:  # if a store at work has dropped it, the next listing is without it, and this is forgotten
             known.damaged[generation] = ShardError(f"the manifest cannot be read ({error.strerror or error})")
         known.manifest_bytes[generation] = status.nbytes
 

@@ -190,8 +190,7 @@ def notes_of(view: View) -> list[str]:
     if view.leftovers:
         nbytes = sum(view.files[name].nbytes for name in view.leftovers)
         notes.append(
-            f"{len(view.leftovers)} left-over files ({format_bytes(nbytes)}) that no generation needs: "
-            f"the next opening deletes them ({some(view.leftovers, ', ')})"
+            f"files that no generation needs, {format_bytes(nbytes)} in all, which the next opening deletes: {some(view.leftovers, ', ')}"
         )
     if view.foreign:
         notes.append(f"files that are not the store's, which no store opens a directory with: {some(view.foreign, ', ')}")
