@@ -34,10 +34,12 @@ class Disk:
     `tests.crash.disk.CrashDisk`.
 
     Attributes:
+        journaled: Directories cannot be synced.
         on_replace: Called with the disk and the new name after every `replace`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, journaled: bool = False) -> None:
+        self.journaled = journaled
         self.files: dict[str, bytearray] = {}
         self.directories: set[str] = set()
         self.locked: set[str] = set()
@@ -101,6 +103,13 @@ class Change:
     def path(self) -> str:
         return str(self.args[0])
 
+    @property
+    def name(self) -> str:
+        return name_of(self.path)
+
+    def __str__(self) -> str:
+        return f"{self.doing} {self.name}"
+
     def carry_out(self, disk: Disk) -> None:
         getattr(disk, self.doing)(*self.args)
 
@@ -117,10 +126,10 @@ class SimulatedFiles:
     """
 
     direct = False
-    syncs_directories = True
 
     def __init__(self, disk: Disk, pace: Pace) -> None:
         self.disk = disk
+        self.syncs_directories = not disk.journaled
         self.world: World | None = None
         self.under_way = 0
         self.changes: dict[int, tuple[Change, ...]] = {}
