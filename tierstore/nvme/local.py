@@ -219,9 +219,8 @@ class LocalFiles:
         return await self.work(lambda: {name: _file_stat(os.lstat(os.path.join(path, name))) for name in os.listdir(path)})
 
     async def make_directory(self, path: str) -> None:
-        await self.work(os.makedirs, path, DIRECTORY_MODE)
-        if self.syncs_directories:
-            await self.sync_directory(os.path.dirname(path))
+        for changed in await self.work(_make_directories, path):
+            await self.sync_directory(changed)
 
     async def sync_directory(self, path: str) -> None:
         if self.syncs_directories:
@@ -406,6 +405,17 @@ class _StreamFile:
 
     def forget(self) -> None:
         pass
+
+
+def _make_directories(path: str) -> list[str]:
+    """Make a directory and those that lead to it. Returns where names were added, innermost first."""
+    changed: list[str] = []
+    missing = path
+    while not os.path.lexists(missing):
+        missing = os.path.dirname(missing)
+        changed.append(missing)
+    os.makedirs(path, DIRECTORY_MODE)
+    return changed
 
 
 def _direct_refusal(directory: str) -> str | None:
