@@ -319,6 +319,8 @@ class Directory(Shelf):
                     with contextlib.suppress(FileNotFoundError):
                         await self.files.unlink(self._join(name))
             await self.files.sync_directory(self.path)
+            if gone and not self.files.syncs_directories:
+                await self._save_holder(sync=True)  # and with it, the journal: see [Note: What is found is durable]
         except OSError as error:
             log.warning("old generations of %s could not be dropped yet: %s", self.path, error)
             return
