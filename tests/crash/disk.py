@@ -158,7 +158,7 @@ class CrashDisk(Disk):
 
     Args:
         journaled: Directories cannot be synced; see there.
-        capacity: Bytes that all files together may have; None: any number. A file that a name somewhere keeps alive counts once.
+        capacity: Bytes that all files together may have; None: any number.
         rng: Draws what a failed operation leaves.
 
     Attributes:
@@ -224,6 +224,10 @@ class CrashDisk(Disk):
     def links(self, path: str) -> int:
         inode = self.inode(path)
         return sum(other is inode for other in self.files.values())
+
+    def used_bytes(self) -> int:
+        """Of all files; one that a name anywhere leads to counts once."""
+        return sum(map(len, {id(file): file for file in self.files.values()}.values()))
 
     def sync(self, path: str) -> None:
         self.inode(path).settle()
@@ -312,10 +316,8 @@ class CrashDisk(Disk):
         return inode
 
     def _resize(self, inode: Inode, nbytes: int) -> None:
-        if self.capacity is not None and nbytes > len(inode):
-            used = sum(map(len, {id(file): file for file in self.files.values()}.values()))
-            if used + nbytes - len(inode) > self.capacity:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if self.capacity is not None and nbytes > len(inode) and self.used_bytes() + nbytes - len(inode) > self.capacity:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if nbytes < len(inode):
             del inode[nbytes:]
         else:

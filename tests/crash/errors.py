@@ -15,11 +15,16 @@ from tests.crash.ledger import Ledger
 from tests.crash.life import Life, Plan
 from tests.crash.recovery import Checker
 from tests.simulation.world import BrokenPromiseError
+from tierstore.catalog import PAGE
 from tierstore.errors import DirectoryError, ShardError, TierFullError, TransferError
 
 ACTIONS = 6
 BURST = 3
 """Changes in a row that fail, where it is not one alone."""
+
+FULL = 6
+MOST_ROOM_BYTES = 24 * PAGE
+"""Lives on a drive that has room for so many bytes more at most."""
 
 AFTERMATH = 5
 """Crashes after an error, soon."""
@@ -87,6 +92,17 @@ async def _run_errors(seed: int, actions: int, every: int) -> Errors:
                 return result
             result.runs += 1
             result.changes += len(life.door.struck)
+    for number in range(FULL):
+        life = Life(start.kill(NOTHING), plan, str(seed), before.ledger)
+        life.disk.capacity = life.disk.used_bytes() + rng.randint(0, MOST_ROOM_BYTES)
+        try:
+            await _strike(life, {})
+        except Exception as error:
+            result.failure = BrokenPromiseError(f"with room for {life.disk.capacity} bytes, number {number}: {described(error)}")
+            result.story = [f"{index}: {done}" for index, done in enumerate(life.door.log)]
+            return result
+        result.runs += 1
+        result.changes += len(life.failed)
     return result
 
 
@@ -115,16 +131,17 @@ async def _strike(life: Life, faults: Mapping[int, Fault]) -> None:
         except (DirectoryError, TransferError, TierFullError) as error:
             _expect_struck(life, error)
     checker = Checker()
-    struck = 0
+    troubles = 0
     for _ in range(life.plan.actions):
         await life.act()
-        if len(life.door.struck) > struck:
-            struck = len(life.door.struck)
+        if len(life.door.struck) + len(life.failed) > troubles:
+            troubles = len(life.door.struck) + len(life.failed)
             await _check(checker, life, life.disk.cut(NOTHING))
             await _check(checker, life, life.disk.cut(EVERYTHING))
     for error in life.failed:
         _expect_struck(life, error)
-    while len(life.door.log) <= max(faults):  # where an error has cut things short, the drive may still fail
+    life.disk.capacity = None
+    while len(life.door.log) <= max(faults, default=-1):  # where an error has cut things short, the drive may still fail
         await life.write_many()
     life.failed.clear()
     if not await life.commit() and not (_lost(life) and await life.commit()):
@@ -137,6 +154,7 @@ async def _strike(life: Life, faults: Mapping[int, Fault]) -> None:
 
 
 async def _check(checker: Checker, life: Life, disk: CrashDisk) -> None:
+    disk.capacity = None  # the next life has room
     await checker.check(disk, life.ledger, life.plan, killed=False)
 
 
@@ -146,5 +164,6 @@ def _lost(life: Life) -> bool:
 
 
 def _expect_struck(life: Life, error: Exception) -> None:
-    if not life.door.struck:
+    full = isinstance(error, TierFullError) and life.disk.capacity is not None
+    if not life.door.struck and not full:
         raise BrokenPromiseError(f"nothing failed, and yet: {error}") from error

@@ -287,7 +287,7 @@ MUTANTS = (
         suite=CUTS,
     ),
     Mutant(
-        "the same, where directories cannot be synced",
+        "shards are let go too early where directories cannot be synced",
         DIRECTORY,
         "                await self._save_holder(sync=True)",
         "                await self._save_holder(sync=False)",
@@ -303,7 +303,7 @@ MUTANTS = (
         suite=CUTS,
     ),
     Mutant(
-        "the same, where directories cannot be synced (at opening)",
+        "what is found at opening is not made durable where directories cannot be synced",
         DIRECTORY,
         "await self._save_holder(sync=not self.files.syncs_directories)",
         "await self._save_holder(sync=False)",
