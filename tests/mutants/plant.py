@@ -18,6 +18,7 @@ from tests.mutants.planted import Mutant
 
 ROOT = Path(__file__).parents[2]
 SEEDS = 1000
+CRASH_SEEDS = 100
 HANGS_AFTER_S = 600.0
 """A mutant may make the engine spin under its lock, where no simulation can end it."""
 
@@ -28,7 +29,7 @@ class Verdict:
 
     Attributes:
         caught: By what, empty if it survived.
-        seeds: Seeds of the simulation that it took; 0 where another suite caught it.
+        seeds: Seeds of the simulation or the crash suite that it took; 0 where a test file caught it.
         how: The first line of the failure.
     """
 
@@ -62,6 +63,8 @@ def hunt(mutant: Mutant, *, seeds: int = SEEDS) -> Verdict:
     with planted(mutant) as root:
         if mutant.suite == "simulation":
             command = ["-m", "tests.simulation", "--seeds", f"0:{seeds}", "--stop"]
+        elif mutant.suite.startswith("crash "):
+            command = ["-m", "tests.crash", "--level", mutant.suite.split()[1], "--seeds", f"0:{min(seeds, CRASH_SEEDS)}", "--stop"]
         else:
             command = ["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--timeout", "60", mutant.suite]
         try:
@@ -76,8 +79,8 @@ def hunt(mutant: Mutant, *, seeds: int = SEEDS) -> Verdict:
     found = re.search(r"^seed (\d+) fails: (.*)$", done.stdout, re.MULTILINE)
     if found:
         return Verdict(mutant.suite, int(found[1]) + 1, found[2], seconds)
-    if mutant.suite == "simulation":
-        raise AssertionError(f"the simulation could not run on {mutant.name!r}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    if mutant.suite.split()[0] in ("simulation", "crash"):
+        raise AssertionError(f"the {mutant.suite} suite could not run on {mutant.name!r}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     first = re.search(r"^(?:FAILED|ERROR) \S+::(\S+)", done.stdout, re.MULTILINE)
     return Verdict(mutant.suite, 0, first[1] if first else "failed", seconds)
 

@@ -18,7 +18,7 @@ class Mutant:
         name: What the store would do wrong.
         module: The file it is planted in, below `tierstore/`.
         right, wrong: The text there, and what takes its place.
-        suite: What catches it: "simulation", or a test file.
+        suite: What catches it: "simulation", a level of the crash suite ("crash cuts", "crash errors", "crash store"), or a test file.
         rare: It takes hundreds of seeds, so only nightly runs plant it.
         at_large: Nothing catches it yet: either the suites are too weak, or what it breaks is no longer needed.
     """
@@ -34,6 +34,8 @@ class Mutant:
 
 ENGINE, PLACEMENT, SCHEDULER = "mover/engine.py", "placement.py", "scheduler.py"
 OPERATIONS, SHARDS, BUDGET = "mover/operations.py", "nvme/shards.py", "mover/budget.py"
+DIRECTORY, SHELF, RECOVERY = "nvme/directory.py", "nvme/shelf.py", "nvme/recovery.py"
+CUTS, ERRORS = "crash cuts", "crash errors"
 
 MUTANTS = (
     # -- waits and wake-ups
@@ -245,6 +247,164 @@ MUTANTS = (
         "return not (self.broken or self.writing)",
         "return not self.writing",
         suite="tests/nvme/test_recovery.py",
+    ),
+    # -- the commit protocol, each sync in turn
+    Mutant("shards are not synced", SHELF, "            await file.sync()\n", "            pass\n", suite=CUTS),
+    Mutant(
+        "the manifest is not synced",
+        DIRECTORY,
+        "save(final + names.TEMPORARY, data, sync=True)",
+        "save(final + names.TEMPORARY, data, sync=False)",
+        suite=CUTS,
+    ),
+    Mutant(
+        "the manifest gets its name before the names of the shards are durable",
+        DIRECTORY,
+        "            await self.files.sync_directory(self.path)\n        except OSError as error:\n"
+        "            if isinstance(error, StalledError):\n",
+        "        except OSError as error:\n            if isinstance(error, StalledError):\n",
+        suite=CUTS,
+    ),
+    Mutant(
+        "a commit returns before the name of its manifest is durable",
+        DIRECTORY,
+        "            await self.files.replace(final + names.TEMPORARY, final)\n            await self.files.sync_directory(self.path)\n",
+        "            await self.files.replace(final + names.TEMPORARY, final)\n",
+        suite=CUTS,
+    ),
+    Mutant(
+        "CURRENT is not synced, on which a commit relies where directories cannot be",
+        DIRECTORY,
+        "recovery.encode_hint(generation), sync=True)",
+        "recovery.encode_hint(generation), sync=False)",
+        suite=CUTS,
+    ),
+    Mutant(
+        "shards are let go before their manifest is gone for good",
+        DIRECTORY,
+        "            await self.files.sync_directory(self.path)\n            if gone and",
+        "            if gone and",
+        suite=CUTS,
+    ),
+    Mutant(
+        "shards are let go too early where directories cannot be synced",
+        DIRECTORY,
+        "                await self._save_holder(sync=True)",
+        "                await self._save_holder(sync=False)",
+        suite=CUTS,
+        rare=True,
+    ),
+    Mutant(
+        "what is found at opening is not made durable",
+        DIRECTORY,
+        "        try:\n            await self.files.sync_directory(self.path)\n"
+        "        except OSError as error:\n            raise recovery",
+        "        try:\n            pass\n        except OSError as error:\n            raise recovery",
+        suite=CUTS,
+    ),
+    Mutant(
+        "what is found at opening is not made durable where directories cannot be synced",
+        DIRECTORY,
+        "await self._save_holder(sync=not self.files.syncs_directories)",
+        "await self._save_holder(sync=False)",
+        suite=CUTS,
+    ),
+    # -- the commit protocol, its order
+    Mutant(
+        "the manifest is written before the shards are synced",
+        DIRECTORY,
+        "await self._sync_all([entry.shard for entry in entries if not entry.shard.synced])",
+        "late = asyncio.ensure_future(self._sync_all([entry.shard for entry in entries if not entry.shard.synced]))  # noqa: F841, RUF006",
+        suite=CUTS,
+    ),
+    Mutant(
+        "old generations are dropped before the new one has its name",
+        DIRECTORY,
+        "        self._useless.add(generation)\n        for entry in entries:\n",
+        "        await self._reclaim()\n        self._useless.add(generation)\n        for entry in entries:\n",
+        suite=CUTS,
+    ),
+    Mutant(
+        "shards are let go though their manifest could not be dropped",
+        DIRECTORY,
+        'could not be dropped yet: %s", self.path, error)\n            return\n',
+        'could not be dropped yet: %s", self.path, error)\n',
+        suite=ERRORS,
+    ),
+    Mutant(
+        "a commit in doubt does not keep its shards",
+        DIRECTORY,
+        "        self._generations[generation] = [entry.shard for entry in entries]\n        self._useless.add(generation)\n"
+        "        for entry in entries:\n            self.retain(entry.shard)\n        try:\n"
+        "            await self.files.replace(final + names.TEMPORARY, final)\n            await self.files.sync_directory(self.path)\n"
+        '        except OSError as error:\n            raise io_error(error, "naming the manifest", path=final) from error\n',
+        "        self._useless.add(generation)\n        try:\n"
+        "            await self.files.replace(final + names.TEMPORARY, final)\n            await self.files.sync_directory(self.path)\n"
+        '        except OSError as error:\n            raise io_error(error, "naming the manifest", path=final) from error\n'
+        "        self._generations[generation] = [entry.shard for entry in entries]\n"
+        "        for entry in entries:\n            self.retain(entry.shard)\n",
+        suite=ERRORS,
+    ),
+    Mutant(
+        "one generation too few is kept where directories cannot be synced",
+        DIRECTORY,
+        "keep = self._keep if self.files.syncs_directories else self._keep + 1",
+        "keep = self._keep",
+        suite=ERRORS,
+    ),
+    Mutant(
+        "a sync that failed is tried again on the same file",
+        SHELF,
+        "            shard.suspect = True\n",
+        "            pass\n",
+        suite=ERRORS,
+    ),
+    Mutant(
+        "what is read back after a failed sync is taken as it is",
+        SHELF,
+        "copy.chunks is not None and copy.chunks != shard.chunks:",
+        "copy.chunks is not None and False:",
+        suite=ERRORS,
+    ),
+    Mutant("what is rewritten in place still counts as durable", SHELF, "        old.synced = False\n", "", suite=ERRORS),
+    # -- the commit protocol, whose file it is
+    Mutant("a shard with a name elsewhere is rewritten in place", SHELF, "(await file.stat()).links != 1", "False", suite=CUTS),
+    Mutant("a freed file with a name elsewhere is rewritten", SHELF, "or status.links != 1 or", "or", suite=CUTS),
+    Mutant(
+        "a shard that a kept generation needs is rewritten",
+        SHELF,
+        "        shard.discarded = True\n        if not shard.references:\n            self._let_go(shard)\n",
+        "        shard.discarded = True\n        self._let_go(shard)\n",
+        suite=CUTS,
+    ),
+    Mutant(
+        "a shard that is being committed is rewritten",
+        DIRECTORY,
+        "            self.retain(entry.shard)\n\n        async def",
+        "            entry.shard.references += 0\n\n        async def",
+        suite=CUTS,
+    ),
+    # -- recovery
+    Mutant(
+        "CURRENT is believed rather than the manifests",
+        RECOVERY,
+        "    newest = max(found.manifests)\n",
+        "    newest = found.hint if found.hint in found.manifests else max(found.manifests)\n",
+        suite=CUTS,
+    ),
+    Mutant(
+        "a manifest's checksum is not checked",
+        "nvme/manifest.py",
+        "if frame is None or int(frame[1], 16) != checksum(body):",
+        "if frame is None:",
+        suite=CUTS,
+    ),
+    Mutant(
+        "what a crash has left over stays",
+        DIRECTORY,
+        "elif unclaimed or names.is_temporary(name):",
+        "elif names.is_temporary(name):",
+        suite=CUTS,
     ),
     # -- the CUDA path, which the simulation runs on streams of its own
     *(Mutant(name, "mover/streams.py", right, wrong) for name, (right, wrong) in ON_CUDA.items()),

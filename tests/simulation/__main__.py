@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 
 import torch
 
 from tests.simulation.run import run
 from tests.simulation.scenario import draw
-from tests.simulation.seeds import many, run_seeds
+from tests.simulation.seeds import report
 from tests.simulation.shrink import Case, as_test, shrink
 
 
@@ -47,19 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(as_test(case, message))
         print(message)
         return 1
-    first, end = map(int, options.seeds.split(":"))
-    begun = time.monotonic()
-    total = run_seeds(first, end, options.stop) if options.jobs == 1 else many(first, end, options.jobs, stop=options.stop)
-    seconds = time.monotonic() - begun
-    if options.jobs == 1:
-        for seed, message in total.failures:
-            print(f"seed {seed} fails: {message}\n")
-    print("; ".join(f"{what}: {count}" for what, count in sorted(total.outcomes.items())))
-    failed = [seed for seed, _ in total.failures]
-    rate = total.seeds / seconds
-    which = f" {failed[:20]}" if failed else ""
-    print(f"seeds {first}:{end}: {total.seeds} run, {len(failed)} failed{which}, {total.steps} steps, {rate:.1f} seeds/s")
-    return int(bool(failed))
+    return report(options.seeds, options.jobs, stop=options.stop)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,6 @@ class Commits:
         self.asked: list[Committed] = []
         self.states: dict[int, State] = {}
         self._model = model
-        self._disk = disk
         disk.on_replace = self._replaced
 
     def ask(self) -> Committed:
@@ -57,14 +56,14 @@ class Commits:
         """The last generation that somebody was told of; 0 for none."""
         return max((commit.generation for commit in self.asked if commit.generation is not None), default=0)
 
-    def _replaced(self, path: str) -> None:
+    def _replaced(self, disk: Disk, path: str) -> None:
         generation = names.manifest_generation(name_of(path))
         if generation is None:
             return
-        manifest = decode_manifest(bytes(self._disk.get(path)))
+        manifest = decode_manifest(bytes(disk.get(path)))
         state: State = {}
         for record in manifest.records:
-            content = self._disk.get(os.path.join(os.path.dirname(path), record.shard.file))
+            content = disk.get(os.path.join(os.path.dirname(path), record.shard.file))
             for index, spec in enumerate(record.block.tensors):
                 start = record.shard.data_start + spec.offset
                 tensor = torch.frombuffer(bytearray(content[start : start + spec.nbytes]), dtype=torch.int64)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import errno
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -29,18 +30,20 @@ LATE_NS = 300_000
 class Disk:
     """What a drive holds, by path. Survives the worlds that use it.
 
-    Every change goes through one of these methods, so that a disk that forgets what was not synced overrides them:
-    it notes what `write`, `create`, `replace` and `unlink` changed, and makes it durable in `sync` and `sync_directory`.
+    Every change goes through one of these methods, so that a disk that forgets what was not synced overrides them: see
+    `tests.crash.disk.CrashDisk`.
 
     Attributes:
-        on_replace: Called with the new name after every `replace`.
+        journaled: Directories cannot be synced.
+        on_replace: Called with the disk and the new name after every `replace`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, journaled: bool = False) -> None:
+        self.journaled = journaled
         self.files: dict[str, bytearray] = {}
         self.directories: set[str] = set()
         self.locked: set[str] = set()
-        self.on_replace: Callable[[str], None] = lambda _: None
+        self.on_replace: Callable[[Disk, str], None] = lambda disk, name: None
 
     def get(self, path: str) -> bytearray:
         try:
@@ -65,7 +68,7 @@ class Disk:
     def replace(self, source: str, target: str) -> None:
         self.files[target] = self.get(source)
         del self.files[source]
-        self.on_replace(target)
+        self.on_replace(self, target)
 
     def unlink(self, path: str) -> None:
         self.get(path)
@@ -77,6 +80,39 @@ class Disk:
     def sync_directory(self, path: str) -> None:
         pass
 
+    def touch(self, path: str) -> None:
+        """Make an empty file if there is none."""
+        self.files.setdefault(path, bytearray())
+
+    def links(self, path: str) -> int:
+        """Names that the file has."""
+        return 1
+
+    def fail(self, change: Change) -> None:
+        """A change is about to fail: what the drive does all the same, or drops."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """What an operation does to the disk: a method of `Disk` and its arguments, the path first."""
+
+    doing: str
+    args: tuple[Any, ...]
+
+    @property
+    def path(self) -> str:
+        return str(self.args[0])
+
+    @property
+    def name(self) -> str:
+        return name_of(self.path)
+
+    def __str__(self) -> str:
+        return f"{self.doing} {self.name}"
+
+    def carry_out(self, disk: Disk) -> None:
+        getattr(disk, self.doing)(*self.args)
+
 
 class SimulatedFiles:
     """See `tierstore.nvme.files.Files`.
@@ -84,30 +120,46 @@ class SimulatedFiles:
     Attributes:
         world: None: everything ends at once, as while a store is opened.
         under_way: Requests that have not completed.
+        changes: What those of them do to the disk that change it, in the order in which they began; requests that hang as well.
         num_hanging: Requests that were given up, and are still to touch their memory. has_hung: One ever was.
         num_faults: Operations that were made to fail.
     """
 
     direct = False
-    syncs_directories = True
 
     def __init__(self, disk: Disk, pace: Pace) -> None:
         self.disk = disk
+        self.syncs_directories = not disk.journaled
         self.world: World | None = None
         self.under_way = 0
+        self.changes: dict[int, tuple[Change, ...]] = {}
         self.num_hanging = 0
         self.has_hung = False
         self.num_faults = 0
         self._pace = pace
         self._free_ns = {"read": 0, "write": 0}
+        self._numbers = itertools.count()
 
     # -- time and faults ---------------------------------------------------------------------------------------------------------
 
-    async def elapse(self, what: str, complete: Callable[[], T], *, nbytes: int = 0, link: str = "", fault: int = 0) -> T:
+    async def elapse(
+        self,
+        what: str,
+        complete: Callable[[], T],
+        *,
+        nbytes: int = 0,
+        link: str = "",
+        fault: int = 0,
+        changes: tuple[Change, ...] = (),
+    ) -> T:
         """Let an operation take its time; `complete` is carried out when it is over. Cancelling waits for that.
 
         Args:
+            what: For the history.
+            complete: What is done, `changes` among it.
+            nbytes, link: How much it moves, and on which link.
             fault: The error to fail with, now and then, instead; 0 for never.
+            changes: What it does to the disk.
         """
         world = self.world
         if world is None:
@@ -120,11 +172,15 @@ class SimulatedFiles:
         if link:
             self._free_ns[link] = begin + int(nbytes / self._pace.bytes_per_s * 1e9)
         self.under_way += 1
+        number = self.begin(changes)
 
         def happen() -> None:
             self.under_way -= 1
+            self.changes.pop(number, None)
             try:
                 if failing:
+                    for change in changes:
+                        self.disk.fail(change)
                     raise OSError(fault, os.strerror(fault))
                 result = complete()
             except BrokenPromiseError:
@@ -137,6 +193,22 @@ class SimulatedFiles:
         world.at(end, f"{what}: {os.strerror(fault)}" if failing else what, happen)
         return await land(future)
 
+    async def change(self, what: str, *changes: Change, fault: int) -> None:
+        """An operation that does nothing but change the disk."""
+
+        def complete() -> None:
+            for change in changes:
+                change.carry_out(self.disk)
+
+        await self.elapse(what, complete, fault=fault, changes=changes)
+
+    def begin(self, changes: tuple[Change, ...]) -> int:
+        """These are under way, until they are taken out of `changes` under the number that is returned."""
+        number = next(self._numbers)
+        if changes:
+            self.changes[number] = changes
+        return number
+
     def strikes(self, doing: str = "", path: str = "") -> bool:
         """Whether a fault comes now."""
         name = name_of(path).removeprefix("block-").split("-")[0]
@@ -148,16 +220,18 @@ class SimulatedFiles:
     def is_stuck(self, doing: str, path: str) -> bool:
         return self._pace.stuck is not None and self._pace.stuck == (doing, name_of(path).removeprefix("block-").split("-")[0])
 
-    def stall(self, what: str, late: Callable[[], None]) -> StalledError:
-        """A request is given up; `late` happens some time later, when the system comes back to it after all."""
+    def stall(self, what: str, late: Callable[[], None], change: Change | None = None) -> StalledError:
+        """A request is given up; `late` happens some time later, when the system comes back to it after all, and does `change`."""
         world = self.world
         assert world is not None
         landed: Future[None] = Future()
         self.num_hanging += 1
         self.has_hung = True
+        number = self.begin((change,) if change is not None else ())
 
         def happen() -> None:
             self.num_hanging -= 1
+            self.changes.pop(number, None)
             late()
             landed.set_result(None)
 
@@ -176,24 +250,20 @@ class SimulatedFiles:
         return await self.elapse(f"load {name_of(path)}", lambda: bytes(self.disk.get(path)[:nbytes]), fault=errno.EIO)
 
     async def save(self, path: str, data: bytes, *, sync: bool) -> None:
-        def complete() -> None:
-            self.disk.save(path, data)
-            if sync:
-                self.disk.sync(path)
-
-        await self.elapse(f"save {name_of(path)}", complete, fault=errno.ENOSPC)
+        syncing = (Change("sync", (path,)),) if sync else ()
+        await self.change(f"save {name_of(path)}", Change("save", (path, data)), *syncing, fault=errno.ENOSPC)
 
     async def replace(self, source: str, target: str) -> None:
-        await self.elapse(f"replace {name_of(target)}", lambda: self.disk.replace(source, target), fault=errno.EIO)
+        await self.change(f"replace {name_of(target)}", Change("replace", (source, target)), fault=errno.EIO)
 
     async def unlink(self, path: str) -> None:
-        await self.elapse(f"unlink {name_of(path)}", lambda: self.disk.unlink(path), fault=errno.EIO)
+        await self.change(f"unlink {name_of(path)}", Change("unlink", (path,)), fault=errno.EIO)
 
     async def stat(self, path: str) -> FileStat:
         def complete() -> FileStat:
             if path in self.disk.directories:
                 return FileStat(4096, 1, regular=False, directory=True)
-            return FileStat(len(self.disk.get(path)), 1, regular=True, directory=False)
+            return FileStat(len(self.disk.get(path)), self.disk.links(path), regular=True, directory=False)
 
         return await self.elapse(f"stat {name_of(path)}", complete)
 
@@ -207,7 +277,8 @@ class SimulatedFiles:
         self.disk.directories.add(path)
 
     async def sync_directory(self, path: str) -> None:
-        await self.elapse("sync the directory", lambda: self.disk.sync_directory(path), fault=errno.EIO)
+        if self.syncs_directories:
+            await self.change("sync the directory", Change("sync_directory", (path,)), fault=errno.EIO)
 
     async def disk_free(self, path: str) -> int:
         return 1 << 40
@@ -216,7 +287,7 @@ class SimulatedFiles:
         if path in self.disk.locked:
             return None
         self.disk.locked.add(path)
-        self.disk.files.setdefault(path, bytearray())
+        self.disk.touch(path)
         return _Lock(self.disk, path)
 
     async def work(self, call: Callable[..., T], *args: Any) -> T:
@@ -262,8 +333,7 @@ class SimulatedFile:
         self._path = path
 
     async def create(self, nbytes: int) -> None:
-        what = f"create {name_of(self._path)}"
-        await self._files.elapse(what, lambda: self._files.disk.create(self._path, nbytes), fault=errno.ENOSPC)
+        await self._files.change(f"create {name_of(self._path)}", Change("create", (self._path, nbytes)), fault=errno.ENOSPC)
 
     async def read(self, requests: Sequence[Request]) -> list[Outcome]:
         return await land(asyncio.gather(*map(self._read, requests), return_exceptions=True))
@@ -308,14 +378,16 @@ class SimulatedFile:
         files, source = self._files, request.buffer
         before = bytes(source)
         fate = self._fate("write", len(source), errno.ENOSPC)
+        change = Change("write", (self._path, request.offset, before[: fate.most]))
+        late = Change("write", (self._path, request.offset, bytes([POISON]) * len(before)))
 
         def complete() -> int:
             if bytes(source) != before:
                 raise BrokenPromiseError(f"what is written to {name_of(self._path)} changed before the write had completed")
             if fate.stalls:
-                raise files.stall(f"write {name_of(self._path)} after all", write_late)
+                raise files.stall(f"write {name_of(self._path)} after all", write_late, late)
             fate.strike()
-            files.disk.write(self._path, request.offset, before[: fate.most])
+            change.carry_out(files.disk)
             if request.then is not None and fate.most == len(source):
                 request.then(source)
             return fate.most
@@ -323,9 +395,10 @@ class SimulatedFile:
         def write_late() -> None:
             """Whatever the memory holds by then: the file must not be trusted any more."""
             if self._path in files.disk.files:
-                files.disk.write(self._path, request.offset, bytes([POISON]) * len(before))
+                late.carry_out(files.disk)
 
-        return await files.elapse(self._what("write", request, fate), complete, nbytes=len(before), link="write")
+        what = self._what("write", request, fate)
+        return await files.elapse(what, complete, nbytes=len(before), link="write", changes=(change,))
 
     def _fate(self, doing: str, nbytes: int, code: int) -> _Fate:
         """All bytes move as a rule; else an error, an interruption, a short count or a call that hangs."""
@@ -349,7 +422,7 @@ class SimulatedFile:
         return await self._files.stat(self._path)
 
     async def sync(self, nbytes: int = 0) -> None:
-        await self._files.elapse(f"sync {name_of(self._path)}", lambda: self._files.disk.sync(self._path), fault=errno.EIO)
+        await self._files.change(f"sync {name_of(self._path)}", Change("sync", (self._path,)), fault=errno.EIO)
 
     async def close(self) -> None:
         pass

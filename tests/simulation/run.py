@@ -44,7 +44,12 @@ class Outcome:
 def run(scenario: Scenario, seed: int, script: Mapping[int, int] | None = None) -> Outcome:
     """Run a scenario with the seed's decisions, or with those of a script."""
     world = World(Decisions(seed, script), patience=scenario.slow, stickiness=scenario.sticky)
-    play = _Play(world, scenario)
+    return carry_out(Play(world, scenario))
+
+
+def carry_out(play: Play) -> Outcome:
+    """Run a play to its end, or to the first promise that is broken."""
+    world = play.world
     failure: BrokenPromiseError | None = None
     with _quiet_machine(), simulated_cuda(play.machine) if play.machine is not None else nullcontext():
         try:
@@ -68,22 +73,26 @@ def _quiet_machine() -> Iterator[None]:
             gc.enable()
 
 
-class _Play:
-    """The run from its first actor's point of view."""
+class Play:
+    """The run from its first actor's point of view.
 
-    def __init__(self, world: World, scenario: Scenario) -> None:
+    Args:
+        disk: What the directory lies on; None: a drive that forgets nothing.
+    """
+
+    def __init__(self, world: World, scenario: Scenario, disk: Disk | None = None) -> None:
         self.world = world
         self.scenario = scenario
         self.model = Model()
-        self.disk = Disk()
+        self.disk = disk or Disk()
         self.commits = Commits(self.model, self.disk)
         self.outcomes: Counter[str] = Counter()
         self.machine = Streams(world, Pace()) if scenario.cuda else None
 
     def main(self) -> None:
         world, scenario = self.world, self.scenario
-        opened = self._open()
-        stage = Stage(world, scenario, self.model, opened, self.commits, outcomes=self.outcomes)
+        opened = self.open()
+        stage = self.stage = Stage(world, scenario, self.model, opened, self.commits, outcomes=self.outcomes)
         calls = [*scenario.threads, *scenario.tasks]
         stage.nested = any(call[0] == "use" and call[4] for each in calls for call in _plain(each))
         stage.has_holds = any(call[0] == "hold" for each in calls for call in _all(each))
@@ -103,11 +112,12 @@ class _Play:
             store.close()
         for actor in actors:
             world.join(actor)
-        self._end(stage, store)
+        self.end(stage, store)
         if scenario.nvme:
-            self._reopen()
+            self.reopen()
 
-    def _open(self) -> Opened:
+    def open(self) -> Opened:
+        """Open a store on what the disk holds, and watch it."""
         opened = open_simulated(self.world, self.scenario, self.disk, self.machine)
         self.world.watchers[:] = [Invariants(self.world, self.model, opened).check]
         return opened
@@ -137,7 +147,7 @@ class _Play:
             loop.close()
             asyncio.set_event_loop(None)
 
-    def _end(self, stage: Stage, store: TierStore) -> None:
+    def end(self, stage: Stage, store: TierStore) -> None:
         """When the faults have stopped, everything can be saved and read, and nothing is left over."""
         if stage.closing:
             return
@@ -157,21 +167,26 @@ class _Play:
         check_quiet(self.world, store, opened)
         store.close()
 
-    def _reopen(self) -> None:
+    def reopen(self) -> None:
         """The directory holds the last commit, whole."""
         self.world.note("main: opens the directory again")
-        opened = self._open()
+        opened = self.open()
         opened.set_faults(0.0)
         store = face_over(TierStore, opened.engine)
-        state: State = {}
-        for name in store:
-            for index, copy in enumerate(parts(self.scenario.plan(name), store.read(name)).values()):
-                state[name, f"t{index}"] = stamp_of(copy, f"{name} of the generation that was found")
+        state = self.read_all(store)
         if store.committed is not None:
             self.commits.check_found(store.committed.generation, state)
         elif self.commits.newest or state:
             raise BrokenPromiseError(f"no commit was found; generation {self.commits.newest} was acknowledged, and {state} is there")
         store.close()
+
+    def read_all(self, store: TierStore) -> State:
+        """What a store holds that was just opened."""
+        state: State = {}
+        for name in store:
+            for index, copy in enumerate(parts(self.scenario.plan(name), store.read(name)).values()):
+                state[name, f"t{index}"] = stamp_of(copy, f"{name} of the generation that was found")
+        return state
 
 
 def _plain(calls: Calls) -> Iterator[tuple[object, ...]]:

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,7 +62,31 @@ def _pin(cores: multiprocessing.SimpleQueue[int]) -> None:
     os.sched_setaffinity(0, {cores.get()})
 
 
-def many(first: int, end: int, jobs: int, *, stop: bool) -> Part:
+def report(seeds: str, jobs: int, *, stop: bool, work: Callable[[int, int, bool], Part] = run_seeds) -> int:
+    """Run seeds by hand, and print what became of them. Returns the exit status.
+
+    Args:
+        seeds: "A:B", from A to before B.
+        jobs: Processes.
+        stop: At the first failure.
+        work: Runs some of them one after the other, on a process of its own where there are several.
+    """
+    first, end = map(int, seeds.split(":"))
+    begun = time.monotonic()
+    total = work(first, end, stop) if jobs == 1 else many(first, end, jobs, stop=stop, work=work)
+    seconds = time.monotonic() - begun
+    if jobs == 1:
+        for seed, message in total.failures:
+            print(f"seed {seed} fails: {message}\n")
+    print("; ".join(f"{what}: {count}" for what, count in sorted(total.outcomes.items())))
+    failed = [seed for seed, _ in total.failures]
+    rate = total.seeds / seconds
+    which = f" {failed[:20]}" if failed else ""
+    print(f"seeds {first}:{end}: {total.seeds} run, {len(failed)} failed{which}, {total.steps} steps, {rate:.1f} seeds/s")
+    return int(bool(failed))
+
+
+def many(first: int, end: int, jobs: int, *, stop: bool, work: Callable[[int, int, bool], Part] = run_seeds) -> Part:
     """Run seeds on several processes. Failures are printed as they come."""
     total = Part()
     begun = time.monotonic()
@@ -78,7 +103,7 @@ def many(first: int, end: int, jobs: int, *, stop: bool) -> Part:
         running: set[Future[Part]] = set()
         while True:
             while len(running) < 2 * jobs and (start := next(chunks, None)) is not None:
-                running.add(pool.submit(run_seeds, start, min(end, start + CHUNK), stop))
+                running.add(pool.submit(work, start, min(end, start + CHUNK), stop))
             if not running:
                 return total
             done, running = wait(running, return_when=FIRST_COMPLETED)

@@ -42,6 +42,7 @@ class Stage:
         nested: Somebody asks for more while he leases: deadlocks may be reported.
         closing: The store is being closed under its users' hands.
         calm: Nobody else asks for anything and nothing fails any more: no call has an excuse.
+        over: Nobody asks for anything any more that he has not asked for yet.
     """
 
     world: World
@@ -53,6 +54,7 @@ class Stage:
     has_holds: bool = False
     closing: bool = False
     calm: bool = False
+    over: bool = False
     outcomes: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -157,6 +159,8 @@ class User:
             await self._expecting(("commit", "result"), self._finish_commit(handle, committed))
 
     async def call(self, call: Call) -> None:
+        if self.stage.over:
+            return
         if call[0] == "cancel":
             await self._cancel(*call[1:])
             return

@@ -9,6 +9,12 @@ that nobody refers to any more let go to be rewritten. Where directories cannot 
 [Note: A commit in doubt]
 Once the manifest may have got its name, a crash may find it there, whatever error came back. Such a generation keeps its
 references until a later commit has succeeded, so that recovery never meets rewritten shards.
+
+[Note: What is found is durable]
+A process may have been killed between naming a manifest and syncing the directory. Who opens it then sees a commit that a power
+cut could still take away, so the directory is synced before anything is looked at. That also makes the lock file's name durable
+before there are shards, which would be foreign files without it. Where directories cannot be synced, the file that names the holder
+is synced instead: a journal that holds every change of a directory then reaches the drive up to there.
 """
 
 from __future__ import annotations
@@ -139,13 +145,21 @@ class Directory(Shelf):
             raise
 
     async def _name_holder(self) -> None:
+        """Say who has it, and make durable what is there; see [Note: What is found is durable]."""
         try:
-            await self.files.save(self._join(names.HOLDER), describe_holder(), sync=False)
+            await self._save_holder(sync=not self.files.syncs_directories)
         except OSError as error:
             failure = io_error(error, "writing the process id", path=self._join(names.HOLDER))
             if not isinstance(failure, TierFullError):  # a full drive can still be opened, and space made
                 raise recovery.unusable(self.path, error) from error
             log.warning("%s", failure)
+        try:
+            await self.files.sync_directory(self.path)
+        except OSError as error:
+            raise recovery.unusable(self.path, error) from error
+
+    async def _save_holder(self, *, sync: bool) -> None:
+        await self.files.save(self._join(names.HOLDER), describe_holder(), sync=sync)
 
     async def _recover(self, limit: int | None, generation: int | None) -> None:
         try:
@@ -320,6 +334,8 @@ class Directory(Shelf):
                     with contextlib.suppress(FileNotFoundError):
                         await self.files.unlink(self._join(name))
             await self.files.sync_directory(self.path)
+            if gone and not self.files.syncs_directories:
+                await self._save_holder(sync=True)  # and with it, the journal: see [Note: What is found is durable]
         except OSError as error:
             log.warning("old generations of %s could not be dropped yet: %s", self.path, error)
             return

@@ -247,9 +247,8 @@ class LocalFiles:
         return await self.work(_scan, self.system.given(path))
 
     async def make_directory(self, path: str) -> None:
-        await self.work(os.makedirs, self.system.given(path), DIRECTORY_MODE)
-        if self.syncs_directories:
-            await self.sync_directory(os.path.dirname(path))
+        for changed in await self.work(_make_directories, self.system.given(path)):
+            await self.sync_directory(changed)
 
     async def remove_directory(self, path: str) -> None:
         await self.work(os.rmdir, self.system.given(path))
@@ -395,3 +394,14 @@ else:
 
     def _clone(source: str, target: str) -> None:
         raise OSError(errno.ENOTSUP, "this system has no reflinks that Python could ask for")
+
+
+def _make_directories(path: str) -> list[str]:
+    """Make a directory and those that lead to it. Returns where names were added, innermost first."""
+    changed: list[str] = []
+    missing = path
+    while not os.path.lexists(missing):
+        missing = os.path.dirname(missing)
+        changed.append(missing)
+    os.makedirs(path, DIRECTORY_MODE)
+    return changed
