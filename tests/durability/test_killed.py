@@ -90,7 +90,9 @@ def live(say: Say, way: Way, path: str, steps: int | None) -> None:
     if under_way is not None:
         say("committed", under_way.result(), known)
     stats = store.stats()
-    say("moved", stats.links["nvme_read"].bytes, stats.links["nvme_write"].bytes, stats.tiers["ram"].evictions, stats.tiers["gpu"].evictions)
+    say(
+        "moved", stats.links["nvme_read"].bytes, stats.links["nvme_write"].bytes, stats.tiers["ram"].evictions, stats.tiers["gpu"].evictions
+    )
     say("peak", stats.tiers["nvme"].peak_bytes)
     say("closing")
     store.close()
