@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -53,7 +53,7 @@ class Way:
     def limit_bytes(self) -> int:
         """Its size twice, once more for each further generation and for a commit under way: so says the README.
 
-        And once more until the next commit where the process was killed between naming a generation and dropping the one before.
+        And once more until the next commit where a process was killed between naming a generation and dropping the one before.
         """
         generations = 2 + self.keep + (not self.wait) + self.portable
         return generations * (STATE_BYTES + MANIFEST_BYTES) + 6 * 4096
@@ -191,12 +191,34 @@ def reference() -> Reference:
 
 @pytest.mark.timeout(120 + 5 * KILLS)
 @pytest.mark.parametrize("way", WAYS)
-def test_killed_at_any_moment(way: str, tmp_path: Path, reference: Reference, record_property: Any) -> None:
+def test_killed_at_any_moment(way: str, tmp_path: Path, reference: Reference) -> None:
     run = Run(WAYS[way], str(tmp_path / "swap"), reference, random.Random(f"{way} {BASE}"))
     moments = ["training", "opening", "training", "closing", "training"]
     for number in range(KILLS):
         run.kill_at(moments[number % len(moments)])
     run.finish()
     assert run.moments.total() == KILLS
-    record_property("moments", dict(run.moments))
-    record_property("steps", run.step)
+    print(way, "killed while", dict(run.moments), "and reached step", run.step)
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_killed_in_every_commit_before_old_generations_are_dropped(keep: int, tmp_path: Path, reference: Reference) -> None:
+    """The commit has happened, and so each life adds a generation; were none dropped before the next, they would fill the drive."""
+    path = str(tmp_path / "swap")
+    way = Way(wait=True, keep=keep)
+    run = Run(way, path, reference, random.Random(0))
+
+    async def die(files: LocalFiles, where: str, data: bytes, *, sync: bool) -> None:
+        if where.endswith("CURRENT.tmp"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        await save(files, where, data, sync=sync)
+
+    save = LocalFiles.save
+    for life in range(1, keep + 5):
+        with mock.patch.object(LocalFiles, "save", die):
+            child = Child(lambda say: live(say, way, path, 1))
+        assert child.wait() == -9
+        run.judge(child)
+        assert (run.generation, run.step) == (life, life)
+        assert len(list(Path(path).glob("manifest-*.json"))) == min(life, keep + 1)
+    run.finish()

@@ -24,7 +24,7 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -62,6 +62,7 @@ class Directory(Shelf):
         self._committed: Commit | None = None
         self._entries: dict[str, Entry] = {}
         self._generations: dict[int, list[Shard]] = {}
+        self._opened: int | None = None  # perhaps an older one, by choice: stays until another is durable
         self._useless: set[int] = set()  # damaged, or in doubt: the first to go
         self._manifest_bytes: dict[int, int] = {}
         self._orphans: dict[str, int] = {}  # shards that a damaged manifest may need
@@ -176,6 +177,7 @@ class Directory(Shelf):
         self._useless = set(found.damaged)
         if chosen is not None:
             self._committed = Commit(chosen.generation, chosen.metadata)
+            self._opened = chosen.generation
             self._entries = {entry.block.name: entry for entry in entries[chosen.generation]}
         current = {entry.shard for entry in self._entries.values()}
         for shard in self._shards.values():
@@ -277,6 +279,8 @@ class Directory(Shelf):
     async def _commit(self, entries: Sequence[Entry], metadata: str) -> int:
         self._check_open()
         await self._close_retired()
+        # A process killed between naming a manifest and dropping older ones leaves one too many: the next must not add another.
+        await self._drop({number for number in self.generations[: -self._kept] if number != self._opened})
         for entry in entries:
             if entry.shard.suspect:
                 await self._relocate(entry.shard)
@@ -325,30 +329,41 @@ class Directory(Shelf):
             log.warning("generation %d is committed, but %s could not be written: %s", generation, current, error)
 
     async def _reclaim(self) -> None:
-        """Drop generations beyond `keep` and let their shards go, durably in this order. Failures wait for the next commit."""
-        keep = self._keep if self.files.syncs_directories else self._keep + 1
-        gone = sorted({*self.generations[:-keep], *self._useless})
+        """Drop generations beyond `keep` and let their shards go. Failures wait for the next commit."""
+        if not await self._drop({*self.generations[: -self._kept], *self._useless}):
+            return
+        for name, file_bytes in self._orphans.items():
+            self._space.doom(name, file_bytes)
+        self._orphans = {}
+        await self._close_retired()
+        await self._space.trim(sum(shard.file_bytes for shard in self._shards.values() if not shard.discarded))
+
+    @property
+    def _kept(self) -> int:
+        return self._keep if self.files.syncs_directories else self._keep + 1
+
+    async def _drop(self, generations: Collection[int]) -> bool:
+        """Let generations go: first their manifests, durably, then their shards. False if that failed, and all is as it was."""
+        if not generations:
+            return True
+        gone = sorted(generations)
         try:
             for number in gone:
                 for name in (names.manifest_name(number), names.manifest_name(number) + names.TEMPORARY):
                     with contextlib.suppress(FileNotFoundError):
                         await self.files.unlink(self._join(name))
             await self.files.sync_directory(self.path)
-            if gone and not self.files.syncs_directories:
+            if not self.files.syncs_directories:
                 await self._save_holder(sync=True)  # and with it, the journal: see [Note: What is found is durable]
         except OSError as error:
             log.warning("old generations of %s could not be dropped yet: %s", self.path, error)
-            return
+            return False
         for number in gone:
             self._space.give_back(self._manifest_bytes.pop(number))
             for shard in self._generations.pop(number, []):
                 self.release(shard)
             self._useless.discard(number)
-        for name, file_bytes in self._orphans.items():
-            self._space.doom(name, file_bytes)
-        self._orphans = {}
-        await self._close_retired()
-        await self._space.trim(sum(shard.file_bytes for shard in self._shards.values() if not shard.discarded))
+        return True
 
     # -- the end --------------------------------------------------------------------------------------------------------
 

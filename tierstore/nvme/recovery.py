@@ -7,7 +7,8 @@ is rewritten; so a valid manifest means intact shards, however the last process 
 
 [Note: What is not thrown away]
 A manifest that is damaged, or that `CURRENT` promises and is missing, may be mended or restored by hand. Which shards it needs
-cannot be told, so while there is such a one no shard is deleted because nobody claims it: not before the next commit.
+cannot be told, so while there is such a one no shard is deleted because nobody claims it: not before the next commit. The same
+where `CURRENT` is damaged and promises who knows what.
 
 [Note: Nothing is opened before it was looked at]
 Under a name of the store's there may be anything: a pipe, whose opening never returns; another name of somebody's file. So what
@@ -42,6 +43,7 @@ class Found:
         damaged: Why each other one cannot be used.
         manifest_bytes: Length of each manifest file, valid or not.
         hint: The generation `CURRENT` names.
+        hint_damaged: `CURRENT` is there, and names none.
     """
 
     files: dict[str, FileStat] = field(default_factory=dict)
@@ -49,6 +51,7 @@ class Found:
     damaged: dict[int, ShardError] = field(default_factory=dict)
     manifest_bytes: dict[int, int] = field(default_factory=dict)
     hint: int | None = None
+    hint_damaged: bool = False
 
 
 def check_name(path: str) -> None:
@@ -169,7 +172,9 @@ async def survey(files: Files, path: str) -> Found:
         if generation is not None:
             found.manifest_bytes[generation] = status.nbytes
             await _read_manifest(files, path, name, generation, status, found)
-    found.hint = await read_hint(files, path, found.files)
+    if names.CURRENT in found.files:
+        found.hint = await read_hint(files, path, found.files)
+        found.hint_damaged = found.hint is None
     return found
 
 
@@ -255,11 +260,16 @@ def choose(found: Found, path: str, generation: int | None) -> Manifest | None:
         if found.hint is not None:
             problem = f"the manifest of generation {found.hint} is missing from {path}"
             raise ShardError(problem, remedy="restore it from a backup", path=path, block=None)
+        if found.hint_damaged:
+            problem = f"{names.CURRENT} says that {path} held a commit, but is damaged itself, and there is no manifest"
+            raise ShardError(problem, remedy="restore the manifest from a backup", path=path, block=None)
         return None
     newest = max(found.manifests)
     lost = max([*found.damaged, found.hint or 0])
     if lost > newest:
         log.warning("generation %d of %s is damaged or missing: going on from generation %d", lost, path, newest)
+    elif found.hint_damaged:
+        log.warning("%s of %s is damaged: going on from generation %d, the newest there is", names.CURRENT, path, newest)
     return found.manifests[newest]
 
 
@@ -273,7 +283,7 @@ def next_numbers(found: Found) -> tuple[int, int]:
 
 def doubts(found: Found, chosen: Manifest | None) -> bool:
     """Whether a generation may be there that cannot be read now; see [Note: What is not thrown away]."""
-    return bool(found.damaged) or (found.hint or 0) > (0 if chosen is None else max(found.manifests))
+    return bool(found.damaged) or found.hint_damaged or (found.hint or 0) > (0 if chosen is None else max(found.manifests))
 
 
 def check_shards(found: Found, path: str, manifest: Manifest) -> None:
