@@ -43,7 +43,6 @@ async def opened(
     files: LocalFiles, path: str, mode: Literal["rb", "r+b", "xb", "wb"], kind: str, *, offset: int = 0, direct: bool = False
 ) -> AsyncIterator[AsyncFileIO]:
     """An unbuffered handle, its calls made on the threads of a kind; closed there, too, unless a call on it hangs."""
-
     given_up = False
 
     def opener(path: str, flags: int) -> int:
