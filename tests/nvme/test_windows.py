@@ -236,6 +236,20 @@ def test_links_are_not_followed(kernel: Kernel32, tmp_path: Path) -> None:
     assert not kernel.open_handles()
 
 
+def test_small_files_are_replaced_whole(kernel: Kernel32, tmp_path: Path) -> None:
+    """`CREATE_ALWAYS` does not go with not following links: the file is emptied by a call of its own."""
+    files, path = files_of(kernel), str(tmp_path / "small")
+
+    async def go() -> None:
+        for data in (b"0123456789", b"abc", b""):
+            await files.save(path, data, sync=True)
+            assert await files.load(path, 100) == data
+
+    asyncio.run(go())
+    files.close()
+    assert {disposition for access, _, disposition, _ in opened(kernel, "small") if access & GENERIC_WRITE} == {windows.OPEN_ALWAYS}
+
+
 def test_errors_keep_their_number_and_name_the_path_as_people_write_it(kernel: Kernel32, tmp_path: Path) -> None:
     system, path = windows.Windows(kernel, kernel, kernel.last_error, as_error), str(tmp_path / "absent")
     for call in (lambda: system.open(path, os.O_RDONLY), lambda: system.unlink(path), lambda: system.replace(path, path + "2")):
