@@ -25,7 +25,7 @@ from tests.quiet import assert_quiet, tensor_of
 from tierstore import AsyncTierStore, TierStore, threads
 from tierstore.catalog import PAGE
 from tierstore.errors import CapacityError, TierstoreError, TransferError
-from tierstore.nvme import local
+from tierstore.nvme import local, portable
 from tierstore.nvme.directory import Directory
 from tierstore.nvme.local import LocalFiles
 from tierstore.nvme.shards import ShardWriter
@@ -91,8 +91,8 @@ class Gate:
 
         return gated
 
-    def opens(self, file: str, *, mode: str, opener: Callable[[str, int], int], **_: Any) -> io.FileIO:
-        """As `open`, for the portable path: the calls of the handle pass the gate under the names of the positional ones."""
+    def opens(self, file: str, mode: str, opener: Callable[[str, int], int]) -> io.FileIO:
+        """As `open_raw`, for the portable path: the calls of the handle pass the gate under the names of the positional ones."""
         gate = self
 
         class Gated(io.FileIO):
@@ -117,7 +117,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     monkeypatch.setattr(threads, "STALL_S", STALL_S)
     monkeypatch.setattr(local, "_PREADV", gate.through("preadv", os.preadv))
     monkeypatch.setattr(local, "_PWRITEV", gate.through("pwritev", os.pwritev))
-    monkeypatch.setattr("aiofiles.threadpool.sync_open", gate.opens)
+    monkeypatch.setattr(portable, "open_raw", gate.opens)
     for name in ("fsync", "replace", "unlink", "posix_fallocate", "lstat"):
         monkeypatch.setattr(os, name, gate.through(name, getattr(os, name)))
     yield gate
@@ -444,7 +444,6 @@ def test_opening_on_a_drive_that_hangs(tmp_path: Path, gate: Gate) -> None:
         assert torch.equal(tensor_of(store, "a"), pages(1, 2))
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the handle that comes too late is left to be collected
 def test_the_portable_path_is_watched_too(tmp_path: Path, gate: Gate) -> None:
     with mock.patch("tierstore.nvme.directory.LocalFiles", return_value=LocalFiles(portable=True)), opened(tmp_path) as store:
         store.put("a", pages(1, 2), tier="nvme")
