@@ -27,6 +27,7 @@ from tierstore.catalog import PAGE
 from tierstore.errors import CapacityError, TierstoreError, TransferError
 from tierstore.nvme import local, portable
 from tierstore.nvme.directory import Directory
+from tierstore.nvme.files import Request, aligned_buffer
 from tierstore.nvme.local import LocalFiles
 from tierstore.nvme.shards import ShardWriter
 from tierstore.nvme.system import Posix
@@ -408,6 +409,27 @@ def test_a_file_that_is_made_late_is_not_left_open(tmp_path: Path, gate: Gate, m
         wait_until(lambda: not gate.hanging)
         time.sleep(0.1)
         assert not [name for name in open_files() if "block-a-" in name]
+
+
+@pytest.mark.parametrize("portable_path", [False, True])
+def test_requests_behind_one_that_hangs_are_not_begun(tmp_path: Path, gate: Gate, portable_path: bool) -> None:
+    """Else each would cost a thread."""
+    files = LocalFiles(portable=portable_path)
+
+    async def go() -> None:
+        file = files.file(str(tmp_path / "x"), write=True)
+        await file.create(12 * PAGE)
+        gate.shut("preadv")
+        outcomes = await file.read([Request(number * PAGE, aligned_buffer(PAGE)) for number in range(12)])
+        stalled = [outcome for outcome in outcomes if isinstance(outcome, threads.StalledError)]
+        assert len(stalled) == 12
+        assert sum(len(outcome.landed) for outcome in stalled) == files.num_threads
+        gate.open()
+        await asyncio.to_thread(wait_until, lambda: not gate.hanging)
+        await file.close()
+
+    asyncio.run(go())
+    files.close()
 
 
 @pytest.mark.native_files  # slows positional reads
