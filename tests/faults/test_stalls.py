@@ -25,8 +25,9 @@ from tests.quiet import assert_quiet, tensor_of
 from tierstore import AsyncTierStore, TierStore, threads
 from tierstore.catalog import PAGE
 from tierstore.errors import CapacityError, TierstoreError, TransferError
-from tierstore.nvme import local
+from tierstore.nvme import local, portable
 from tierstore.nvme.directory import Directory
+from tierstore.nvme.files import Request, aligned_buffer
 from tierstore.nvme.local import LocalFiles
 from tierstore.nvme.shards import ShardWriter
 from tierstore.nvme.system import Posix
@@ -91,8 +92,8 @@ class Gate:
 
         return gated
 
-    def opens(self, file: str, *, mode: str, opener: Callable[[str, int], int], **_: Any) -> io.FileIO:
-        """As `open`, for the portable path: the calls of the handle pass the gate under the names of the positional ones."""
+    def opens(self, file: str, mode: str, opener: Callable[[str, int], int]) -> io.FileIO:
+        """As `open_raw`, for the portable path: the calls of the handle pass the gate under the names of the positional ones."""
         gate = self
 
         class Gated(io.FileIO):
@@ -117,7 +118,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     monkeypatch.setattr(threads, "STALL_S", STALL_S)
     monkeypatch.setattr(local, "_PREADV", gate.through("preadv", os.preadv))
     monkeypatch.setattr(local, "_PWRITEV", gate.through("pwritev", os.pwritev))
-    monkeypatch.setattr("aiofiles.threadpool.sync_open", gate.opens)
+    monkeypatch.setattr(portable, "open_raw", gate.opens)
     for name in ("fsync", "replace", "unlink", "posix_fallocate", "lstat"):
         monkeypatch.setattr(os, name, gate.through(name, getattr(os, name)))
     yield gate
@@ -410,6 +411,27 @@ def test_a_file_that_is_made_late_is_not_left_open(tmp_path: Path, gate: Gate, m
         assert not [name for name in open_files() if "block-a-" in name]
 
 
+@pytest.mark.parametrize("portable_path", [False, True])
+def test_requests_behind_one_that_hangs_are_not_begun(tmp_path: Path, gate: Gate, portable_path: bool) -> None:
+    """Else each would cost a thread."""
+    files = LocalFiles(portable=portable_path)
+
+    async def go() -> None:
+        file = files.file(str(tmp_path / "x"), write=True)
+        await file.create(12 * PAGE)
+        gate.shut("preadv")
+        outcomes = await file.read([Request(number * PAGE, aligned_buffer(PAGE)) for number in range(12)])
+        stalled = [outcome for outcome in outcomes if isinstance(outcome, threads.StalledError)]
+        assert len(stalled) == 12
+        assert sum(len(outcome.landed) for outcome in stalled) == files.num_threads
+        gate.open()
+        await asyncio.to_thread(wait_until, lambda: not gate.hanging)
+        await file.close()
+
+    asyncio.run(go())
+    files.close()
+
+
 @pytest.mark.native_files  # slows positional reads
 def test_a_slow_drive_is_not_a_hung_one(tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each request takes a while, the whole many times the stall limit: it makes progress."""
@@ -444,7 +466,6 @@ def test_opening_on_a_drive_that_hangs(tmp_path: Path, gate: Gate) -> None:
         assert torch.equal(tensor_of(store, "a"), pages(1, 2))
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the handle that comes too late is left to be collected
 def test_the_portable_path_is_watched_too(tmp_path: Path, gate: Gate) -> None:
     with mock.patch("tierstore.nvme.directory.LocalFiles", return_value=LocalFiles(portable=True)), opened(tmp_path) as store:
         store.put("a", pages(1, 2), tier="nvme")

@@ -211,3 +211,31 @@ def test_reads_queue_behind_nothing_else() -> None:
 
     asyncio.run(go())
     files.close()
+
+
+def test_several_requests_are_under_way_together(files: Any, tmp_path: Path) -> None:
+    """As many as there are threads, not one more has its file open; and what is to be done with the bytes is done on those threads."""
+    together = threading.Barrier(files.num_threads)
+    threads: set[str] = set()
+    handles: list[int] = []
+    path = str(tmp_path / "x")
+
+    def then(buffer: memoryview) -> None:
+        threads.add(threading.current_thread().name)
+        if os.path.exists("/proc/self/fd"):
+            handles.append(sum(os.path.realpath(f"/proc/self/fd/{fd}") == path for fd in os.listdir("/proc/self/fd")))
+        together.wait(30)
+
+    async def go() -> None:
+        file = files.file(path, write=True)
+        count = 3 * files.num_threads
+        await file.create(count * PAGE)
+        for move, kind in ((file.write, "write"), (file.read, "read")):
+            threads.clear()
+            await move_all(files, move, [Request(number * PAGE, aligned_buffer(PAGE), then) for number in range(count)])
+            assert all(name.startswith(f"tierstore-{kind}_") for name in threads)
+        await file.close()
+
+    asyncio.run(go())
+    files.close()
+    assert max(handles, default=0) <= files.num_threads

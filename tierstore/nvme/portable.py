@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import os
-from collections.abc import AsyncIterator, Sequence
-from functools import partial
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Literal
 
-import aiofiles
+from aiofiles.threadpool import wrap
 
-from tierstore.nvme.files import FileStat, Outcome, Request, is_aligned, land, when_landed
+from tierstore.nvme.files import FileStat, Outcome, Request, is_aligned, land
 from tierstore.nvme.system import close_quietly
 from tierstore.nvme.windows import patiently
 from tierstore.threads import StalledError, under_way
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
 
 MAX_CALL_BYTES = 1 << 30
 """Moved by one call: a C runtime that counts in 32 bits would cut more to an odd length, which direct I/O refuses."""
-
-_closing: set[asyncio.Task[None]] = set()
 
 
 @contextlib.asynccontextmanager
@@ -57,18 +56,17 @@ async def opened(
             raise
         return descriptor
 
-    async def attempt() -> AsyncFileIO:
-        return await aiofiles.open(path, mode, 0, opener=opener, executor=files.executor(kind))
-
+    loop, executor = asyncio.get_running_loop(), files.executor(kind)
     try:
-        handle = await patiently(attempt)
+        raw = await patiently(lambda: loop.run_in_executor(executor, open_raw, path, mode, opener))
     except StalledError:
         given_up = True
         raise
+    handle: AsyncFileIO = wrap(raw, loop=loop, executor=executor)
     try:
         yield handle
     except StalledError as error:
-        when_landed(under_way(error), partial(_close_late, handle))  # somebody else's file may get its descriptor
+        _close_later(raw, under_way(error))
         raise
     except BaseException:
         with contextlib.suppress(OSError):
@@ -77,14 +75,18 @@ async def opened(
     await handle.close()
 
 
-def _close_late(handle: AsyncFileIO) -> None:
-    async def close() -> None:
-        with contextlib.suppress(OSError, RuntimeError):  # the threads may have ended meanwhile
-            await handle.close()
+def open_raw(path: str, mode: str, opener: Callable[[str, int], int]) -> io.FileIO:
+    """As `aiofiles.open` would open it; but what comes or returns too late has to be closed by whoever is left then."""
+    return io.FileIO(path, mode, opener=opener)
 
-    task = asyncio.ensure_future(close())
-    _closing.add(task)
-    task.add_done_callback(_closing.discard)
+
+def _close_later(raw: io.FileIO, calls: Sequence[Future[None]]) -> None:
+    """Once these have returned: before that, somebody else's file could get the descriptor that they use."""
+    if calls:
+        calls[0].add_done_callback(lambda _: _close_later(raw, calls[1:]))
+        return
+    with contextlib.suppress(OSError):
+        raw.close()
 
 
 class StreamFile:
