@@ -400,7 +400,7 @@ def _make_directories(path: str) -> list[str]:
     """Make a directory and those that lead to it. Returns where names were added, innermost first."""
     changed: list[str] = []
     missing = path
-    while not os.path.lexists(missing):
+    while not os.path.lexists(missing) and missing != os.path.dirname(missing):  # a drive of Windows may be missing altogether
         missing = os.path.dirname(missing)
         changed.append(missing)
     os.makedirs(path, DIRECTORY_MODE)
