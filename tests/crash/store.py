@@ -125,7 +125,7 @@ class CrashPlay(Play):
         how = f"{what} at {self.world.clock.now_ns() / 1e3:.1f} µs, under way: {', '.join(map(str, under_way)) or 'nothing'}"
         self.world.note(how)
         self.crashes.append(StoreCrash(how, left, least, killed))
-        self.stage.over = len(self.crashes) >= MAX_CRASHES
+        self.stage.over = len(self.crashes) >= MAX_CRASHES and not self.stage.calm  # at the end all is to be saved and read
 
     def _least(self, disk: CrashDisk) -> int:
         """Where directories cannot be synced and `CURRENT` could not be written, the commit before the last may be found instead."""
