@@ -22,7 +22,6 @@ import os
 import socket
 import sys
 import threading
-import weakref
 
 import filelock
 import psutil
@@ -80,6 +79,10 @@ class _HeldLock:
         if self._directory is not None:
             self._directory.close()
 
+    def __del__(self) -> None:
+        if self._directory is not None:  # dropped without `release`; filelock does the same
+            self._directory.close()
+
 
 class _Descriptor:
     """An open directory, closed in every forked child."""
@@ -97,7 +100,7 @@ class _Descriptor:
                 os.close(number)
 
 
-_OPEN: weakref.WeakSet[_Descriptor] = weakref.WeakSet()
+_OPEN: set[_Descriptor] = set()
 _FORKING = threading.Lock()  # held while one is opened and noted, and while a process forks
 
 
