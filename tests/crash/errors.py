@@ -76,8 +76,6 @@ async def _run_errors(seed: int, actions: int, every: int) -> Errors:
         for kind, fault in enumerate(EVERY_FAULT):
             if not fault.fits(change) or (number + kind + seed) % every:
                 continue
-            if not plan.checksum and not fault.cache_keeps:
-                continue  # what cannot be told from what was written cannot be refused
             burst = fault.code == errno.EIO and number % 4 == 0
             faults = dict.fromkeys(range(number, number + (BURST if burst else 1)), fault)
             aftermath = Aftermath(random.Random(f"aftermath {seed} {number} {kind}"))

@@ -63,7 +63,7 @@ def run_store(seed: int) -> tuple[Outcome, int]:
     scenario = scenario_of(seed)
     world = World(Decisions(seed), patience=scenario.slow, stickiness=scenario.sticky)
     disk = new_disk(journaled=rng.random() < 0.3, seed=str(seed), path=PATH)
-    # What a failed sync has dropped is still to be read from the cache: else only the engine could write it again, from RAM.
+    # What a failed sync has dropped is still to be read from the cache: else blocks that are nowhere else would be lost, rightly.
     disk.cache_keeps = True
     play = CrashPlay(world, scenario, disk, rng)
     outcome = carry_out(play)

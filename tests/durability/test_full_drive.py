@@ -264,7 +264,6 @@ def test_full_at_a_file_of_the_commit(name: str, committed: bool, tmp_path: Path
         loop.end()
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="without nvme_limit= the limit is what was free when the store was opened")
 def test_opening_on_a_full_drive(tmp_path: Path, reference: Reference, caplog: pytest.LogCaptureFixture) -> None:
     """Not even the process id can be written down; what was committed is there all the same, and can be trained on once there is room."""
     with mounted("tmpfs", tmp_path) as root, contextlib.closing(Loop(Mounted(root), reference, tmp_path)) as loop:

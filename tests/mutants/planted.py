@@ -282,8 +282,8 @@ MUTANTS = (
     Mutant(
         "shards are let go before their manifest is gone for good",
         DIRECTORY,
-        "            await self.files.sync_directory(self.path)\n            if gone and",
-        "            if gone and",
+        "            await self.files.sync_directory(self.path)\n            if not self.files",
+        "            if not self.files",
         suite=CUTS,
     ),
     Mutant(
@@ -327,7 +327,7 @@ MUTANTS = (
     Mutant(
         "shards are let go though their manifest could not be dropped",
         DIRECTORY,
-        'could not be dropped yet: %s", self.path, error)\n            return\n',
+        'could not be dropped yet: %s", self.path, error)\n            return False\n',
         'could not be dropped yet: %s", self.path, error)\n',
         suite=ERRORS,
     ),
@@ -348,8 +348,8 @@ MUTANTS = (
     Mutant(
         "one generation too few is kept where directories cannot be synced",
         DIRECTORY,
-        "keep = self._keep if self.files.syncs_directories else self._keep + 1",
-        "keep = self._keep",
+        "return self._keep if self.files.syncs_directories else self._keep + 1",
+        "return self._keep",
         suite=ERRORS,
     ),
     Mutant(
@@ -380,9 +380,38 @@ MUTANTS = (
     Mutant(
         "a shard that is being committed is rewritten",
         DIRECTORY,
-        "            self.retain(entry.shard)\n\n        async def",
-        "            entry.shard.references += 0\n\n        async def",
+        "            self.retain(entry.shard)\n        self._num_commits += 1",
+        "            entry.shard.references += 0\n        self._num_commits += 1",
         suite=CUTS,
+    ),
+    # -- space, and failed syncs
+    Mutant(
+        "what finds no room does not wait for commits",
+        DIRECTORY,
+        "        await self._commit_ended.wait()\n        return True\n",
+        "        return False\n",
+        suite="tests/test_disk_use.py",
+    ),
+    Mutant(
+        "a commit begins before the one ahead of it has all it needs",
+        SCHEDULER,
+        "if request.commit and self._commit_saving():",
+        "if False:",
+        suite="tests/test_disk_use.py",
+    ),
+    Mutant(
+        "what a failed sync may have dropped counts as saved",
+        SHELF,
+        "            self.on_suspect(shard)\n",
+        "",
+        suite="tests/faults/test_lost_syncs.py",
+    ),
+    Mutant(
+        "without checksums, what a failed sync may have dropped is believed",
+        SHELF,
+        "    if shard.suspect and shard.chunks is None:\n",
+        "    if False:\n",
+        suite="tests/crash/test_found.py",
     ),
     # -- recovery
     Mutant(

@@ -123,6 +123,7 @@ class SimulatedFiles:
         changes: What those of them do to the disk that change it, in the order in which they began; requests that hang as well.
         num_hanging: Requests that were given up, and are still to touch their memory. has_hung: One ever was.
         num_faults: Operations that were made to fail.
+        syncs_fail: Those of shards may. Without checksums nothing of such a shard can be believed any more, and its block may be lost.
     """
 
     direct = False
@@ -136,6 +137,7 @@ class SimulatedFiles:
         self.num_hanging = 0
         self.has_hung = False
         self.num_faults = 0
+        self.syncs_fail = True
         self._pace = pace
         self._free_ns = {"read": 0, "write": 0}
         self._numbers = itertools.count()
@@ -422,7 +424,8 @@ class SimulatedFile:
         return await self._files.stat(self._path)
 
     async def sync(self, nbytes: int = 0) -> None:
-        await self._files.change(f"sync {name_of(self._path)}", Change("sync", (self._path,)), fault=errno.EIO)
+        fault = errno.EIO if self._files.syncs_fail else 0
+        await self._files.change(f"sync {name_of(self._path)}", Change("sync", (self._path,)), fault=fault)
 
     async def close(self) -> None:
         pass

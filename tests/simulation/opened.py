@@ -83,6 +83,7 @@ def open_simulated(world: World, scenario: Scenario, disk: Disk, machine: Stream
     files: SimulatedFiles | None = None
     if scenario.nvme:
         files = SimulatedFiles(disk, drive_pace)
+        files.syncs_fail = scenario.checksum
         limit = None if scenario.nvme_pages is None else scenario.nvme_pages * PAGE
         directory = Directory.open(PATH, limit=limit, checksum=scenario.checksum, keep=scenario.keep, direct_io=False, files=files)
         files.world = world

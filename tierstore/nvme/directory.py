@@ -42,6 +42,9 @@ from tierstore.threads import StalledError
 
 log = logging.getLogger(__name__)
 
+FREE_SHARE = 0.95
+"""Of the free space that a directory takes without a limit of its own."""
+
 
 @dataclass(frozen=True, slots=True)
 class Commit:
@@ -201,8 +204,9 @@ class Directory(Shelf):
 
     async def _set_limit(self, limit: int | None, held: int) -> None:
         used = FIXED_BYTES + held
+        automatic = limit is None
         if limit is None:
-            limit = used + int(await self.files.disk_free(self.path) * 0.95)
+            limit = used + int(await self.files.disk_free(self.path) * FREE_SHARE)
         if used > limit:
             raise TierFullError(
                 f"{self.path} holds more than nvme_limit allows",
@@ -215,6 +219,20 @@ class Directory(Shelf):
             )
         self._space = Space(self.files, self.path, limit)
         self._space.used_bytes = self._space.peak_bytes = used
+        if automatic:
+            self._space.renew_limit = self._renew_limit
+
+    async def _renew_limit(self) -> bool:
+        try:
+            limit = self.used_bytes + int(await self.files.disk_free(self.path) * FREE_SHARE)
+        except OSError as error:
+            log.warning("the free space of %s could not be asked for: %s", self.path, error)
+            return False
+        if limit <= self.limit_bytes:
+            return False
+        log.info("there is more free space by now: %s may take %d bytes", self.path, limit)
+        self._space.limit_bytes = limit
+        return True
 
     # -- what is there --------------------------------------------------------------------------------------------------
 
@@ -254,7 +272,6 @@ class Directory(Shelf):
         for entry in entries:
             assert entry.shard.whole, f"{entry.shard.file} cannot be committed now"
             self.retain(entry.shard)
-
         self._num_commits += 1
 
         async def guarded() -> int:

@@ -36,6 +36,8 @@ SYNCS_AT_ONCE = 16
 
 RELOCATE_BYTES = 1 << 20
 
+REWRITE = "write() the block anew, or open the directory again at its last commit"
+
 
 class Shelf:
     """The shards of one directory. All methods belong to the engine's loop.
@@ -105,7 +107,7 @@ class Shelf:
             offset: Bytes from the payload's start, likewise best a multiple of 4096.
 
         Raises:
-            ShardError: The bytes are not those that were written. `into` holds rubbish.
+            ShardError: The bytes are not those that were written, or nobody knows. `into` holds rubbish.
             TransferError: The read failed. `into` holds rubbish.
         """
         self._check_open()
@@ -114,6 +116,7 @@ class Shelf:
         if offset < 0 or offset + len(into) > shard.payload_bytes:
             raise ValueError(f"{len(into)} bytes at {offset} are not within a payload of {shard.payload_bytes}")
         path = self.path_of(shard)
+        _check_believable(shard, path)
         self.retain(shard)  # nobody rewrites it meanwhile
         try:
             if shard.header_unverified and self.checksum:
@@ -387,6 +390,7 @@ class Shelf:
             ShardError: What can be read back is not what was written.
             TierFullError, TransferError: The copy failed; the shard is as it was.
         """
+        _check_believable(shard, self.path_of(shard))
         writer = await self._create(shard.block, no_relief)  # it is a commit that asks
         # An odd address sends the reads through the page cache, which may hold what the drive did not take.
         buffer = memoryview(bytearray(RELOCATE_BYTES + 1))[1:]
@@ -410,8 +414,7 @@ class Shelf:
         if shard.chunks is not None and copy.chunks is not None and copy.chunks != shard.chunks:
             self.discard(copy)
             problem = "a sync failed, and what can be read back is not what was written"
-            remedy = "write() the block anew, or open the directory again at its last commit"
-            raise damage(shard, self.path_of(shard), problem, remedy=remedy)
+            raise damage(shard, self.path_of(shard), problem, remedy=REWRITE)
         self._swap_files(shard, copy)
 
     def _swap_files(self, shard: Shard, copy: Shard) -> None:
@@ -446,6 +449,16 @@ class Shelf:
             log.warning("could not delete %s in %s: %s", name, self.path, error)
             return False
         return True
+
+
+def _check_believable(shard: Shard, path: str) -> None:
+    """Without checksums nothing tells what a failed sync has dropped.
+
+    Raises:
+        ShardError: It may be anything.
+    """
+    if shard.suspect and shard.chunks is None:
+        raise damage(shard, path, "a sync failed, and without checksums nobody knows what was lost", remedy=REWRITE)
 
 
 async def _close_quietly(file: File) -> None:

@@ -50,6 +50,7 @@ class Space:
 
     Attributes:
         limit_bytes: Never exceeded.
+        renew_limit: Raises the limit where it came from the free space and there is more of that by now; tells whether it did.
         used_bytes: Counted now.
         peak_bytes: The most since opening.
         pool_bytes: Lengths of the pooled files.
@@ -57,6 +58,7 @@ class Space:
 
     def __init__(self, files: Files, path: str, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
+        self.renew_limit: Relief = no_relief
         self.used_bytes = FIXED_BYTES
         self.peak_bytes = FIXED_BYTES
         self._files = files
@@ -89,7 +91,7 @@ class Space:
         """
         need = footprint(file_bytes)
         while not await self._reserve(need):
-            if not await relief():
+            if not await relief() and not await self.renew_limit():
                 raise TierFullError(
                     f"tier 'nvme' is full: no room for {what} in {self._path}",
                     need=f"{need} bytes",
