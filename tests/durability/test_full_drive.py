@@ -25,10 +25,10 @@ from tierstore.nvme.local import LocalFiles
 LIMIT = 4 * LAYERS * 12 * 4096
 """Twice what training with `keep=1` takes; the rest is for ballast."""
 
-PATIENCE = 50
+PATIENCE = 25
 """Failed writes, and calls that find no room, before it is called a storm."""
 
-CLOSER_LOOKS = 2
+CLOSER_LOOKS = 1
 """Errors of a story at which a copy of the directory is opened."""
 
 
@@ -195,7 +195,7 @@ def again_and_again(loop: Loop) -> set[str]:
     """Full in every step, at another place in each."""
     loop.training.begin(loop)
     loop.steps(1)
-    for _ in range(4):
+    for _ in range(2):
         loop.drive.fill(loop.store)
         loop.training.advance(loop)
         loop.drive.fill(loop.store)
