@@ -249,7 +249,7 @@ MUTANTS = (
         suite="tests/nvme/test_recovery.py",
     ),
     # -- the commit protocol, each sync in turn
-    Mutant("shards are not synced", SHELF, "            await file.sync()\n", "            pass\n", suite=CUTS),
+    Mutant("shards are not synced", SHELF, "            await file.sync(shard.file_bytes)\n", "            pass\n", suite=CUTS),
     Mutant(
         "the manifest is not synced",
         DIRECTORY,
