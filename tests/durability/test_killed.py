@@ -51,11 +51,8 @@ class Way:
 
     @property
     def limit_bytes(self) -> int:
-        """Its size twice, once more for each further generation and for a commit under way: so says the README.
-
-        And once more until the next commit where a process was killed between naming a generation and dropping the one before.
-        """
-        generations = 2 + self.keep + (not self.wait) + self.portable
+        """Its size twice, once more for each further generation and for a commit under way: so says the README."""
+        generations = 1 + self.keep + (not self.wait) + self.portable
         return generations * (STATE_BYTES + MANIFEST_BYTES) + 6 * 4096
 
     def open(self, path: str) -> TierStore:

@@ -102,6 +102,24 @@ def test_direct_io_is_probed(tmp_path: Path, caplog: pytest.LogCaptureFixture, m
     files.close()
 
 
+@pytest.mark.native_files
+def test_a_full_drive_is_not_taken_for_one_without_direct_io(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stayed off for as long as the store was open, though there was room a moment later."""
+    files = LocalFiles()
+    asyncio.run(files.probe(str(tmp_path), "auto"))
+    if not files.direct:
+        pytest.skip("there is no direct I/O in the temporary directory")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    asyncio.run(files.probe(str(tmp_path), True))
+    assert files.direct
+    assert not list(tmp_path.iterdir())
+    files.close()
+
+
 def test_links_are_not_followed(files: Any, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.write_bytes(bytes(PAGE))

@@ -288,16 +288,18 @@ class Directory(Shelf):
         return await land(guarded())
 
     async def _relief(self) -> bool:
-        if not self._num_commits:
-            return False
-        await self._commit_ended.wait()
-        return True
+        if self._num_commits:
+            await self._commit_ended.wait()
+            return True
+        waited = self._committing.locked()  # for another one who lacks space
+        async with self._committing:
+            surplus = self._surplus
+            return (bool(surplus) and await self._drop(surplus)) or waited
 
     async def _commit(self, entries: Sequence[Entry], metadata: str) -> int:
         self._check_open()
         await self._close_retired()
-        # A process killed between naming a manifest and dropping older ones leaves one too many: the next must not add another.
-        await self._drop({number for number in self.generations[: -self._kept] if number != self._opened})
+        await self._drop(self._surplus)
         for entry in entries:
             if entry.shard.suspect:
                 await self._relocate(entry.shard)
@@ -354,6 +356,11 @@ class Directory(Shelf):
         self._orphans = {}
         await self._close_retired()
         await self._space.trim(sum(shard.file_bytes for shard in self._shards.values() if not shard.discarded))
+
+    @property
+    def _surplus(self) -> set[int]:
+        """What a process left that was killed between naming a manifest and dropping older ones: the next must not add another."""
+        return {number for number in self.generations[: -self._kept] if number != self._opened}
 
     @property
     def _kept(self) -> int:

@@ -25,6 +25,10 @@ from tierstore.catalog import PAGE
 from tierstore.threads import StalledError
 
 T = TypeVar("T")
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""What a drive without room answers."""
+
 Then = Callable[[memoryview], object]
 """Work to do on a buffer in the I/O thread, while its bytes are still in that core's cache."""
 

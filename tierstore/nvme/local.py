@@ -18,7 +18,7 @@ import shutil
 import stat as stat_flags
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Executor, Future
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -26,7 +26,7 @@ from typing import Any, Literal, TypeVar
 from tierstore.catalog import PAGE
 from tierstore.errors import OptionError
 from tierstore.nvme import windows
-from tierstore.nvme.files import File, FileStat, Lock, Outcome, Request, aligned_buffer, is_aligned, land
+from tierstore.nvme.files import FULL, File, FileStat, Lock, Outcome, Request, aligned_buffer, is_aligned, land
 from tierstore.nvme.locks import take_lock
 from tierstore.nvme.names import PROBE_NAME
 from tierstore.nvme.portable import StreamFile, opened
@@ -180,10 +180,15 @@ class LocalFiles:
         file = self._payload_file(path, write=True)
         self.direct = True
         try:
-            await file.create(PAGE)
-            for outcome in [*await file.write([Request(0, page)]), *await file.read([Request(0, back)])]:
-                if isinstance(outcome, BaseException):
-                    raise outcome
+            try:
+                await file.create(PAGE)
+                await _moved(file.write([Request(0, page)]))
+            except OSError as error:
+                if error.errno not in FULL:
+                    raise
+                await _moved(file.read([Request(0, back)]))  # no room to try it out in: that such a handle is given has to do
+                return None
+            await _moved(file.read([Request(0, back)]))
             return None if back == page else "a page read back differed from the page written"
         except OSError as error:
             return f"a trial transfer: {error.strerror or error}"
@@ -363,6 +368,13 @@ class _PositionalFile:
         descriptors, self._descriptors = self._descriptors, {}
         for descriptor in descriptors.values():
             os.close(descriptor)
+
+
+async def _moved(moving: Awaitable[list[Outcome]]) -> None:
+    """Raise what became of the one request, if that is an error."""
+    (outcome,) = await moving
+    if isinstance(outcome, BaseException):
+        raise outcome
 
 
 def _scan(path: str) -> dict[str, FileStat]:

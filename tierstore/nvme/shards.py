@@ -14,7 +14,6 @@ read, the whole chunk is streamed through the caller's buffer once, so that no b
 
 from __future__ import annotations
 
-import errno
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -24,13 +23,12 @@ import xxhash
 from tierstore.catalog import PAGE, Block
 from tierstore.errors import ShardError, TierFullError, TierstoreError, TransferError
 from tierstore.nvme.checksums import CHUNK_BYTES, checksum, num_chunks, shard_checksum, split_chunks
-from tierstore.nvme.files import File, Files, Request, Then, aligned_buffer, move_all
+from tierstore.nvme.files import FULL, File, Files, Request, Then, aligned_buffer, move_all
 from tierstore.nvme.manifest import Record, ShardRecord, encode_record
 from tierstore.threads import StalledError, under_way
 
 MIN_SCRATCH_BYTES = 1 << 18
 RESTORE = "open an older generation (generation=), or restore the file from a backup"
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @dataclass(eq=False, slots=True)
@@ -134,7 +132,7 @@ class Entry:
 
 def io_error(error: OSError, doing: str, *, path: str, block: str | None = None) -> TierstoreError:
     """The tree's error for one of the system's. `doing` completes "failed while ...", and names the block if there is one."""
-    if error.errno in _FULL:
+    if error.errno in FULL:
         return TierFullError(
             f"the drive ran full while {doing} ({path}: {error.strerror})",
             remedy="free space on the drive, or lower nvme_limit=; the last commit is intact",
