@@ -388,8 +388,8 @@ MUTANTS = (
     Mutant(
         "what finds no room does not wait for commits",
         DIRECTORY,
-        "        if self._num_commits:\n            await self._commit_ended.wait()\n            return True\n",
-        "",
+        "            await self._commit_ended.wait()\n            return True\n",
+        "            return False\n",
         suite="tests/test_disk_use.py",
     ),
     Mutant(
