@@ -55,6 +55,12 @@ MUTANTS = {
 HUNT = "mixed or another_stream or values_from or (race_hunt and True and not static)"
 """The tests that hunt for races."""
 
+DURABLE = (
+    *("tests/nvme", "tests/crash", "tests/durability", "tests/golden"),
+    *("tests/test_commit.py", "tests/test_disk_use.py", "tests/test_export.py", "tests/faults/test_lost_syncs.py"),
+)
+"""What depends on the machine's drive and file system rather than on its GPU."""
+
 QUIET = ("-q", "-p", "no:cacheprovider", "-p", "no:benchmark")
 
 
@@ -110,6 +116,7 @@ def main(target: str, *only: str) -> int:
         "tests/gpu": lambda: pytest("tests/gpu"),
         "state machine on cuda": lambda: pytest("tests/test_state_machine.py", TIERSTORE_TEST_DEVICE="cuda", HYPOTHESIS_PROFILE="ci"),
         "demo --check on cuda": demo,
+        "files, commits and crashes": lambda: pytest(*DURABLE),
         "planted bugs": plant_mutants,
     }
     Path(target).parent.mkdir(parents=True, exist_ok=True)
