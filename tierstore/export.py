@@ -312,6 +312,8 @@ def _choose(view: View, generation: int | None) -> Manifest:
         raise no_generation(view, number)
     if view.newer and (generation is None or generation in view.newer):
         raise next(reversed(view.newer.values()))
+    if view.conflict is not None:
+        raise view.conflict
     if number in view.damaged:
         others = sorted(view.manifests)
         raise ShardError(

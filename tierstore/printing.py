@@ -62,6 +62,8 @@ def _table(*headings: str) -> Table:
 
 def print_report(console: Console, report: Report, seconds: float) -> None:
     """The damage first, then what is whole."""
+    if report.store is not None:
+        _say(console, f"Store {report.store}")
     for problem in report.problems:
         _say(console, f"DAMAGED: {problem}", style="bold red")
     for generation in report.generations:
@@ -126,6 +128,10 @@ def _verdict(report: Report) -> str:
 def print_contents(console: Console, contents: Contents, *, tensors: bool) -> None:
     """Generations, then the blocks of the current one (or of the only one asked for), then the drive."""
     _say(console, contents.path, style="bold")
+    if contents.store is not None:
+        _say(console, f"store {contents.store}")
+    if contents.conflict is not None:
+        _say(console, contents.conflict, style="bold red")
     if contents.holder is not None:
         _say(console, f"open in process {contents.holder}")
     console.print()

@@ -365,6 +365,7 @@ class CrashDisk(Disk):
         """Another one of the same kind, with nobody's lock on it."""
         twin = CrashDisk(journaled=self.journaled, capacity=self.capacity, rng=random.Random(self.rng.random()))
         twin.directories = set(self.directories)
+        twin.num_identities = self.num_identities
         twin.cache_keeps = self.cache_keeps
         twin.on_replace = self.on_replace
         return twin

@@ -187,6 +187,16 @@ def foreign(rng: random.Random, history: History, name: str) -> Damage:
     return _changed(history, f"another store's {source} as {name}", **{name: other[source]})
 
 
+def foreign_manifest(rng: random.Random, history: History, name: str) -> Damage:
+    """A manifest of another store that is whole, and names shards that are all there with the right length."""
+    source = rng.choice([source for source in history.other[-1] if source.startswith("manifest-")])
+    return _changed(history, f"another store's {source}, which names the same shards", **{source: history.other[-1][source]})
+
+
+def foreign_current(rng: random.Random, history: History, name: str) -> Damage:
+    return _changed(history, "another store's CURRENT", CURRENT=rng.choice(history.other)["CURRENT"])
+
+
 def left_over(rng: random.Random, history: History, name: str) -> Damage:
     """What a killed process leaves beside: a process id, temporary files, shards that nobody claims."""
     extra = rng.choice(
@@ -197,7 +207,7 @@ def left_over(rng: random.Random, history: History, name: str) -> Damage:
 
 KINDS: list[Callable[[random.Random, History, str], Damage]] = [
     *(flip, flip, flip, flip, flip, truncate, extend, zero_page, rubbish, delete),
-    *(exchange, rename, roll_back, foreign, left_over),
+    *(exchange, rename, roll_back, foreign, foreign_manifest, foreign_current, left_over),
 ]
 
 

@@ -7,6 +7,7 @@ rotates as the seeds of the simulation do. `TIERSTORE_MUTATION=N` draws one.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from pathlib import Path
 
@@ -61,6 +62,8 @@ def read_in_memory(disk: Disk, *, checksum: bool = True) -> tuple[Commit, Values
         ShardError, DirectoryError: It cannot be opened or read.
     """
     directory = Directory.open(ROOT, keep=KEEP, checksum=checksum, files=SimulatedFiles(disk, Pace()))
+    if directory.committed is not None:  # before a single shard is read
+        assert directory.committed.metadata["seed"] == 1, "another store's metadata was served"
 
     async def read_all() -> Values:
         try:
@@ -114,18 +117,13 @@ def test_recovery_and_reading(first: int, history: History) -> None:
 
 @pytest.mark.parametrize("first", range(0, COUNT // 10, PART))
 def test_without_checksums_all_but_bytes_of_shards_is_seen(first: int, history: History) -> None:
-    """`checksum=False` trusts a shard that is there with its length. Manifests are checked all the same.
-
-    But another store's whole manifest, if it names the same shards, is told from ours only by their bytes.
-    """
+    """`checksum=False` trusts a shard that is there with its length. Manifests are checked all the same."""
     for seed in seeds(first, min(PART, COUNT // 10 - first)):
         damage = draw(seed, history)
         try:
             commit, values = read_in_memory(disk_of(damage), checksum=False)
         except (ShardError, DirectoryError) as error:
             check_refused(history, damage, error)
-            continue
-        if any(damage.contents.get(name) in history.other[-1].values() for name in damage.files):
             continue
         changed = [name for name in damage.files if is_shard(name) and name in history.last]
         if not changed:
@@ -135,6 +133,55 @@ def test_without_checksums_all_but_bytes_of_shards_is_seen(first: int, history: 
         assert all(len(damage.contents[name]) == len(history.last[name]) for name in needed), damage.what
         wrong = {name for name in values if values[name] != history.values[commit.generation][name]}
         assert all(any(name in file for file in changed) for name in wrong), f"{damage.what}: {wrong} were not damaged"
+
+
+@pytest.mark.parametrize("checksum", [True, False])
+@pytest.mark.parametrize(
+    ("current", "foreign"),
+    [
+        *(("own", foreign) for foreign in [(COMMITS,), (COMMITS - 1,), (COMMITS - 1, COMMITS)]),
+        *((current, (foreign,)) for current in ("damaged", "missing") for foreign in (COMMITS, COMMITS - 1)),
+    ],
+)
+def test_manifests_of_another_store_with_the_same_shards(history: History, current: str, foreign: tuple[int, ...], checksum: bool) -> None:
+    """Where `CURRENT` does not tell which are the directory's own, nothing is served."""
+    changed = [f"manifest-{number:08d}.json" for number in foreign]
+    contents = history.last | {name: history.other[-1][name] for name in changed}
+    if current == "damaged":
+        contents["CURRENT"] = contents["CURRENT"].replace(b'"store":"', b'"store":"0')
+    elif current == "missing":
+        del contents["CURRENT"]
+    damage = Damage(f"{changed}, CURRENT is {current}", (*changed, "CURRENT"), contents)
+    own = {COMMITS - 1, COMMITS} - set(foreign)
+    disk = disk_of(damage)
+    if current == "own" and own:
+        commit, values = read_in_memory(disk, checksum=checksum)
+        assert commit.generation == max(own)
+        assert values == history.values[max(own)]
+    else:
+        with pytest.raises(ShardError, match="different stores") as caught:
+            read_in_memory(disk, checksum=checksum)
+        assert all(name in str(caught.value) for name in changed)
+    check_kept(history, damage, {os.path.basename(path): bytes(content) for path, content in disk.files.items()})
+
+
+@pytest.mark.parametrize("checksum", [True, False])
+def test_current_of_another_store(history: History, checksum: bool) -> None:
+    """It may be `CURRENT` that was exchanged, or every manifest: nobody can tell, so nothing is served, and the error says what to do."""
+    damage = Damage("", ("CURRENT",), history.last | {"CURRENT": history.other[-1]["CURRENT"]})
+    disk = disk_of(damage)
+    for _ in range(2):
+        with pytest.raises(ShardError, match="different stores") as caught:
+            read_in_memory(disk, checksum=checksum)
+        assert all(store_of(contents["CURRENT"]) in str(caught.value) for contents in (damage.contents, history.last))
+    check_kept(history, damage, {os.path.basename(path): bytes(content) for path, content in disk.files.items()})
+    del disk.files[f"{ROOT}/CURRENT"]  # as the error says
+    commit, values = read_in_memory(disk, checksum=checksum)
+    assert (commit.generation, values) == (COMMITS, history.values[COMMITS])
+
+
+def store_of(data: bytes) -> str:
+    return str(json.loads(data)["store"])
 
 
 @pytest.mark.parametrize("first", range(0, max(30, COUNT * 3 // 100), 30))

@@ -1,17 +1,22 @@
 """Makes the store that stands for a version of the format: `python -m tests.golden.make DIR`.
 
-What is committed under `v1/` was made by this, once, and is never made anew: a store of today must open what a store of then wrote.
+What is committed under `v1/` was made by this, and is never made anew once it is released: a store of today must open what a store
+of then wrote.
 A new version of the format gets a directory of its own beside it.
 """
 
 from __future__ import annotations
 
 import sys
+from unittest.mock import patch
 
 import torch
 
 from tierstore import TierStore
 from tierstore.tiers.device import DTYPES
+
+STORE = "7165727473726569"
+"""Which store it is: drawn, but for this one."""
 
 BUDGETS = {"gpu": "1MB", "ram": "1MB", "device": "cpu", "keep": 2}
 
@@ -41,7 +46,7 @@ def first() -> dict[str, dict[str, torch.Tensor]]:
 
 def make(path: str) -> None:
     """Two kept generations, the second's writes without checksums. Flushed block by block: then each shard always has the same number."""
-    with TierStore(nvme=path, **BUDGETS) as store:  # type: ignore[arg-type]
+    with patch("secrets.token_hex", lambda nbytes: STORE), TierStore(nvme=path, **BUDGETS) as store:  # type: ignore[arg-type]
         for name, tensors in first().items():
             store.put(name, tensors)
             store.flush()

@@ -24,14 +24,16 @@ def xxh3(data):
     return xxhash.xxh3_64_intdigest(data)
 
 
-def read_manifest(path):
-    """The manifest, or None if it is damaged."""
-    data = path.read_bytes()
+def read_json(path):
+    """A manifest or CURRENT; None if it is damaged or missing."""
+    data = path.read_bytes() if path.exists() else b""
     tail = TAIL.fullmatch(data[-32:])
-    if tail is None or int(tail[1], 16) != xxh3(data[:-32]):
-        return None
-    manifest = json.loads(data)
-    if manifest["format"] > 1:
+    return json.loads(data) if tail is not None and int(tail[1], 16) == xxh3(data[:-32]) else None
+
+
+def read_manifest(path):
+    manifest = read_json(path)
+    if manifest is not None and manifest["format"] > 1:
         raise ValueError(f"format {manifest['format']}")
     return manifest
 
@@ -58,6 +60,11 @@ def read(directory, generation=None):
     """(generation, metadata, {block: {tensor: array}}) of the newest generation, or of the one asked for."""
     numbers = {int(found[1]): path for path in Path(directory).iterdir() if (found := MANIFEST.fullmatch(path.name))}
     valid = {number: manifest for number, path in numbers.items() if (manifest := read_manifest(path)) is not None}
+    current = read_json(Path(directory) / "CURRENT")
+    stores = {manifest["store"] for manifest in valid.values()}
+    store = current["store"] if current is not None else min(stores)
+    assert stores == {store} if current is None else store in stores, "files of different stores"
+    valid = {number: manifest for number, manifest in valid.items() if manifest["store"] == store}
     chosen = max(valid) if generation is None else generation
     blocks = {block["name"]: read_block(Path(directory), block) for block in valid[chosen]["blocks"]}
     return chosen, valid[chosen]["metadata"], blocks

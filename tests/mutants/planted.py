@@ -275,8 +275,8 @@ MUTANTS = (
     Mutant(
         "CURRENT is not synced, on which a commit relies where directories cannot be",
         DIRECTORY,
-        "recovery.encode_hint(generation), sync=True)",
-        "recovery.encode_hint(generation), sync=False)",
+        "encode_hint(Hint(self._store, generation)), sync=True)",
+        "encode_hint(Hint(self._store, generation)), sync=False)",
         suite=CUTS,
     ),
     Mutant(
@@ -419,6 +419,28 @@ MUTANTS = (
         RECOVERY,
         "    newest = max(found.manifests)\n",
         "    newest = found.hint if found.hint in found.manifests else max(found.manifests)\n",
+        suite=CUTS,
+    ),
+    Mutant(
+        "another store's manifest counts as this one's",
+        RECOVERY,
+        "        if manifest.store != found.store:\n",
+        "        if False:\n",
+        suite="tests/durability/test_mutations.py",
+    ),
+    Mutant(
+        "CURRENT is not asked which store this is",
+        RECOVERY,
+        "    if hint is not None and (hint.store in said or not said):\n        found.store = hint.store\n"
+        "    elif hint is None and len(said) <= 1:\n",
+        "    if len(said) <= 1:\n",
+        suite="tests/durability/test_mutations.py",
+    ),
+    Mutant(
+        "each commit says another store",
+        DIRECTORY,
+        "_manifest_bytes, self._store, generation",
+        "_manifest_bytes, self.files.draw_identity(), generation",
         suite=CUTS,
     ),
     Mutant(

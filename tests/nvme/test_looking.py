@@ -221,6 +221,60 @@ def test_damaged_manifests(directory: Path) -> None:
     assert verified(directory).problems == ["CURRENT is damaged; it is only a hint, and the next commit writes it anew"]
 
 
+def test_which_store_it_is(directory: Path, tmp_path: Path) -> None:
+    store = json.loads((directory / "CURRENT").read_text())["store"]
+    assert json.loads(command("inspect", directory, "--json").stdout)["store"] == store
+    assert json.loads(command("verify", directory, "--json").stdout)["store"] == store
+    assert f"store {store}" in command("inspect", directory).output
+    assert f"Store {store}" in command("verify", directory).output
+    with TierStore(nvme=tmp_path / "new", **BUDGETS):
+        assert json.loads(command("inspect", tmp_path / "new", "--json").stdout)["store"] is None
+
+
+def test_files_of_another_store(directory: Path, tmp_path: Path) -> None:
+    """They are told as a store would tell them; what it would not open is not exported, either."""
+    with TierStore(nvme=tmp_path / "other", keep=2, **BUDGETS) as store:
+        store.put("w", torch.ones(3))
+        for step in range(2):
+            store.commit(step)
+    own, foreign = (json.loads((path / "CURRENT").read_text())["store"] for path in (directory, tmp_path / "other"))
+    current, newest = (directory / "CURRENT").read_bytes(), (directory / "manifest-00000002.json").read_bytes()
+    shutil.copy(tmp_path / "other" / "manifest-00000002.json", directory)
+    report = verified(directory)
+    assert (report.store, report.whole, report.problems) == (own, [1], [])
+    assert re.search(f"belongs to another store.*{own}.*{foreign}", report.generations[1].problem or "")
+    assert "no generation needs" not in "".join(report.notes)
+    contents = inspected(directory)
+    assert contents.current is not None
+    assert (contents.store, contents.current.generation, contents.leftovers) == (own, 1, [])
+    assert "belongs to another store" in (contents.generations[1].problem or "")
+    refused = command("export", directory, tmp_path / "out")
+    assert refused.exit_code != 0
+    assert "belongs to another store" in " ".join(refused.output.split())
+    for damage in ((directory / "CURRENT").unlink, lambda: mix(directory, newest, tmp_path / "other")):
+        damage()
+        report = verified(directory)
+        assert (report.good, report.store, report.whole) == (False, None, [])
+        assert any("different stores" in problem and own in problem and foreign in problem for problem in report.problems)
+        contents = inspected(directory)
+        assert (contents.store, contents.current) == (None, None)
+        assert all(own in problem or foreign in problem for row in contents.generations for problem in [row.problem or ""])
+        assert "different stores" in " ".join(command("inspect", directory).output.split())
+        for options in ([], ["--generation", 1]):
+            refused = command("export", directory, tmp_path / "out", *options)
+            assert refused.exit_code != 0
+            assert "different stores" in " ".join(refused.output.split())
+    (directory / "CURRENT").write_bytes(current)
+    assert verified(directory).good
+    assert not (tmp_path / "out").exists()
+
+
+def mix(directory: Path, newest: bytes, other: Path) -> None:
+    """All manifests are one store's, and `CURRENT` another's."""
+    (directory / "manifest-00000002.json").write_bytes(newest)
+    shutil.copy(other / "CURRENT", directory)
+
+
 def test_two_generations_that_disagree(directory: Path) -> None:
     from tierstore.nvme.checksums import checksum  # noqa: PLC0415
 

@@ -13,11 +13,23 @@ from tierstore.catalog import ITEM_BYTES, lay_out
 from tierstore.errors import DirectoryError, OptionError, ShardError
 from tierstore.nvme import names
 from tierstore.nvme.checksums import CHUNK_BYTES, checksum, num_chunks, split_chunks
-from tierstore.nvme.manifest import Manifest, Record, ShardRecord, decode_manifest, encode_manifest, encode_metadata, encode_record
+from tierstore.nvme.manifest import (
+    Hint,
+    Manifest,
+    Record,
+    ShardRecord,
+    decode_hint,
+    decode_manifest,
+    encode_hint,
+    encode_manifest,
+    encode_metadata,
+    encode_record,
+)
 
 texts = st.text(min_size=1, max_size=12).filter(lambda text: not any("\ud800" <= c <= "\udfff" for c in text))
 plain = texts.filter(lambda text: not text.startswith("_"))
 sums = st.integers(0, 2**64 - 1)
+identities = sums.map("{:016x}".format)
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
@@ -36,12 +48,12 @@ def manifests(draw: st.DrawFn) -> Manifest:
         block = lay_out(name, tensors, single=draw(st.booleans()), frozen=draw(st.booleans()))
         chunks = tuple(draw(sums) for _ in range(num_chunks(block.nbytes))) if draw(st.booleans()) else None
         records.append(Record(block, ShardRecord(names.shard_name(name, number), number, 4096 + block.nbytes, 4096, chunks, draw(sums))))
-    return Manifest(draw(st.integers(0, 10**6)), len(records) + 1, draw(values), tuple(records))
+    return Manifest(draw(identities), draw(st.integers(0, 10**6)), len(records) + 1, draw(values), tuple(records))
 
 
 def encode(manifest: Manifest) -> bytes:
     records = [encode_record(record) for record in manifest.records]
-    return encode_manifest(manifest.generation, manifest.next_shard, encode_metadata(manifest.metadata), records)
+    return encode_manifest(manifest.store, manifest.generation, manifest.next_shard, encode_metadata(manifest.metadata), records)
 
 
 @given(manifest=manifests())
@@ -66,7 +78,9 @@ def test_any_changed_or_missing_byte_is_seen(manifest: Manifest, data: st.DataOb
 def forged(change: Any) -> bytes:
     """A manifest with a valid checksum whose fields `change` has altered."""
     block = lay_out("w", [("a", "F32", (10,)), ("b", "F32", (10,))])
-    manifest = Manifest(1, 2, None, (Record(block, ShardRecord("block-w-00000001.safetensors", 1, 8192, 4096, (5,), 6)),))
+    manifest = Manifest(
+        "0123456789abcdef", 1, 2, None, (Record(block, ShardRecord("block-w-00000001.safetensors", 1, 8192, 4096, (5,), 6)),)
+    )
     fields = json.loads(encode(manifest))
     del fields["checksum"]
     change(fields)
@@ -111,6 +125,11 @@ LIES = {
     "tensor twice": set_tensor(0, "a"),
     "tensor filler": set_tensor(0, "__tierstore_filler__0"),
     "tensor number": set_tensor(0, 3),
+    "store": lambda fields: fields.update(store="0123456789ABCDEF"),
+    "store short": lambda fields: fields.update(store="0123456789abcde"),
+    "store not text": lambda fields: fields.update(store=123),
+    "store of other digits": lambda fields: fields.update(store="\u0661" * 16),
+    "no store": lambda fields: fields.pop("store"),
     "next shard": lambda fields: fields.update(next_shard=1),
     "generation": lambda fields: fields.update(generation=-1),
     "format": lambda fields: fields.update(format=0),
@@ -128,6 +147,23 @@ def test_lies_with_a_valid_checksum(lie: str) -> None:
     decode_manifest(forged(lambda fields: None))
     with pytest.raises(ShardError):
         decode_manifest(forged(LIES[lie]))
+
+
+@given(store=identities, generation=st.integers(1, names.MAX_NUMBER // 2))
+def test_current(store: str, generation: int) -> None:
+    data = encode_hint(Hint(store, generation))
+    assert json.loads(data).items() >= {"generation": generation, "store": store}.items()
+    assert decode_hint(data) == Hint(store, generation)
+    assert len(data) <= 256, "no more is read"
+    for where in range(len(data)):
+        flipped = bytearray(data)
+        flipped[where] ^= 1
+        assert decode_hint(bytes(flipped)) is None, "damage must not look like another store's"
+        assert decode_hint(data[:where]) is None
+
+
+def test_a_manifest_is_no_current() -> None:
+    assert decode_hint(encode(Manifest("0" * 16, 1, 1, None, ()))) is None
 
 
 def test_a_newer_format_is_refused_by_name() -> None:

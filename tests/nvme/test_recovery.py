@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
+import json
 import os
 import random
+import shutil
 import signal
 import time
 import warnings
@@ -236,6 +239,144 @@ def test_nothing_but_damage(swap: str, block_of: Any, payload_of: Any) -> None:
     assert set(os.listdir(swap)) - {"tierstore.pid"} == files - {manifest.name}
     manifest.write_bytes(whole)
     with_directory(swap, lambda directory: contents(directory, directory.entries["w"].shard))
+
+
+# -- which store a directory is --------------------------------------------------------------------------------------------
+
+
+def store_of(path: Path) -> str:
+    return str(json.loads(path.read_bytes())["store"])
+
+
+def stores_in(swap: str) -> set[str]:
+    return {store_of(path) for path in Path(swap).iterdir() if path.name == "CURRENT" or path.name.startswith("manifest-")}
+
+
+def opened(swap: str, **options: Any) -> tuple[str, Any]:
+    """Which store it is, and the metadata of what was committed."""
+
+    async def look(directory: Directory) -> tuple[str, Any]:
+        return directory.store, None if directory.committed is None else directory.committed.metadata
+
+    return with_directory(swap, look, **options)
+
+
+def put_manifest(source: str, target: str, generation: int) -> None:
+    name = f"manifest-{generation:08d}.json"
+    shutil.copy(Path(source, name), Path(target, name))
+
+
+@pytest.fixture
+def other(tmp_path: Path, block_of: Any, payload_of: Any) -> str:
+    """Another store, with generations 1 to 3, of the same block in shards of the same names."""
+    filled(str(tmp_path / "other"), block_of, payload_of, steps=3, keep=3)
+    return str(tmp_path / "other")
+
+
+def test_each_directory_says_which_store_it_is(swap: str, other: str, block_of: Any, payload_of: Any) -> None:
+    first, _ = opened(swap)
+    assert opened(swap)[0] != first, "nobody knows it before the first commit"
+    filled(swap, block_of, payload_of, keep=3)
+    (store,) = stores_in(swap)
+    assert opened(swap) == (store, 1)
+    assert opened(swap, generation=1) == (store, 0)
+
+    async def go_on(directory: Directory) -> int:
+        return await directory.commit(list(directory.entries.values()), "on")
+
+    assert with_directory(swap, go_on, keep=3) == 3
+    assert stores_in(swap) == {store}
+    assert stores_in(other) not in ({store}, {first})
+
+
+@pytest.mark.parametrize("nth", range(2))
+def test_a_first_commit_that_ends_before_current(files: Any, swap: str, block_of: Any, payload_of: Any, nth: int) -> None:
+    """Neither where the manifest had no name yet, nor where it had one and there was no `CURRENT`."""
+    block = block_of()
+
+    async def fail(directory: Directory) -> str:
+        shard = await directory.write(block, payload_of(block))
+        fail_later(files, "replace", nth)
+        with contextlib.suppress(TransferError):
+            await directory.commit([Entry(block, shard)], "first")
+        return directory.store
+
+    first = with_directory(swap, fail, files=files)
+    assert not Path(swap, "CURRENT").exists()
+    Path(swap, "CURRENT.tmp").write_bytes(b"")
+    store, metadata = opened(swap)
+    assert (store == first, metadata) == ((True, "first") if nth else (False, None))
+    filled(swap, block_of, payload_of)
+    assert opened(swap)[1] == 1
+    assert stores_in(swap) == {first} if nth else len(stores_in(swap)) == 1
+
+
+def test_between_the_manifest_and_current(swap: str, tmp_path: Path, block_of: Any, payload_of: Any) -> None:
+    """An old `CURRENT` of the same store, none, and a damaged one."""
+    filled(swap, block_of, payload_of, steps=1, keep=2)
+    old = Path(swap, "CURRENT").read_bytes()
+    filled(swap, block_of, payload_of, steps=1, keep=2)
+    (store,) = stores_in(swap)
+    for current in (old, old[:-4], b""):
+        Path(swap, "CURRENT").write_bytes(current)
+        assert opened(swap, keep=2) == (store, 0)
+        assert opened(swap, keep=2, generation=1) == (store, 0)
+    Path(swap, "CURRENT").unlink()
+    assert opened(swap, keep=2) == (store, 0)
+
+
+def test_a_manifest_of_another_store(swap: str, other: str, block_of: Any, payload_of: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """It is damage: an older generation of this store is opened, and the file goes only when a new commit is durable."""
+    block = filled(swap, block_of, payload_of, keep=2)
+    (store,), (foreign,) = stores_in(swap), stores_in(other)
+    put_manifest(other, swap, 2)
+    put_manifest(other, swap, 3)
+    shards = shard_files(swap)
+    assert opened(swap, keep=2) == (store, 0)
+    assert "generation 3" in caplog.text
+    assert shard_files(swap) == shards
+    with pytest.raises(ShardError, match=f"manifest-00000003.json.*belongs to another store.*{store}.*{foreign}") as caught:
+        Directory.open(swap, generation=3)
+    assert caught.value.generation == 3
+
+    async def go_on(directory: Directory) -> int:
+        assert await contents(directory, directory.entries["w"].shard) == payload_of(block, 0)
+        return await directory.commit(list(directory.entries.values()), "on")
+
+    assert with_directory(swap, go_on) == 4
+    assert stores_in(swap) == {store}
+
+
+@pytest.mark.parametrize("generation", [None, 1, 2])
+def test_files_of_different_stores_and_nothing_that_decides(
+    swap: str, other: str, block_of: Any, payload_of: Any, generation: int | None
+) -> None:
+    filled(swap, block_of, payload_of, keep=2)
+    (store,), (foreign,) = stores_in(swap), stores_in(other)
+    own = {path.name: path.read_bytes() for path in Path(swap).iterdir()}
+
+    def refused(*said: str) -> str:
+        before = {path.name: path.read_bytes() for path in Path(swap).iterdir() if path.name != "tierstore.pid"}
+        with pytest.raises(ShardError, match="different stores") as caught:
+            Directory.open(swap, generation=generation)
+        assert {path.name: path.read_bytes() for path in Path(swap).iterdir() if path.name != "tierstore.pid"} == before
+        assert all(text in str(caught.value) for text in (store, foreign, *said))
+        assert set(caught.value.stores) == {store, foreign}
+        return str(caught.value.remedy)
+
+    shutil.copy(Path(other, "CURRENT"), Path(swap, "CURRENT"))
+    assert "delete CURRENT" in refused("CURRENT", "manifest-00000001.json", "manifest-00000002.json")
+    Path(swap, "CURRENT").unlink()
+    assert opened(swap, keep=2) == (store, 1)
+    put_manifest(other, swap, 2)
+    assert "restore CURRENT" in refused("manifest-00000001.json", "manifest-00000002.json")
+    Path(swap, "CURRENT").write_bytes(b"rubbish")
+    assert "restore CURRENT" in refused("manifest-00000001.json", "manifest-00000002.json")
+    Path(swap, "CURRENT").write_bytes(own["CURRENT"])
+    put_manifest(other, swap, 1)
+    assert "restore the manifest" in refused("CURRENT", "manifest-00000001.json", "manifest-00000002.json")
+    Path(swap, "manifest-00000002.json").write_bytes(own["manifest-00000002.json"])
+    assert opened(swap, keep=2) == (store, 1)
 
 
 def test_missing_shortened_and_linked_shards(swap: str, tmp_path: Path, block_of: Any, payload_of: Any) -> None:

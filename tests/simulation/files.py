@@ -43,6 +43,7 @@ class Disk:
         self.files: dict[str, bytearray] = {}
         self.directories: set[str] = set()
         self.locked: set[str] = set()
+        self.num_identities = 0  # stores that were made on it
         self.on_replace: Callable[[Disk, str], None] = lambda disk, name: None
 
     def get(self, path: str) -> bytearray:
@@ -291,6 +292,11 @@ class SimulatedFiles:
         self.disk.locked.add(path)
         self.disk.touch(path)
         return _Lock(self.disk, path)
+
+    def draw_identity(self) -> str:
+        """A different one each time, and in each run the same."""
+        self.disk.num_identities += 1
+        return f"{self.disk.num_identities:016x}"
 
     async def work(self, call: Callable[..., T], *args: Any) -> T:
         return await self.elapse(f"work {getattr(call, '__name__', 'on a buffer')}", lambda: call(*args))

@@ -123,6 +123,8 @@ class Contents:
 
     Attributes:
         path: The directory.
+        store: Which store it is; None if nothing was committed, or it cannot be told.
+        conflict: Why it cannot be told.
         holder: The process that has it open, if it is one of this machine's.
         generations: Ascending.
         disk: By kind of file: "current shards" that the current generation needs, "older shards" that only others do, "left over" that
@@ -130,6 +132,8 @@ class Contents:
     """
 
     path: str
+    store: str | None
+    conflict: str | None
     holder: int | None
     generations: list[GenerationRow]
     disk: dict[str, Share]
@@ -145,6 +149,8 @@ class Contents:
             "schema": SCHEMA,
             "format": FORMAT,
             "path": self.path,
+            "store": self.store,
+            "conflict": self.conflict,
             "open_in": {"pid": self.holder} if self.holder is not None else None,
             "current": self.current.generation if self.current else None,
             "generations": [row.to_json() for row in self.generations],
@@ -175,7 +181,16 @@ async def inspect(files: Files, path: str, *, generation: int | None = None) -> 
         raise no_generation(view, generation)
     rows = _generations(view)
     shown = rows if generation is None else [row for row in rows if row.generation == generation]
-    return Contents(path, holder, shown, _disk(view), view.leftovers, view.foreign)
+    return Contents(
+        path,
+        view.store,
+        str(view.conflict) if view.conflict is not None else None,
+        holder,
+        shown,
+        _disk(view),
+        view.leftovers,
+        view.foreign,
+    )
 
 
 def _generations(view: View) -> list[GenerationRow]:

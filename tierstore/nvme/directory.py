@@ -34,7 +34,7 @@ from tierstore.nvme import names, recovery, windows
 from tierstore.nvme.files import Files, Lock, land
 from tierstore.nvme.local import LocalFiles
 from tierstore.nvme.locks import describe_holder
-from tierstore.nvme.manifest import encode_manifest, encode_metadata
+from tierstore.nvme.manifest import Hint, encode_hint, encode_manifest, encode_metadata
 from tierstore.nvme.shards import Entry, Shard, io_error
 from tierstore.nvme.shelf import Shelf
 from tierstore.nvme.space import FIXED_BYTES, Space, footprint, no_relief
@@ -62,6 +62,7 @@ class Directory(Shelf):
         super().__init__(path, files, checksum=checksum)
         self._lock = lock
         self._keep = keep
+        self._store = ""  # which it is; see [Note: Which store this is] in `recovery`
         self._committed: Commit | None = None
         self._entries: dict[str, Entry] = {}
         self._generations: dict[int, list[Shard]] = {}
@@ -173,6 +174,7 @@ class Directory(Shelf):
         chosen = recovery.choose(found, self.path, generation)
         if chosen is not None:
             recovery.check_shards(found, self.path, chosen)
+        self._store = found.store if found.store is not None else self.files.draw_identity()
         self._next_shard, self._next_generation = recovery.next_numbers(found)
         self._shards, entries = recovery.link_shards(found, self.path, chosen)
         self._generations = {number: [entry.shard for entry in listed] for number, listed in entries.items()}
@@ -235,6 +237,11 @@ class Directory(Shelf):
         return True
 
     # -- what is there --------------------------------------------------------------------------------------------------
+
+    @property
+    def store(self) -> str:
+        """Tells this directory from every other: see `manifest.is_identity`. Until the first commit only known here."""
+        return self._store
 
     @property
     def committed(self) -> Commit | None:
@@ -306,7 +313,7 @@ class Directory(Shelf):
         await self._sync_all([entry.shard for entry in entries if not entry.shard.synced])
         generation = self._next_generation
         try:
-            data = await self.files.work(_manifest_bytes, generation, self._next_shard, metadata, entries)
+            data = await self.files.work(_manifest_bytes, self._store, generation, self._next_shard, metadata, entries)
         except OSError as error:
             raise io_error(error, "encoding the manifest", path=self.path) from error
         final = self._join(names.manifest_name(generation))
@@ -342,7 +349,7 @@ class Directory(Shelf):
         """Let `CURRENT` follow. Only a hint, so a failure is not the commit's."""
         current = self._join(names.CURRENT)
         try:
-            await self.files.save(current + names.TEMPORARY, recovery.encode_hint(generation), sync=True)
+            await self.files.save(current + names.TEMPORARY, encode_hint(Hint(self._store, generation)), sync=True)
             await self.files.replace(current + names.TEMPORARY, current)
         except OSError as error:
             log.warning("generation %d is committed, but %s could not be written: %s", generation, current, error)
@@ -421,8 +428,8 @@ class Directory(Shelf):
         self._lock.forget()
 
 
-def _manifest_bytes(generation: int, next_shard: int, metadata: str, entries: Sequence[Entry]) -> bytes:
-    return encode_manifest(generation, next_shard, metadata, [entry.line() for entry in entries])
+def _manifest_bytes(store: str, generation: int, next_shard: int, metadata: str, entries: Sequence[Entry]) -> bytes:
+    return encode_manifest(store, generation, next_shard, metadata, [entry.line() for entry in entries])
 
 
 async def busy(files: Files, path: str) -> BusyError:

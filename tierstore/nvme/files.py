@@ -173,6 +173,10 @@ class Files(Protocol):
         """Take the lock file, at once; None when another store holds it."""
         ...
 
+    def draw_identity(self) -> str:
+        """64 random bits as sixteen hexadecimal digits, which tell a new store from every other."""
+        ...
+
     async def work(self, call: Callable[..., T], *args: Any) -> T:
         """Run pure work on an I/O thread."""
         ...

@@ -14,6 +14,7 @@ import contextlib
 import errno
 import logging
 import os
+import secrets
 import shutil
 import stat as stat_flags
 import sys
@@ -267,6 +268,9 @@ class LocalFiles:
 
     def lock(self, path: str) -> Lock | None:
         return take_lock(self.system.given(path))
+
+    def draw_identity(self) -> str:
+        return secrets.token_hex(8)
 
 
 class _PositionalFile:

@@ -2,7 +2,8 @@
 
 [Note: The manifest's frame]
 The file is a JSON object whose last member is `checksum`, xxh3_64 of every byte before `,"checksum":`. Every format version
-keeps that frame, so that a damaged manifest is told from one that a newer version wrote. One line per block.
+keeps that frame, so that a damaged manifest is told from one that a newer version wrote. One line per block. `CURRENT` has the same
+frame: it says which store the directory is, and damage must not look like another store's.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 from tierstore.catalog import FILLER_PREFIX, ITEM_BYTES, PAGE, TENSOR_ALIGNMENT, Block, TensorSpec
 from tierstore.errors import DirectoryError, OptionError, ShardError, SizeError
@@ -63,12 +64,57 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """A checked manifest; `metadata` is the user's JSON value."""
+    """A checked manifest; `metadata` is the user's JSON value, `store` tells the directory from every other, see `is_identity`."""
 
+    store: str
     generation: int
     next_shard: int
     metadata: Any
     records: tuple[Record, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Hint:
+    """What `CURRENT` says: which store the directory is, and its last commit."""
+
+    store: str
+    generation: int
+
+
+def is_identity(value: object) -> TypeGuard[str]:
+    """Whether this can tell one store from another: 64 bits as sixteen lower-case hexadecimal digits."""
+    return isinstance(value, str) and _HEX.fullmatch(value) is not None
+
+
+def _seal(body: bytes) -> bytes:
+    """Complete an object that lacks its end. See [Note: The manifest's frame]."""
+    return body + f',"checksum":"{checksum(body):016x}"}}\n'.encode("ascii")
+
+
+def _unseal(data: bytes) -> bytes | None:
+    """The object without its checksum; None if that is wrong."""
+    body, frame = data[:-_FRAME_BYTES], _FRAME.fullmatch(data[-_FRAME_BYTES:])
+    if frame is None or int(frame[1], 16) != checksum(body):
+        return None
+    return body + b"}"
+
+
+def encode_hint(hint: Hint) -> bytes:
+    return _seal(f'{{"generation":{hint.generation},"store":"{hint.store}"'.encode("ascii"))
+
+
+def decode_hint(data: bytes) -> Hint | None:
+    """None if it is damaged."""
+    try:
+        text = _unseal(data)
+        fields = read_object(text, what=names.CURRENT) if text is not None else {}
+    except ShardError:
+        return None
+    store, generation = fields.get("store"), fields.get("generation")
+    if set(fields) != {"store", "generation"} or not is_identity(store) or type(generation) is not int:
+        return None
+    # Whoever wrote this must not use up the numbers.
+    return Hint(store, generation) if 0 < generation <= names.MAX_NUMBER // 2 else None
 
 
 def encode_metadata(metadata: object) -> str:
@@ -121,13 +167,14 @@ def encode_record(record: Record) -> str:
     return json.dumps(fields, separators=(",", ":"))
 
 
-def encode_manifest(generation: int, next_shard: int, metadata: str, records: Sequence[str]) -> bytes:
+def encode_manifest(store: str, generation: int, next_shard: int, metadata: str, records: Sequence[str]) -> bytes:
     """The manifest's bytes, from `encode_metadata` and `encode_record`. Pure; any thread.
 
     Raises:
         SizeError: No store would read one so long.
     """
-    head = f'{{"format":{FORMAT},"generation":{generation},"next_shard":{next_shard},"metadata":{metadata},"blocks":[\n'
+    numbers = f'"generation":{generation},"next_shard":{next_shard}'
+    head = f'{{"format":{FORMAT},"store":"{store}",{numbers},"metadata":{metadata},"blocks":[\n'
     body = (head + ",\n".join(records) + "\n]").encode("ascii")
     values = num_values(body)
     if len(body) + _FRAME_BYTES > MAX_MANIFEST_BYTES or values > MAX_VALUES:
@@ -137,7 +184,7 @@ def encode_manifest(generation: int, next_shard: int, metadata: str, records: Se
             have=f"{len(body) + _FRAME_BYTES} bytes and {values} values, {len(metadata)} bytes of them metadata, for {len(records)} blocks",
             remedy="commit less metadata, or put fewer and larger blocks",
         )
-    return body + f',"checksum":"{checksum(body):016x}"}}\n'.encode("ascii")
+    return _seal(body)
 
 
 def decode_manifest(data: bytes) -> Manifest:
@@ -147,10 +194,10 @@ def decode_manifest(data: bytes) -> Manifest:
         ShardError: It is damaged, or says what no manifest may say.
         DirectoryError: A newer version of tierstore wrote it.
     """
-    body, frame = data[:-_FRAME_BYTES], _FRAME.fullmatch(data[-_FRAME_BYTES:])
-    if frame is None or int(frame[1], 16) != checksum(body):
+    text = _unseal(data)
+    if text is None:
         raise ShardError("the manifest does not match its checksum")
-    fields = read_object(body + b"}", what="manifest")
+    fields = read_object(text, what="manifest")
     version = fields.get("format")
     if type(version) is int and version > FORMAT:
         raise DirectoryError(
@@ -160,8 +207,9 @@ def decode_manifest(data: bytes) -> Manifest:
             remedy="update tierstore",
             format=version,
         )
-    members = {"format", "generation", "next_shard", "metadata", "blocks"}
+    members = {"format", "store", "generation", "next_shard", "metadata", "blocks"}
     _expect(type(version) is int and version == FORMAT and set(fields) == members, "its members are not those of format 1")
+    _expect(is_identity(fields["store"]), "store is not 16 hexadecimal digits")
     generation = _natural(fields["generation"], "generation")
     next_shard = _natural(fields["next_shard"], "next_shard")
     _expect(max(generation, next_shard - 1) <= names.MAX_NUMBER, "generation or next_shard is more than a file's name can carry")
@@ -170,7 +218,7 @@ def decode_manifest(data: bytes) -> Manifest:
     _expect(len({record.block.name for record in records}) == len(records), "a block occurs twice")
     _expect(len({record.shard.number for record in records}) == len(records), "a shard occurs twice")
     _expect(all(record.shard.number < next_shard for record in records), "a shard's number is not below next_shard")
-    return Manifest(generation, next_shard, fields["metadata"], records)
+    return Manifest(fields["store"], generation, next_shard, fields["metadata"], records)
 
 
 _MEMBERS = {"name", "payload_bytes", "single", "frozen", "adopted", "tensors", "file", "file_bytes", "data_start", "chunks", "digest"}

@@ -27,7 +27,7 @@ from tierstore.nvme.checksums import CHUNK_BYTES, checksum, num_chunks, shard_ch
 from tierstore.nvme.directory import busy
 from tierstore.nvme.files import File, Files, FileStat, Lock, Request, aligned_buffer, move_all
 from tierstore.nvme.manifest import Record
-from tierstore.nvme.recovery import Found, load_manifest, read_hint, unusable
+from tierstore.nvme.recovery import Found, load_manifest, read_hint, settle_store, unusable
 from tierstore.nvme.safetensors import parse_header
 from tierstore.nvme.shards import io_error
 from tierstore.threads import StalledError
@@ -151,11 +151,12 @@ async def _read_manifests(files: Files, present: dict[str, FileStat], known: Vie
 async def _agree(files: Files, before: dict[str, FileStat], after: dict[str, FileStat], known: View) -> View:
     """The generations that stand in both listings, and the files they need."""
     there = _manifests(before).keys() & _manifests(after).keys() & known.manifest_bytes.keys()
-    view = View(path=known.path, hint=await read_hint(files, known.path, after))
+    view = View(path=known.path)
     view.manifest_bytes = {number: known.manifest_bytes[number] for number in sorted(there)}
     view.manifests = {number: known.manifests[number] for number in sorted(there & known.manifests.keys())}
     view.damaged = {number: known.damaged[number] for number in sorted(there & known.damaged.keys())}
     view.newer = {number: known.newer[number] for number in sorted(there & known.newer.keys())}
+    view.damaged |= settle_store(view, known.path, await read_hint(files, known.path, after))
     claimed = {record.shard.file for manifest in view.manifests.values() for record in manifest.records}
     view.files = {**{name: status for name, status in before.items() if name in claimed}, **after}
     return view

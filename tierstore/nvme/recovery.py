@@ -5,6 +5,13 @@ The highest whose manifest is there and matches its checksum. `CURRENT` is a hin
 A manifest appears under its name only after the shards it names are durable, and disappears durably before the first of them
 is rewritten; so a valid manifest means intact shards, however the last process ended.
 
+[Note: Which store this is]
+Every manifest and `CURRENT` say it, with 64 bits that were drawn when the directory was new. So another store's file that was put
+here by mistake is told, though it is whole and names shards of the same names. `CURRENT` decides what is the directory's own, if it
+is whole; a crash may have come before there was one, and then the manifests must agree. Another store's manifest counts as damaged.
+If `CURRENT` and all manifests differ, any of them may be the one that was exchanged, so nothing is opened: who knows says so by
+deleting the wrong ones.
+
 [Note: What is not thrown away]
 A manifest that is damaged, or that `CURRENT` promises and is missing, may be mended or restored by hand. Which shards it needs
 cannot be told, so while there is such a one no shard is deleted because nobody claims it: not before the next commit. The same
@@ -17,7 +24,6 @@ is not a plain file is refused before it is opened, and whatever the store write
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Container, Mapping, Sequence
@@ -27,7 +33,7 @@ from tierstore.errors import DirectoryError, ShardError
 from tierstore.nvme import names, windows
 from tierstore.nvme.files import Files, FileStat
 from tierstore.nvme.locks import MAX_HOLDER_BYTES, living_holder
-from tierstore.nvme.manifest import MAX_MANIFEST_BYTES, Manifest, Record, decode_manifest
+from tierstore.nvme.manifest import MAX_MANIFEST_BYTES, Hint, Manifest, Record, decode_hint, decode_manifest
 from tierstore.nvme.shards import Entry, Shard, io_error
 
 log = logging.getLogger(__name__)
@@ -44,6 +50,8 @@ class Found:
         manifest_bytes: Length of each manifest file, valid or not.
         hint: The generation `CURRENT` names.
         hint_damaged: `CURRENT` is there, and names none.
+        store: Which one this is; None if nobody says.
+        conflict: Why that cannot be told. There is no valid manifest then.
     """
 
     files: dict[str, FileStat] = field(default_factory=dict)
@@ -52,6 +60,8 @@ class Found:
     manifest_bytes: dict[int, int] = field(default_factory=dict)
     hint: int | None = None
     hint_damaged: bool = False
+    store: str | None = None
+    conflict: ShardError | None = None
 
 
 def check_name(path: str) -> None:
@@ -173,8 +183,13 @@ async def survey(files: Files, path: str) -> Found:
             found.manifest_bytes[generation] = status.nbytes
             await _read_manifest(files, path, name, generation, status, found)
     if names.CURRENT in found.files:
-        found.hint = await read_hint(files, path, found.files)
-        found.hint_damaged = found.hint is None
+        hint = await read_hint(files, path, found.files)
+        found.hint_damaged = hint is None
+    else:
+        hint = None
+    for generation, error in settle_store(found, path, hint).items():
+        where = os.path.join(path, names.manifest_name(generation))
+        found.damaged[generation] = _cannot_open(where, generation, error)
     return found
 
 
@@ -183,15 +198,71 @@ async def _read_manifest(files: Files, path: str, name: str, generation: int, st
     try:
         found.manifests[generation] = await load_manifest(files, where, generation, status.nbytes)
     except ShardError as error:
-        found.damaged[generation] = ShardError(
-            f"generation {generation} cannot be opened ({where}): {error}",
-            remedy="open an older generation (generation=), or restore the file from a backup",
-            path=where,
-            generation=generation,
-            block=None,
-        )
+        found.damaged[generation] = _cannot_open(where, generation, error)
     except OSError as error:
         raise io_error(error, "reading the manifest", path=where) from error
+
+
+def _cannot_open(where: str, generation: int, error: ShardError) -> ShardError:
+    return ShardError(
+        f"generation {generation} cannot be opened ({where}): {error}",
+        remedy="open an older generation (generation=), or restore the file from a backup",
+        path=where,
+        generation=generation,
+        block=None,
+    )
+
+
+def settle_store(found: Found, path: str, hint: Hint | None) -> dict[int, ShardError]:
+    """Find out which store this is, and take out the manifests of others. See [Note: Which store this is].
+
+    Args:
+        found: `hint`, `store` and `conflict` are set.
+        path: The directory.
+        hint: What `CURRENT` says; None if it is not there or damaged.
+
+    Returns:
+        What is wrong with each manifest that was taken out, by generation.
+    """
+    found.hint = hint.generation if hint is not None else None
+    said = {manifest.store for manifest in found.manifests.values()}
+    if hint is not None and (hint.store in said or not said):
+        found.store = hint.store
+    elif hint is None and len(said) <= 1:
+        found.store = next(iter(said), None)
+    else:
+        found.conflict = _conflict(found, path, hint)
+    wrong: dict[int, ShardError] = {}
+    for generation, manifest in sorted(found.manifests.items()):
+        if manifest.store != found.store:
+            if found.store is None:
+                wrong[generation] = ShardError("which store the directory is cannot be told", have=f"a manifest of store {manifest.store}")
+            else:
+                need, have = f"store {found.store}", f"store {manifest.store}"
+                wrong[generation] = ShardError("the manifest belongs to another store", need=need, have=have)
+            del found.manifests[generation]
+    return wrong
+
+
+def _conflict(found: Found, path: str, hint: Hint | None) -> ShardError:
+    files: dict[str, list[str]] = {}
+    for generation, manifest in sorted(found.manifests.items()):
+        files.setdefault(manifest.store, []).append(names.manifest_name(generation))
+    said = [f"{some(listed, ', ')} of store {store}" for store, listed in files.items()]
+    if hint is not None:
+        remedy = f"restore the manifest of store {hint.store} from a backup; or delete {names.CURRENT}, if it is not this directory's"
+        said.insert(0, f"{names.CURRENT} of store {hint.store}")
+    else:
+        remedy = f"restore {names.CURRENT} from a backup; or move the manifests away that are not this directory's"
+    return ShardError(
+        f"{path} holds files of different stores, and which of them it is cannot be told",
+        need=f"{names.CURRENT} and manifests of one store",
+        have=some(said, "; "),
+        remedy=remedy,
+        path=path,
+        block=None,
+        stores=tuple(dict.fromkeys([*([hint.store] if hint is not None else []), *files])),
+    )
 
 
 async def load_manifest(files: Files, where: str, generation: int, nbytes: int) -> Manifest:
@@ -210,16 +281,14 @@ async def load_manifest(files: Files, where: str, generation: int, nbytes: int) 
     return manifest
 
 
-async def read_hint(files: Files, path: str, present: Container[str]) -> int | None:
-    """The generation that `CURRENT` names; None if it names none."""
+async def read_hint(files: Files, path: str, present: Container[str]) -> Hint | None:
+    """What `CURRENT` says; None if it is not there, damaged, or cannot be read."""
     if names.CURRENT not in present:
         return None
     try:
-        hint = json.loads(await files.load(os.path.join(path, names.CURRENT), 256))["generation"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return decode_hint(await files.load(os.path.join(path, names.CURRENT), 256))
+    except OSError:
         return None
-    # Rubbish must not use up the numbers.
-    return hint if type(hint) is int and 0 < hint <= names.MAX_NUMBER // 2 else None
 
 
 async def read_holder(files: Files, path: str) -> int | None:
@@ -230,17 +299,15 @@ async def read_holder(files: Files, path: str) -> int | None:
         return None
 
 
-def encode_hint(generation: int) -> bytes:
-    return json.dumps({"generation": generation}).encode("ascii") + b"\n"
-
-
 def choose(found: Found, path: str, generation: int | None) -> Manifest | None:
     """The manifest to go on from; None for an empty directory. See [Note: Which generation counts].
 
     Raises:
         DirectoryError: `generation` is not there.
-        ShardError: It is damaged, or all are.
+        ShardError: It is damaged, or all are, or they are of different stores.
     """
+    if found.conflict is not None:
+        raise found.conflict
     if generation is not None:
         if generation in found.damaged:
             raise found.damaged[generation]

@@ -79,6 +79,7 @@ class Report:
 
     Attributes:
         path: The directory.
+        store: Which store it is; None if nothing was committed, or it cannot be told.
         generations: Ascending.
         problems: What is wrong with the directory as a whole.
         notes: What is no damage, and worth knowing.
@@ -87,6 +88,7 @@ class Report:
     """
 
     path: str
+    store: str | None = None
     generations: list[GenerationReport] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -106,6 +108,7 @@ class Report:
         return {
             "schema": SCHEMA,
             "path": self.path,
+            "store": self.store,
             "good": self.good,
             "generations": [generation.to_json() for generation in self.generations],
             "whole_generations": self.whole,
@@ -139,7 +142,7 @@ async def verify(files: Files, path: str, *, generation: int | None = None, begi
         view = await look(files, path)
         if view.newer and (generation is None or generation in view.newer):
             raise next(reversed(view.newer.values()))
-        report = Report(path, notes=[unlocked] if unlocked else [])
+        report = Report(path, view.store, notes=[unlocked] if unlocked else [])
         _check_directory(view, report)
         await _check_generations(files, view, report, _chosen(view, generation), begin)
         return report
@@ -170,9 +173,11 @@ def no_generation(view: View, generation: int) -> DirectoryError:
 
 def _check_directory(view: View, report: Report) -> None:
     newest = max(view.manifest_bytes, default=0)
+    if view.conflict is not None:
+        report.problems.append(str(view.conflict))
     if names.CURRENT in view.files and view.hint is None:
         report.problems.append(f"{names.CURRENT} is damaged; it is only a hint, and the next commit writes it anew")
-    elif (view.hint or 0) > newest:
+    elif view.conflict is None and (view.hint or 0) > newest:
         report.problems.append(f"generation {view.hint} was committed, and its manifest is missing")
     described: dict[str, Record] = {}
     for generation, manifest in view.manifests.items():
