@@ -388,3 +388,41 @@ def test_a_killed_process_leaves_a_complete_commit(tmp_path: Path) -> None:
                 steps.append(step)
         nursery.stdin.close()
     assert steps[-1] > 10
+
+
+FORGETFUL = """
+import sys, torch
+from tierstore import TierStore
+store = TierStore(gpu=32768, ram=98304, nvme=sys.argv[1], device="cpu")
+for number in range(20):
+    store.put(f"b{number}", torch.full((512,), float(number), dtype=torch.float64))
+store.commit("here", wait=False)
+store.put("late", torch.zeros(512, dtype=torch.float64))
+"""
+
+
+def test_a_program_that_forgets_to_close(tmp_path: Path) -> None:
+    """The commit under way was lost without a word: the interpreter took its threads away."""
+    swap = tmp_path / "swap"
+    done = subprocess.run(
+        [sys.executable, "-c", FORGETFUL, str(swap)], capture_output=True, text=True, cwd=Path(__file__).parents[1], check=True
+    )
+    assert "with a store open" in done.stderr
+    assert "Traceback" not in done.stderr
+    with open_store(tmp_path) as store:
+        assert store.committed is not None
+        assert store.committed.metadata == "here"
+        assert [read(store, f"b{number}") for number in range(20)] == list(range(20))
+        assert "late" not in store
+
+
+def test_what_stores_and_handles_look_like(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    with store:
+        fill(store, 1, num_blocks=3)
+        assert repr(store) == f"<TierStore: 3 blocks in {tmp_path / 'swap'}>"
+        handle = store.commit(wait=False)
+        assert isinstance(handle, CommitHandle)
+        handle.result()
+        assert repr(handle) == "<CommitHandle: generation 1>"
+    assert repr(store) == "<TierStore: not open>"

@@ -214,3 +214,17 @@ def test_commits_behind_a_block_that_is_slow_to_save(tmp_path: Path, monkeypatch
         for handle in handles:
             handle.result(60)
         assert torch.equal(store.read("b1"), torch.full((BLOCK_BYTES // 4,), 4.0 * NUM_BLOCKS))
+
+
+def test_a_full_drive_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Each block that found no room was reported each time it was tried: dozens of lines for one full drive."""
+    limit = FIXED_BYTES + STATE_BYTES + MANIFEST_BYTES + footprint(BLOCK_BYTES + PAGE)
+    with opened(tmp_path, nvme_limit=limit) as store:
+        put_all(store)
+        store.commit()
+        for _ in range(3):
+            with pytest.raises(TierFullError) as caught:
+                add_to_all(store)
+                store.commit()
+        assert "nvme_limit=" in caught.value.remedy
+        assert sum("a transfer failed" in record.message for record in caplog.records if record.levelname == "WARNING") <= 1

@@ -58,6 +58,7 @@ def test_the_indices_say_what_a_look_at_every_request_would(
         elif becomes == "begins" and isinstance(request, Save):
             waiting.begin(request)
     assert list(waiting.values()) == dull
+    assert waiting.saving_commits == sum(isinstance(request, Save) and request.commit and request.started for request in dull)
     assert waiting.unbegun_commits == sum(isinstance(request, Save) and request.commit and not request.started for request in dull)
     for record in RECORDS:
         assert list(waiting.wanting(record)) == [request for request in dull if record in request.records]

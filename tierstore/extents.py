@@ -158,20 +158,24 @@ class Extents:
             record.ram.apply(Event.OUTDATED)
             self._stale[record.id] = record
 
-    def distrust_nvme(self, record: Record) -> None:
+    def distrust_nvme(self, record: Record) -> bool:
         """What the shard holds may not be what was written: a copy in memory that is as new counts as dirty from now on.
 
         Where none is, or one is just being read, the shard stays the newest copy, to be checked when it is read.
+
+        Returns:
+            Whether newer or equal bytes are elsewhere.
         """
         if record.nvme_version != record.version:
-            return
+            return True
         if record.ram.state is State.CLEAN:
             record.ram.apply(Event.WRITE)
         elif record.gpu.state is State.CLEAN and record.ram.state in (State.ABSENT, State.RESERVED):
             record.gpu.apply(Event.WRITE)
         else:
-            return
+            return False
         record.nvme_version = -1
+        return True
 
     def revive_ram(self, record: Record, event: Event) -> None:
         """The host wrote RAM's copy in place."""

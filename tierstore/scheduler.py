@@ -63,6 +63,11 @@ BACKLOG = 1024
 """Accesses that may wait for that. A policy that is slower still holds up those who make them."""
 
 
+SAVING_COMMITS = 1
+"""Commits still being saved beyond which nobody begins to write: their blocks, and what is newer, are on the drive side by side.
+See `nvme.space`, [Note: The bound]."""
+
+
 class Scheduler(Leases):
     """Leases, requests and their order; `placement` decides about space.
 
@@ -184,7 +189,9 @@ class Scheduler(Leases):
             CapacityError: The block is larger than a tier it must pass through.
         """
         if block.name in self.names:
-            remedy = "delete() it first, or write() new values"
+            remedy = (
+                "write() new values, or delete() it first; after a commit the blocks are there when the store is opened (store.committed)"
+            )
             raise BlockExistsError(f"block {block.name!r} is already in the store", remedy=remedy, block=block.name)
         for tier, arena in self.placement.arenas.items():
             held = sum(record.nbytes for record in self.placement.held.values() if record.hold is tier) if tier is Tier.RAM else 0
@@ -429,9 +436,6 @@ class Scheduler(Leases):
             if request.commit and (self._locked or any(record.writer is not None for record in self.placement.leased.values())):
                 request.cause = "lease"
                 return
-            if request.commit and self._commit_saving():
-                request.cause = "commit"
-                return
             self.waiting.begin(request)
             for record in self.placement.records.values():
                 if request.covers(record) and not self._saved(record):
@@ -449,12 +453,6 @@ class Scheduler(Leases):
                 break
         if request.started and not request.pending:
             self._resolve(request, None)
-
-    def _commit_saving(self) -> bool:
-        """Whether an earlier commit is still being saved. The next waits, and writers with it: the blocks of two commits at most
-        are new on the drive then, however many are asked for. See `nvme.space`, [Note: The bound].
-        """
-        return any(isinstance(other, Save) and other.commit and other.pending for other in self.waiting.values())
 
     def _strike_off(self, save: Save) -> None:
         """Forget what is saved by now, or was written anew or deleted meanwhile, until something is left to do."""
@@ -532,7 +530,7 @@ class Scheduler(Leases):
         """Whether somebody else's lease, or a commit, stands against a lease.
 
         Args:
-            overtake: Do not wait for a commit that has not begun.
+            overtake: Do not wait for commits.
         """
         if record.writer is not None:
             return record.writer != owner
@@ -544,7 +542,7 @@ class Scheduler(Leases):
             return True
         if overtake or owner in self._writes_of:
             return False
-        return self.waiting.unbegun_commits > 0
+        return self.waiting.unbegun_commits > 0 or self.waiting.saving_commits > SAVING_COMMITS
 
     def _contended(self, record: Record, owner: Owner, write: bool) -> bool:
         """Whether a waiting request has an earlier claim to the block."""

@@ -90,6 +90,14 @@ class StoreBase:
         with contextlib.suppress(RuntimeError):  # the interpreter ends and starts no more threads
             engine.runtime.start_thread(partial(close_dropped, engine), "tierstore-close")
 
+    def __repr__(self) -> str:
+        engine = self._engine
+        if engine is None or engine.closed:
+            state = "not open"
+        else:
+            state = f"{len(engine.scheduler.names)} blocks" + (f" in {engine.directory.path}" if engine.directory is not None else "")
+        return f"<{type(self).__name__}: {state}>"
+
     @property
     def engine(self) -> Engine:
         """The engine; for this package's own modules."""
@@ -315,7 +323,7 @@ def close_dropped(engine: Engine) -> None:
 
 def warn_of_loss(lost: int) -> None:
     if lost:
-        log.warning("closed with %d block(s) that were changed, added or deleted since the last commit: that is undone", lost)
+        log.warning("a store was closed with %d block(s) that were changed, added or deleted since the last commit: that is undone", lost)
 
 
 class AsyncUse(UseBase):
@@ -356,15 +364,26 @@ async def _finish(call: Call[T]) -> T:
         raise
 
 
-class AsyncCommitHandle:
-    """A commit under way."""
+class CommitBase:
+    """A commit under way; what needs no waiting."""
 
     def __init__(self, call: Call[int]) -> None:
         self._call = call
 
+    def __repr__(self) -> str:
+        if not self.done():
+            return f"<{type(self).__name__}: under way>"
+        result = self._call.result
+        failed = result.cancelled() or result.exception() is not None
+        return f"<{type(self).__name__}: {'failed' if failed else f'generation {result.result()}'}>"
+
     def done(self) -> bool:
         """Whether it has ended, well or not."""
         return self._call.result.done()
+
+
+class AsyncCommitHandle(CommitBase):
+    """A commit under way."""
 
     async def result(self, timeout: float | None = None) -> int:
         """The generation, once the commit is durable.

@@ -17,7 +17,7 @@ from tierstore.mover.critical import Uninterrupted
 from tierstore.mover.operations import Tensors
 from tierstore.opening import Options, open_engine
 from tierstore.policies import Policy
-from tierstore.store import Leased, StoreBase, UseBase, make, unwrap, warn_of_loss
+from tierstore.store import CommitBase, Leased, StoreBase, UseBase, make, unwrap, warn_of_loss
 
 T = TypeVar("T")
 
@@ -51,15 +51,8 @@ class Use(UseBase):
             raise
 
 
-class CommitHandle:
+class CommitHandle(CommitBase):
     """A commit under way."""
-
-    def __init__(self, call: Call[int]) -> None:
-        self._call = call
-
-    def done(self) -> bool:
-        """Whether it has ended, well or not."""
-        return self._call.result.done()
 
     def result(self, timeout: float | None = None) -> int:
         """The generation, once the commit is durable.

@@ -19,6 +19,7 @@ class Waiting(dict[int, Request]):
 
     Attributes:
         unbegun_commits: Commits among them whose instant has not come: until it has, nobody begins to write.
+        saving_commits: Those whose instant has come, and whose blocks are not all saved.
         unproven: Requests of which it is not known that the release of every lease would let them be served.
     """
 
@@ -27,6 +28,7 @@ class Waiting(dict[int, Request]):
         self._by_block: dict[BlockId, dict[int, Request]] = {}
         self._by_owner: dict[Owner, int] = {}
         self.unbegun_commits = 0
+        self.saving_commits = 0
         self.unproven: dict[int, Request] = {}
 
     def add(self, request: Request) -> None:
@@ -53,12 +55,14 @@ class Waiting(dict[int, Request]):
             if not alike:
                 del self._by_block[record.id]
         self.unbegun_commits -= _is_unbegun_commit(request)
+        self.saving_commits -= _is_saving_commit(request)
         return True
 
     def begin(self, save: Save) -> None:
         """The instant that the commit or flush saves has come."""
         self.unbegun_commits -= _is_unbegun_commit(save)
         save.started = True
+        self.saving_commits += _is_saving_commit(save)
 
     def doubt(self) -> None:
         """What is held changed: whatever was found out about those who wait may not hold any more."""
@@ -93,6 +97,10 @@ class Waiting(dict[int, Request]):
 
 def _is_unbegun_commit(request: Request) -> bool:
     return isinstance(request, Save) and request.commit and not request.started
+
+
+def _is_saving_commit(request: Request) -> bool:
+    return isinstance(request, Save) and request.commit and request.started
 
 
 class Claims:

@@ -224,7 +224,6 @@ def tell(story: Callable[[Loop], set[str]], drive: Drive, reference: Reference, 
         loop.end()
 
 
-@pytest.mark.filterwarnings("ignore:the store was closed with:RuntimeWarning")
 @pytest.mark.parametrize("kind", ["tmpfs", "ext4", "file size", "nvme_limit"])
 @pytest.mark.parametrize("story", STORIES)
 def test_full(kind: str, story: Callable[[Loop], set[str]], tmp_path: Path, reference: Reference) -> None:

@@ -26,7 +26,6 @@ from tierstore.nvme.local import LocalFiles
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork"),
-    pytest.mark.filterwarnings("ignore:the store was closed with:RuntimeWarning"),
 ]
 
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"

@@ -25,7 +25,6 @@ from tierstore.nvme.locks import describe_holder, living_holder
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork"),
-    pytest.mark.filterwarnings("ignore:the store was closed with:RuntimeWarning"),
 ]
 
 

@@ -194,6 +194,25 @@ def filled(swap: str, block_of: Any, payload_of: Any, *, steps: int = 2, **optio
     return block
 
 
+def test_what_was_never_committed_is_not_deleted_silently(
+    swap: str, block_of: Any, payload_of: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Somebody may have lost the manifests only."""
+    filled(swap, block_of, payload_of)
+    for path in Path(swap).iterdir():
+        if path.name == "CURRENT" or path.name.startswith("manifest-"):
+            path.unlink()
+    (left,) = shard_files(swap)
+    size = Path(swap, left).stat().st_size
+
+    async def nothing(directory: Directory) -> None:
+        assert directory.committed is None
+
+    with_directory(swap, nothing)
+    assert f"deleted 1 shards ({size} bytes)" in caplog.text
+    assert not shard_files(swap)
+
+
 def test_a_damaged_newest_manifest(swap: str, block_of: Any, payload_of: Any, caplog: pytest.LogCaptureFixture) -> None:
     block = filled(swap, block_of, payload_of, keep=2)
     newest = Path(swap, "manifest-00000002.json")

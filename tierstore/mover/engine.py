@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 import torch
 
 from tierstore.counters import LinkStats, WaitStats
-from tierstore.errors import ClosedError, ForkedError
+from tierstore.errors import ClosedError, ForkedError, TierFullError
 from tierstore.mover.budget import Slots
 from tierstore.mover.calls import Call, Capture, Ticket
 from tierstore.mover.critical import Uninterrupted
@@ -103,6 +103,7 @@ class Engine:
         self._stopping = False
         self._dying = False
         self._landed = asyncio.Event()
+        self._lacking: set[Record | None] = set()  # blocks for which the drive had no room when last tried
         if directory is not None:
             directory.on_suspect = self._distrust
         self._hosts = Threads("tierstore-host", 2)
@@ -466,17 +467,26 @@ class Engine:
         with self.lock:
             if error is None:
                 self.placement.done(order)
+                if self._lacking and order.action is Action.WRITE:
+                    self._lacking.discard(order.record)
             else:
                 error = explained(order, error, self._path_for(order))
                 self.placement.failed(order, error, hung=bool(hung))
         if error is not None:
             quiet = self.closed or order.kind is Kind.DEMAND  # nobody misses it any more, or its caller hears of it
+            quiet |= isinstance(error, TierFullError) and not self._note_full(order)
             log.log(logging.INFO if quiet else logging.WARNING, "a transfer failed: %s", error)
         if hung and order.action is Action.READ:
             when_landed(hung, lambda: self._end_quarantine(order.offset_ram))
         self._count(order, error)
         self._landed.set()
         self.wake()
+
+    def _note_full(self, order: Order) -> bool:
+        """The drive had no room for a block. Whether that is news: until it is there, blocks are tried again and again."""
+        news = not self._lacking
+        self._lacking.add(order.record)
+        return news
 
     @property
     def quarantined_bytes(self) -> int:
@@ -535,12 +545,15 @@ class Engine:
                 self.directory.retain(shard)
                 capture.shards[record] = shard
 
-    def _distrust(self, shard: Shard) -> None:
-        """A sync failed, and the system may have dropped what it could not write: what memory has too is saved anew. On the loop."""
+    def _distrust(self, shard: Shard) -> bool:
+        """A sync failed, and the system may have dropped what it could not write: what memory has too is saved anew. On the loop.
+
+        Returns:
+            Whether nobody depends on the shard's bytes any more.
+        """
         with self.lock:
             record = next((record for record, other in self.shards.items() if other is shard), None)
-            if record is not None:
-                self.placement.distrust_nvme(record)
+            return record is None or self.placement.distrust_nvme(record)
 
     def _capture(self) -> None:
         """Take hold of the shards that a commit needs, at the instant at which its state was fixed. Under the lock."""
@@ -587,9 +600,13 @@ class Engine:
 
     async def finish_commits(self) -> None:
         """Let commits end whose state is fixed, or can be at once. New calls are refused already."""
-        self._pump()
-        for capture in [capture for capture in self.captures if capture.request.started or capture.request.resolved]:
-            await asyncio.wrap_future(capture.ended)
+        while True:
+            self._pump()
+            fixed = [capture for capture in self.captures if capture.request.started or capture.request.resolved]
+            if not fixed:
+                return
+            for capture in fixed:
+                await asyncio.wrap_future(capture.ended)
 
     async def drain(self) -> None:
         """Refuse who waits, let transfers under way end. The store is closed from here on."""
@@ -637,6 +654,15 @@ class Engine:
             self.loop.call_soon_threadsafe(self.loop.stop)
         self.runtime.join(self._thread)
 
+    def leave(self) -> None:
+        """The program ends with the store open. Waits for commits under way; nothing else is kept."""
+        if self.forked or self.closed or self._closing or self.failure is not None:
+            return
+        log.warning("the program ends with a store open: what was not committed is gone (use `with TierStore(...)`, or call close())")
+        if self.captures:
+            with contextlib.suppress(ClosedError):  # it failed or was closed just now
+                self.call(self.finish_commits()).ended.result()
+
     def forget_in_child(self) -> None:
         self.forked = True
         self.lock = self.runtime.new_lock(self._wake_if_wanted)  # the parent's may be held by a thread that the child does not have
@@ -659,8 +685,9 @@ if sys.platform != "win32":
 
 
 def _at_exit() -> None:
-    """The interpreter ends and takes the thread pools with it: an open store orders nothing more."""
+    """The interpreter ends and takes the thread pools with it: commits under way still end, then an open store orders nothing more."""
     for engine in list(_LIVE):
+        engine.leave()
         engine.closed = True
 
 

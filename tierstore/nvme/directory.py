@@ -8,7 +8,7 @@ that nobody refers to any more let go to be rewritten. Where directories cannot 
 
 [Note: A commit in doubt]
 Once the manifest may have got its name, a crash may find it there, whatever error came back. Such a generation keeps its
-references until a later commit has succeeded, so that recovery never meets rewritten shards.
+references until its manifest is durably gone, so that recovery never meets rewritten shards. The next commit sees to that first.
 
 [Note: What is found is durable]
 A process may have been killed between naming a manifest and syncing the directory. Who opens it then sees a commit that a power
@@ -31,7 +31,7 @@ from typing import Any, Literal
 
 from tierstore.errors import BusyError, OptionError, TierFullError
 from tierstore.nvme import names, recovery, windows
-from tierstore.nvme.files import Files, Lock, land
+from tierstore.nvme.files import FULL, Files, Lock, land
 from tierstore.nvme.local import LocalFiles
 from tierstore.nvme.locks import describe_holder
 from tierstore.nvme.manifest import Hint, encode_hint, encode_manifest, encode_metadata
@@ -68,6 +68,7 @@ class Directory(Shelf):
         self._generations: dict[int, list[Shard]] = {}
         self._opened: int | None = None  # perhaps an older one, by choice: stays until another is durable
         self._useless: set[int] = set()  # damaged, or in doubt: the first to go
+        self._doubtful: set[int] = set()  # those of them that a commit or a drop of this process has left half-way
         self._manifest_bytes: dict[int, int] = {}
         self._orphans: dict[str, int] = {}  # shards that a damaged manifest may need
         self._next_generation = 1
@@ -145,6 +146,8 @@ class Directory(Shelf):
             return directory
         except BaseException:
             if lock is not None:
+                with contextlib.suppress(OSError):
+                    await files.unlink(os.path.join(path, names.HOLDER))
                 lock.release()
             files.close()
             raise
@@ -164,7 +167,7 @@ class Directory(Shelf):
             raise recovery.unusable(self.path, error) from error
 
     async def _save_holder(self, *, sync: bool) -> None:
-        await self.files.save(self._join(names.HOLDER), describe_holder(), sync=sync)
+        await self._save(self._join(names.HOLDER), describe_holder(), sync=sync)
 
     async def _recover(self, limit: int | None, generation: int | None) -> None:
         try:
@@ -194,6 +197,7 @@ class Directory(Shelf):
 
     async def _clear_leftovers(self, found: recovery.Found, *, keep_unclaimed: bool) -> None:
         """Delete what a killed process left; see [Note: What is not thrown away] in `recovery`."""
+        deleted: list[int] = []
         for name, status in found.files.items():
             unclaimed = names.shard_number(name) is not None and name not in self._shards
             if unclaimed and keep_unclaimed:
@@ -203,6 +207,11 @@ class Directory(Shelf):
                     await self.files.unlink(self._join(name))
                 except OSError as error:
                     raise recovery.unusable(self.path, error) from error
+                deleted += [status.nbytes] if unclaimed else []
+        if deleted:
+            level = logging.INFO if self._committed is not None else logging.WARNING  # nobody may know any more what they were
+            message = "%s: deleted %d shards (%d bytes) that were written and never committed"
+            log.log(level, message, self.path, len(deleted), sum(deleted))
 
     async def _set_limit(self, limit: int | None, held: int) -> None:
         used = FIXED_BYTES + held
@@ -319,7 +328,7 @@ class Directory(Shelf):
         final = self._join(names.manifest_name(generation))
         await self._space.reserve(len(data), no_relief, what="the manifest")
         try:
-            await self.files.save(final + names.TEMPORARY, data, sync=True)
+            await self._save(final + names.TEMPORARY, data, sync=True)
             await self.files.sync_directory(self.path)
         except OSError as error:
             if isinstance(error, StalledError):
@@ -332,6 +341,7 @@ class Directory(Shelf):
         self._manifest_bytes[generation] = len(data)
         self._generations[generation] = [entry.shard for entry in entries]
         self._useless.add(generation)
+        self._doubtful.add(generation)
         for entry in entries:
             self.retain(entry.shard)
         try:
@@ -340,16 +350,27 @@ class Directory(Shelf):
         except OSError as error:
             raise io_error(error, "naming the manifest", path=final) from error
         self._useless.discard(generation)
+        self._doubtful.discard(generation)
         self._committed = Commit(generation, json.loads(metadata))
         await self._point_to(generation)
         await self._reclaim()
         return generation
 
+    async def _save(self, path: str, data: bytes, *, sync: bool) -> None:
+        """Write a small file. Where the drive is full, what only waits to be rewritten makes room."""
+        try:
+            await self.files.save(path, data, sync=sync)
+        except OSError as error:
+            if error.errno not in FULL or not self._space.pool_bytes:
+                raise
+            await self._space.trim()
+            await self.files.save(path, data, sync=sync)
+
     async def _point_to(self, generation: int) -> None:
         """Let `CURRENT` follow. Only a hint, so a failure is not the commit's."""
         current = self._join(names.CURRENT)
         try:
-            await self.files.save(current + names.TEMPORARY, encode_hint(Hint(self._store, generation)), sync=True)
+            await self._save(current + names.TEMPORARY, encode_hint(Hint(self._store, generation)), sync=True)
             await self.files.replace(current + names.TEMPORARY, current)
         except OSError as error:
             log.warning("generation %d is committed, but %s could not be written: %s", generation, current, error)
@@ -366,15 +387,15 @@ class Directory(Shelf):
 
     @property
     def _surplus(self) -> set[int]:
-        """What a process left that was killed between naming a manifest and dropping older ones: the next must not add another."""
-        return {number for number in self.generations[: -self._kept] if number != self._opened}
+        """What must not be added to: of a commit in doubt, or of a process that was killed before it dropped older generations."""
+        return self._doubtful | {number for number in self.generations[: -self._kept] if number != self._opened}
 
     @property
     def _kept(self) -> int:
         return self._keep if self.files.syncs_directories else self._keep + 1
 
     async def _drop(self, generations: Collection[int]) -> bool:
-        """Let generations go: first their manifests, durably, then their shards. False if that failed, and all is as it was."""
+        """Let generations go: first their manifests, durably, then their shards. False if that failed: then they keep their shards."""
         if not generations:
             return True
         gone = sorted(generations)
@@ -388,12 +409,15 @@ class Directory(Shelf):
                 await self._save_holder(sync=True)  # and with it, the journal: see [Note: What is found is durable]
         except OSError as error:
             log.warning("old generations of %s could not be dropped yet: %s", self.path, error)
+            self._useless.update(gone)  # their manifests may be gone
+            self._doubtful.update(gone)
             return False
         for number in gone:
             self._space.give_back(self._manifest_bytes.pop(number))
             for shard in self._generations.pop(number, []):
                 self.release(shard)
             self._useless.discard(number)
+            self._doubtful.discard(number)
         return True
 
     # -- the end --------------------------------------------------------------------------------------------------------
@@ -423,7 +447,7 @@ class Directory(Shelf):
         for shard in self._shards.values():
             if shard.handle is not None:
                 shard.handle.forget()
-        for file in self._retired:
+        for file, _ in self._retired:
             file.forget()
         self._lock.forget()
 
@@ -436,6 +460,8 @@ async def busy(files: Files, path: str) -> BusyError:
     """What to raise where somebody else has the lock."""
     holder = await recovery.read_holder(files, path)
     who = f"process {holder}" if holder is not None else "another process"
+    if holder == os.getpid():
+        who += ", which is this one"
     return BusyError(
         f"{path} is in use by {who}",
         need="a directory no store has open",

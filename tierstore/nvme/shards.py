@@ -28,7 +28,7 @@ from tierstore.nvme.manifest import Record, ShardRecord, encode_record
 from tierstore.threads import StalledError, under_way
 
 MIN_SCRATCH_BYTES = 1 << 18
-RESTORE = "open an older generation (generation=), or restore the file from a backup"
+RESTORE = "open an older generation if keep= has kept one (generation=), or restore the file from a backup"
 
 
 @dataclass(eq=False, slots=True)
@@ -48,6 +48,7 @@ class Shard:
         synced: What was written is durable.
         broken: A write in place failed; the bytes are undefined.
         suspect: A sync failed; see [Note: What a shard may be used for].
+        spare: Likewise, and its user has the bytes elsewhere, and will write them anew.
         discarded: No block uses it as its current copy any more.
         writing: A write is under way.
         unverified: Chunks whose next whole read is checked.
@@ -69,6 +70,7 @@ class Shard:
     synced: bool = False
     broken: bool = False
     suspect: bool = False
+    spare: bool = False
     discarded: bool = False
     writing: bool = False
     unverified: set[int] = field(default_factory=set)
@@ -135,7 +137,7 @@ def io_error(error: OSError, doing: str, *, path: str, block: str | None = None)
     if error.errno in FULL:
         return TierFullError(
             f"the drive ran full while {doing} ({path}: {error.strerror})",
-            remedy="free space on the drive, or lower nvme_limit=; the last commit is intact",
+            remedy="free space on the drive, and repeat the call; what was committed is intact",
             tier="nvme",
             path=path,
             block=block,

@@ -9,13 +9,14 @@ reference is released.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 from collections.abc import Callable, Iterable
 from functools import partial
 
 from tierstore.catalog import Block
-from tierstore.errors import ClosedError, TierFullError, TierstoreError
+from tierstore.errors import ClosedError, TierFullError, TierstoreError, TransferError
 from tierstore.nvme import names
 from tierstore.nvme.checksums import checksum as sum_of
 from tierstore.nvme.checksums import num_chunks
@@ -50,7 +51,7 @@ class Shelf:
         checksum: Payloads are summed and verified.
         read_bytes: Payload bytes read since opening; likewise `written_bytes`.
         created_files: Shard files made anew since opening; likewise `reused_files`.
-        on_suspect: Told of each shard whose sync has failed.
+        on_suspect: Told of each shard whose sync has failed. Says whether its bytes are elsewhere too, and will be written anew.
     """
 
     def __init__(self, path: str, files: Files, *, checksum: bool) -> None:
@@ -65,9 +66,9 @@ class Shelf:
         self._shards: dict[str, Shard] = {}  # by file name, all but pooled ones
         self._next_shard = 1
         self._handles: dict[Shard, None] = {}  # shards written through a handle that is still open, oldest first
-        self._retired: list[File] = []  # handles to be closed at the next occasion
+        self._retired: list[tuple[File, Shard]] = []  # handles to be closed at the next occasion, and what was written through them
         self._closed = False
-        self.on_suspect: Callable[[Shard], None] = lambda _: None
+        self.on_suspect: Callable[[Shard], bool] = lambda _: False
 
     @property
     def used_bytes(self) -> int:
@@ -117,12 +118,15 @@ class Shelf:
             raise ValueError(f"{len(into)} bytes at {offset} are not within a payload of {shard.payload_bytes}")
         path = self.path_of(shard)
         _check_believable(shard, path)
+        doubted = shard.suspect
         self.retain(shard)  # nobody rewrites it meanwhile
         try:
             if shard.header_unverified and self.checksum:
                 await check_header(self.files, path, shard)
                 shard.header_unverified = False
             await read_payload(self.files, path, shard, into, offset, verify=self.checksum)
+            if shard.suspect and not doubted:
+                raise OSError(errno.EIO, "a sync of the file failed meanwhile")  # what was read may be what it held before
         except OSError as error:
             raise io_error(error, f"reading block {shard.block.name!r}", path=path, block=shard.block.name) from error
         finally:
@@ -190,7 +194,7 @@ class Shelf:
         if untouchable:
             old.writing = False
             if old.handle is None:
-                await file.close()
+                await _close_quietly(file)
             return None
         old.handle = file
         old.synced = False
@@ -258,7 +262,12 @@ class Shelf:
         while True:
             file = self.files.file(path, write=True)
             try:
-                await file.create(shard.file_bytes)
+                try:
+                    await file.create(shard.file_bytes)
+                except BaseException:
+                    await _close_quietly(file)
+                    raise
+                await file.close()
                 self.created_files += 1
                 return
             except OSError as error:
@@ -270,8 +279,6 @@ class Shelf:
                 if gone:
                     self._space.give_back(shard.file_bytes)
                 raise failure from error
-            finally:
-                await file.close()
 
     def written(self, shard: Shard) -> None:
         """A writer finished (for `ShardWriter`)."""
@@ -334,12 +341,18 @@ class Shelf:
     def _retire_handle(self, shard: Shard) -> None:
         self._handles.pop(shard, None)
         if shard.handle is not None:
-            self._retired.append(shard.handle)
+            self._retired.append((shard.handle, shard))
             shard.handle = None
 
     async def _close_retired(self) -> None:
         while self._retired:
-            await _close_quietly(self._retired.pop())
+            file, shard = self._retired.pop()
+            try:
+                await file.close()
+            except OSError as error:  # a quota, or a drive over the network, may tell only now of bytes that it did not take
+                log.debug("closing a handle of %s failed: %s", shard.file, error)
+                if not (shard.synced or shard.discarded):
+                    self._suspect(shard)
 
     # -- durability -----------------------------------------------------------------------------------------------------
 
@@ -375,21 +388,33 @@ class Shelf:
             await file.sync(shard.file_bytes)
             shard.synced = True
         except OSError as error:
-            shard.suspect = True
-            shard.unverified = set(range(num_chunks(shard.payload_bytes))) if shard.chunks is not None else set()
-            self.on_suspect(shard)
+            self._suspect(shard)
             raise io_error(error, f"syncing block {shard.block.name!r}", path=self.path_of(shard), block=shard.block.name) from error
         finally:
             await _close_quietly(file)
             self.release(shard)
+
+    def _suspect(self, shard: Shard) -> None:
+        """What was written may be lost, and nobody will be told again."""
+        shard.suspect = True
+        shard.unverified = set(range(num_chunks(shard.payload_bytes))) if shard.chunks is not None else set()
+        shard.spare = self.on_suspect(shard)
 
     async def _relocate(self, shard: Shard) -> None:
         """Move a suspect shard's bytes into a new file. The shard stays the same object, so whoever holds it need not know.
 
         Raises:
             ShardError: What can be read back is not what was written.
-            TierFullError, TransferError: The copy failed; the shard is as it was.
+            TierFullError, TransferError: The copy failed; the shard is as it was. Or its user is about to write it anew.
         """
+        if shard.spare:
+            raise TransferError(
+                f"a sync of block {shard.block.name!r} failed while another commit needed its shard ({self.path_of(shard)})",
+                remedy="repeat the call: the block is written anew",
+                tier="nvme",
+                path=self.path_of(shard),
+                block=shard.block.name,
+            )
         _check_believable(shard, self.path_of(shard))
         writer = await self._create(shard.block, no_relief)  # it is a commit that asks
         # An odd address sends the reads through the page cache, which may hold what the drive did not take.
@@ -423,7 +448,7 @@ class Shelf:
         self._space.doom(shard.file, shard.file_bytes)
         shard.file, shard.number, shard.file_bytes, shard.data_start = copy.file, copy.number, copy.file_bytes, copy.data_start
         shard.header_sum, shard.chunks, shard.digest, shard.unverified = copy.header_sum, copy.chunks, copy.digest, copy.unverified
-        shard.synced = shard.suspect = False
+        shard.synced = shard.suspect = shard.spare = False
         shard.handle, copy.handle = copy.handle, None
         if copy in self._handles:
             del self._handles[copy]

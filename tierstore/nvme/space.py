@@ -10,8 +10,9 @@ here, at most as many bytes as the blocks' present shards take, and are deleted 
 
 [Note: The bound]
 With S bytes of blocks and `keep` generations, n commits under way and the newest state need at most (keep + n + 1) S, and files of
-other lengths than those needed now as much as S more until a commit ends. A limit of (keep + 2) S is enough however many commits are asked
-for: a write that finds no room waits for the commits that are being made durable, as each lets go of the generation before it.
+other lengths than those needed now as much as S more until a commit ends. A limit of (keep + 2) S is enough however many commits are
+asked for: a write that finds no room waits for the commits that are being made durable, as each lets go of the generation before it,
+and while two commits are still being saved nobody begins to write. To S belong a header for each block and a page for each file.
 """
 
 from __future__ import annotations
@@ -67,12 +68,8 @@ class Space:
         self._by_length: dict[int, dict[str, None]] = {}  # the same files, to be found by length
         self.pool_bytes = 0
         self._doomed: dict[str, int] = {}  # likewise, never to be rewritten
+        self._told: set[str] = set()  # those of them of which the log has been told that they cannot be deleted
         self._deleting = asyncio.Lock()
-
-    def count(self, file_bytes: int) -> None:
-        """Count a file that was there before."""
-        self.used_bytes += footprint(file_bytes)
-        self.peak_bytes = max(self.peak_bytes, self.used_bytes)
 
     def give_back(self, file_bytes: int) -> None:
         """Stop counting a file that is gone."""
@@ -92,11 +89,16 @@ class Space:
         need = footprint(file_bytes)
         while not await self._reserve(need):
             if not await relief() and not await self.renew_limit():
+                automatic = self.renew_limit is not no_relief
                 raise TierFullError(
                     f"tier 'nvme' is full: no room for {what} in {self._path}",
                     need=f"{need} bytes",
-                    have=f"{max(0, self.limit_bytes - self.used_bytes)} bytes of a limit of {self.limit_bytes}",
-                    remedy="raise nvme_limit=, delete blocks, or keep fewer generations",
+                    have=f"{max(0, self.limit_bytes - self.used_bytes)} bytes of {self.limit_bytes}, "
+                    + ("what it holds and most of the drive's free space" if automatic else "the limit"),
+                    remedy="free space on the drive, delete blocks, or keep fewer generations; the same call may then be repeated"
+                    if automatic
+                    else "raise nvme_limit= (a loop that waits for its commits takes up to keep + 1 times its blocks), delete blocks, "
+                    "or keep fewer generations",
                     tier="nvme",
                     path=self._path,
                     block=block,
@@ -104,8 +106,9 @@ class Space:
 
     async def _reserve(self, need: int) -> bool:
         async with self._deleting:
+            failed: set[str] = set()
             while self.used_bytes + need > self.limit_bytes:
-                if not await self._delete_one():
+                if not await self._delete_one(failed):
                     return False
             self.used_bytes += need
             self.peak_bytes = max(self.peak_bytes, self.used_bytes)
@@ -133,7 +136,8 @@ class Space:
     async def trim(self, pool_bytes: int = 0) -> None:
         """Delete doomed files, and pooled ones beyond `pool_bytes`."""
         async with self._deleting:
-            while (self._doomed or self.pool_bytes > pool_bytes) and await self._delete_one():
+            failed: set[str] = set()
+            while (self._doomed.keys() - failed or self.pool_bytes > pool_bytes) and await self._delete_one(failed):
                 pass
 
     def _unpool(self, name: str) -> int:
@@ -145,26 +149,34 @@ class Space:
         self.pool_bytes -= file_bytes
         return file_bytes
 
-    async def _delete_one(self) -> bool:
-        """False when there is nothing to delete, or the drive does not answer."""
-        if self._doomed:
-            name = next(iter(self._doomed))
+    async def _delete_one(self, failed: set[str]) -> bool:
+        """False when there is nothing to delete, or the drive does not answer.
+
+        Args:
+            failed: What could not be deleted this time; added to.
+        """
+        name = next((name for name in self._doomed if name not in failed), None)
+        if name is not None:
             file_bytes = self._doomed.pop(name)
         elif self._pool:
             name = next(iter(self._pool))
             file_bytes = self._unpool(name)
         else:
             return False
-        return await land(self._delete(name, file_bytes))
+        return await land(self._delete(name, file_bytes, failed))
 
-    async def _delete(self, name: str, file_bytes: int) -> bool:
+    async def _delete(self, name: str, file_bytes: int, failed: set[str]) -> bool:
         """Whether it is worth trying another."""
         try:
             await self._files.unlink(os.path.join(self._path, name))
         except FileNotFoundError:
             pass
-        except OSError as error:  # it stays on the drive, so it stays counted; the next opening removes it
-            log.warning("could not delete %s in %s: %s", name, self._path, error)
+        except OSError as error:  # it stays on the drive, so it stays counted, and is tried again with the next ones
+            log.log(logging.DEBUG if name in self._told else logging.WARNING, "could not delete %s in %s: %s", name, self._path, error)
+            self._told.add(name)
+            self._doomed[name] = file_bytes
+            failed.add(name)
             return not isinstance(error, StalledError)
+        self._told.discard(name)
         self.give_back(file_bytes)
         return True
