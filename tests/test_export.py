@@ -19,7 +19,7 @@ from safetensors import safe_open
 from tierstore import TierStore
 from tierstore.cli import main
 from tierstore.errors import ShardError, TierFullError
-from tierstore.export import Exported, Options, export
+from tierstore.export import FILLERS, REFUSED, Exported, Options, export
 from tierstore.nvme.files import File
 from tierstore.nvme.local import LocalFiles
 
@@ -273,8 +273,8 @@ def test_an_export_never_goes_into_the_store(directory: Path) -> None:
     assert sorted(os.listdir(directory)) == before
 
 
-def shard(directory: Path, block: str) -> Path:
-    manifest = json.loads((directory / "manifest-00000002.json").read_text())
+def shard(directory: Path, block: str, generation: int = 2) -> Path:
+    manifest = json.loads((directory / f"manifest-{generation:08d}.json").read_text())
     return directory / next(entry["file"] for entry in manifest["blocks"] if entry["name"] == block)
 
 
@@ -297,6 +297,9 @@ def test_damage_leaves_nothing(directory: Path, tmp_path: Path, there: bool, lin
     assert "block 'layer1' is damaged (layer1.up, layer1.down): block-layer1-" in result.output
     assert "chunk 1 " in result.output
     assert os.listdir(out) == ["config.json"] if there else not out.exists()
+    assert ("--generation 1" in result.output) == (shard(directory, "layer1", 1) != shard(directory, "layer1")), (
+        "if that is not damaged, too"
+    )
     assert command(directory, out, "--exclude", "layer1").exit_code == 0, "the rest is whole"
     with pytest.raises(ShardError) as caught:
         exported(directory, tmp_path / "again")
@@ -413,6 +416,10 @@ def test_the_system_s_own_reflinks(tmp_path: Path) -> None:
         files.close()
 
 
+async def _refusing(*_: object) -> None:
+    raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+
 PAGE = 4096
 
 
@@ -488,6 +495,8 @@ def test_what_a_shard_without_fillers_must_be(directory: Path, tmp_path: Path) -
         path.name for path in (tmp_path / "out").glob("*.safetensors") if path.stat().st_ino == shard(directory, "layer0").stat().st_ino
     }
     assert sum(done.shared.values()) == 1
+    assert done.not_shared == {FILLERS: done.num_blocks - 1}
+    assert not exported(directory, tmp_path / "copied", only=("layer0",)).not_shared, "nobody asked"
     assert done.shared["reflink"] or len(shared) == 1
     assert same(load(tmp_path / "out"), flat(0, 1))
     with open_store(tmp_path / "twice") as store:
@@ -496,4 +505,12 @@ def test_what_a_shard_without_fillers_must_be(directory: Path, tmp_path: Path) -
         store.commit()
     done = exported(tmp_path / "twice", tmp_path / "qualified", link=True)
     assert not done.shared, "their tensors are called otherwise in the export"
+    result = command(tmp_path / "twice", tmp_path / "said", "--link")
+    assert "Shared: 0 of 2 blocks; copied: 2 with renamed tensors" in result.output
+    out_files = LocalFiles()
+    with pytest.MonkeyPatch.context() as patch:
+        for way in ("clone", "link"):
+            patch.setattr(out_files, way, _refusing)
+        done = exported(directory, tmp_path / "refused", out_files, only=("layer0",), link=True)
+    assert (done.shared, done.not_shared) == ({}, {REFUSED: 1})
     assert set(load(tmp_path / "qualified")) == {"layer0.weight", "layer1.weight"}

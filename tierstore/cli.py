@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import logging
+import os
+import sys
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -96,9 +100,29 @@ def run_on_files(work: Callable[[LocalFiles], Coroutine[Any, Any, T]]) -> T:
         files.close()
 
 
-def _end(context: click.Context, error: TierstoreError, code: int) -> NoReturn:
+def _end(context: click.Context, error: TierstoreError, code: int, *, as_json: bool = False) -> NoReturn:
+    if as_json:
+        with _printing(context):
+            click.echo(json.dumps({"error": str(error)}, indent=2))
     click.echo(f"Error: {error}", err=True)
     context.exit(code)
+
+
+@contextlib.contextmanager
+def _printing(context: click.Context) -> Iterator[None]:
+    """Print, and say so in one line if that fails (a full drive)."""
+    try:
+        yield
+        sys.stdout.flush()
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            raise  # who read has seen enough; click ends the command quietly
+        click.echo(f"Error: the output cannot be written ({error.strerror or error})", err=True)
+        with contextlib.suppress(OSError, ValueError):  # what is still buffered would fail again when the interpreter ends
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
+        context.exit(CANNOT)
 
 
 directory_argument = click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
@@ -134,11 +158,12 @@ def verify(context: click.Context, directory: Path, generation: int | None, as_j
         with progress("verifying") as begin:
             report = run_on_files(lambda files: check(files, absolute(directory), generation=generation, begin=begin))
     except TierstoreError as error:
-        _end(context, error, CANNOT)
-    if as_json:
-        click.echo(json.dumps(report.to_json(), indent=2))
-    else:
-        print_report(Console(), report, time.monotonic() - started_s)
+        _end(context, error, CANNOT, as_json=as_json)
+    with _printing(context):
+        if as_json:
+            click.echo(json.dumps(report.to_json(), indent=2))
+        else:
+            print_report(Console(), report, time.monotonic() - started_s)
     context.exit(0 if report.good else DAMAGED)
 
 
@@ -162,11 +187,12 @@ def inspect(context: click.Context, directory: Path, generation: int | None, ten
     try:
         contents = run_on_files(lambda files: look(files, absolute(directory), generation=generation))
     except TierstoreError as error:
-        _end(context, error, CANNOT)
-    if as_json:
-        click.echo(json.dumps(contents.to_json(), indent=2))
-    else:
-        print_contents(Console(), contents, tensors=tensors)
+        _end(context, error, CANNOT, as_json=as_json)
+    with _printing(context):
+        if as_json:
+            click.echo(json.dumps(contents.to_json(), indent=2))
+        else:
+            print_contents(Console(), contents, tensors=tensors)
 
 
 @main.command()
@@ -223,4 +249,5 @@ def export(
         _end(context, error, DAMAGED if isinstance(error, ShardError) else CANNOT)
     finally:
         out_files.close()
-    print_exported(Console(), done, time.monotonic() - started_s)
+    with _printing(context):
+        print_exported(Console(), done, time.monotonic() - started_s)

@@ -32,7 +32,7 @@ from tierstore.nvme.reading import Problem, Reading, View, check_file, lock, loo
 from tierstore.nvme.recovery import some
 from tierstore.nvme.safetensors import LENGTH_BYTES
 from tierstore.nvme.shards import io_error
-from tierstore.nvme.verify import Begin, no_generation
+from tierstore.nvme.verify import Begin, no_generation, problems_of
 
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
@@ -103,6 +103,7 @@ class Exported:
         files: Names in `out`, without the index.
         copied_bytes: Tensor bytes that were written anew.
         shared: Files by how they share bytes with the store: "reflink", "hard link".
+        not_shared: Blocks that `link` was asked for and that were copied all the same, by reason.
         qualified: Tensors carry their block's name before their own, because names occurred twice.
         left_out: Blocks that were not exported.
         unchecked: Blocks that were written with `checksum=False`.
@@ -117,6 +118,7 @@ class Exported:
     files: list[str] = field(default_factory=list)
     copied_bytes: int = 0
     shared: Counter[str] = field(default_factory=Counter)
+    not_shared: Counter[str] = field(default_factory=Counter)
     qualified: bool = False
     left_out: list[str] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
@@ -230,12 +232,20 @@ def _places(specs: Sequence[TensorSpec]) -> Iterator[tuple[int, int]]:
         begin += specs[index].nbytes
 
 
+RENAMED, FILLERS, REFUSED = "with renamed tensors", "with gaps between tensors", "that the file system does not share"
+"""Why a block's shard is no file of an export."""
+
+
 def _is_export(record: Record, called: dict[tuple[str, str], str]) -> bool:
-    """Whether the shard is a file of an export as it is: no fillers, and the very names."""
+    """Whether the shard is a file of an export as it is."""
+    return _why_no_export(record, called) is None
+
+
+def _why_no_export(record: Record, called: dict[tuple[str, str], str]) -> str | None:
     block = record.block
-    return sum(spec.nbytes for spec in block.tensors) == block.nbytes and all(
-        called[block.name, spec.name] == spec.name for spec in block.tensors
-    )
+    if any(called[block.name, spec.name] != spec.name for spec in block.tensors):
+        return RENAMED
+    return FILLERS if sum(spec.nbytes for spec in block.tensors) != block.nbytes else None
 
 
 def _header(tensors: Sequence[Placed]) -> bytes:
@@ -292,6 +302,8 @@ async def export(files: Files, out_files: Files, path: str, options: Options, *,
         exported.unchecked = [record.block.name for record in records if record.shard.chunks is None]
         exported.notes = [*([unlocked] if unlocked else []), *_notes(view, manifest, options)]
         exported.files = [part.file for part in parts]
+        if options.link:
+            exported.not_shared.update(why for record in records if (why := _why_no_export(record, called)) is not None)
         writer = Writer(files, out_files, view, options, parts, exported)
         try:
             await writer.run(records, begin)
@@ -306,6 +318,8 @@ async def export(files: Files, out_files: Files, path: str, options: Options, *,
 
 def _choose(view: View, generation: int | None) -> Manifest:
     number = generation if generation is not None else max(view.manifest_bytes, default=None)
+    if number is None and (problems := problems_of(view)):
+        raise ShardError("; ".join(problems), remedy="restore the manifest from a backup", path=view.path)
     if number is None:
         raise DirectoryError(f"nothing has been committed in {view.path}", need="a commit", remedy="commit first", path=view.path)
     if number not in view.manifest_bytes:
@@ -337,9 +351,11 @@ def _notes(view: View, manifest: Manifest, options: Options) -> Iterator[str]:
 
 def _damaged(view: View, record: Record, problem: Problem) -> ShardError:
     tensors = some(problem.harms, ", ") or "none of its tensors"
+    others = [number for number, manifest in view.manifests.items() if record not in manifest.records]
+    older = f"export another generation (--generation {max(others)}), or " if others else ""
     return ShardError(
         f"block {record.block.name!r} is damaged ({tensors}): {record.shard.file} {problem.what}",
-        remedy="see what else is with `tierstore verify`; export an older generation, or leave the block out with --exclude",
+        remedy=f"see what else is with `tierstore verify`; {older}leave the block out with --exclude",
         block=record.block.name,
         tensors=problem.harms,
         chunk=problem.chunk,
@@ -432,6 +448,8 @@ class Writer:
                 self._open[part.file] = self._out.file(target, write=True)  # to be synced
             self._exported.shared[way] += 1
             return True
+        if self._options.link:
+            self._exported.not_shared[REFUSED] += 1
         return False
 
     async def _begin(self, part: Part) -> None:

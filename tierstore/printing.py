@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -22,6 +23,8 @@ MAX_TENSORS = 12
 """Damaged tensors of one block that are listed one by one."""
 
 MAX_METADATA = 300
+MAX_VALUE = 60
+"""Characters of the user's metadata that are shown: in all, and of one member."""
 
 
 @contextmanager
@@ -101,25 +104,54 @@ def _print_damage(console: Console, damage: BlockDamage) -> None:
     _say(console, f"block {damage.block!r} in {damage.file}", indent=2)
     for problem in damage.problems:
         _say(console, f"the file {problem}" if not problem.startswith("chunk") else problem, indent=4)
-    if damage.whole:
+    if damage.within_bytes is not None and len(damage.tensors) > 1:
+        _say(
+            console,
+            f"the damage lies within {format_bytes(damage.within_bytes)} that hold bytes of {count(len(damage.tensors), 'tensor')}, "
+            f"any of which may be bad: {_some_tensors(damage)}",
+            indent=4,
+        )
+    elif damage.whole:
         _say(console, "its tensor is bad" if len(damage.tensors) == 1 else f"all its {len(damage.tensors)} tensors are bad", indent=4)
     elif damage.tensors:
-        more = f" and {len(damage.tensors) - MAX_TENSORS} more" if len(damage.tensors) > MAX_TENSORS else ""
-        _say(console, f"bad tensors: {', '.join(damage.tensors[:MAX_TENSORS])}{more}", indent=4)
+        _say(console, f"bad tensors: {_some_tensors(damage)}", indent=4)
     else:
         _say(console, "its tensors are good: the damage is in bytes that mean nothing", indent=4)
 
 
+def _some_tensors(damage: BlockDamage) -> str:
+    more = f" and {len(damage.tensors) - MAX_TENSORS} more" if len(damage.tensors) > MAX_TENSORS else ""
+    return ", ".join(damage.tensors[:MAX_TENSORS]) + more
+
+
 def _verdict(report: Report) -> str:
+    """What is whole, and what a store would do with the directory."""
+    verdict = _what_is_whole(report)
+    if not report.foreign:
+        return verdict + "."
+    return f"{verdict}{', but' if report.good else '. But'} {_until_moved(report.foreign)}."
+
+
+def _until_moved(foreign: list[str]) -> str:
+    return f"no store opens the directory until {some(foreign, ', ')} {'is' if len(foreign) == 1 else 'are'} moved away"
+
+
+def _what_is_whole(report: Report) -> str:
     if report.good:
-        return "Everything is as it was written." if report.generations else "There is nothing to check."
+        return "Everything is as it was written" if report.generations else "There is nothing to check"
     if not report.whole:
-        return "Damaged; no generation that was read is whole."
-    newest = max(generation.generation for generation in report.generations)
+        return (
+            "Damaged; no generation that was read is whole"
+            if report.generations
+            else "Damaged; there is no generation left, and no store opens the directory"
+        )
     best = report.whole[-1]
-    if best == newest and not report.problems:
-        return f"Damaged; generation {best}, the newest, is whole."
-    return f"Damaged; generation {best} is whole: open it with generation={best}."
+    if best != report.opens:
+        return f"Damaged; generation {best} is whole: open it with generation={best}"
+    if not report.warns and not report.next_commit:
+        return f"Damaged; generation {best}, the newest, is whole"
+    verdict = f"Damaged; generation {best} is whole, and a store that is opened goes on from it{' with a warning' if report.warns else ''}"
+    return verdict + (f". Its next commit {', and '.join(report.next_commit)}" if report.next_commit else "")
 
 
 # -- inspect ----------------------------------------------------------------------------------------------------------------
@@ -130,13 +162,13 @@ def print_contents(console: Console, contents: Contents, *, tensors: bool) -> No
     _say(console, contents.path, style="bold")
     if contents.store is not None:
         _say(console, f"store {contents.store}")
-    if contents.conflict is not None:
-        _say(console, contents.conflict, style="bold red")
+    for problem in contents.problems:
+        _say(console, f"DAMAGED: {problem}", style="bold red")
     if contents.holder is not None:
         _say(console, f"open in process {contents.holder}")
     console.print()
     if not contents.generations:
-        _say(console, "Nothing has been committed yet.")
+        _say(console, "There is no generation." if contents.problems else "Nothing has been committed yet.")
     else:
         console.print(_generations(contents.generations))
         for row in contents.generations:
@@ -147,13 +179,15 @@ def print_contents(console: Console, contents: Contents, *, tensors: bool) -> No
         _print_blocks(console, shown, tensors=tensors)
     console.print()
     console.print(_disk(contents))
-    for what, listed in (("left over", contents.leftovers), ("foreign", contents.foreign)):
-        if listed:
-            _say(console, f"{what}: {some(listed, ', ')}")
+    left = [] if contents.holder is not None else contents.leftovers  # it is no advice to delete what a store is at work on
+    if left:
+        _say(console, f"left over: {some(left, ', ')}")
+    if contents.foreign:
+        _say(console, f"foreign: {_until_moved(contents.foreign)}", style="yellow")
 
 
 def _generations(rows: list[GenerationRow]) -> Table:
-    table = _table(">generation", "", "committed", ">blocks", ">bytes")
+    table = _table(">generation", "", "written", ">blocks", ">bytes")
     for row in rows:
         marks = [*(["current"] if row.current else []), *(["damaged"] if row.damaged else [])]
         figures = (f"{len(row.blocks):,}", format_bytes(row.payload_bytes)) if row.problem is None else ("", "")
@@ -170,8 +204,7 @@ def _print_blocks(console: Console, row: GenerationRow, *, tensors: bool) -> Non
     console.print()
     _say(console, f"Generation {row.generation}", style="bold")
     if row.metadata is not None:
-        text = json.dumps(row.metadata, ensure_ascii=False)
-        _say(console, f"metadata: {text if len(text) <= MAX_METADATA else text[:MAX_METADATA] + ' ... (all of it with --json)'}")
+        _say(console, f"metadata: {_metadata(row.metadata)}")
     console.print()
     table = _table("block", ">tensors", "dtypes", ">bytes", "shard", "")
     for block in row.blocks:
@@ -196,6 +229,32 @@ def _print_blocks(console: Console, row: GenerationRow, *, tensors: bool) -> Non
     _say(console, "SHARD: block-*-SHARD.safetensors is its file" + (", or a tensor's shape" if tensors else ""), style="dim")
 
 
+def _metadata(value: Any) -> str:
+    """All of it, if that is short; else what is short of it first, and the beginning of what is long."""
+    text = json.dumps(value, ensure_ascii=False)
+    if len(text) <= MAX_METADATA:
+        return text
+    if not isinstance(value, dict):
+        return text[:MAX_METADATA] + " ... (all of it with --json)"
+    members = [(json.dumps(name, ensure_ascii=False), json.dumps(member, ensure_ascii=False)) for name, member in value.items()]
+    members.sort(key=lambda member: len(member[1]) > MAX_VALUE)
+    shown: list[str] = []
+    left = MAX_METADATA
+    for name, member in members:
+        entry = f"{_cut(name)}: {_cut(member)}"
+        if len(entry) > left:
+            break
+        left -= len(entry)
+        shown.append(entry)
+    if len(shown) < len(members):
+        shown.append(f"{len(members) - len(shown)} more")
+    return "{" + ", ".join(shown) + "} (all of it with --json)"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_VALUE else text[:MAX_VALUE] + " ..."
+
+
 def _some_dtypes(block: BlockRow) -> str:
     dtypes = block.dtypes
     return ", ".join(dtypes[:2]) + (f" +{len(dtypes) - 2}" if len(dtypes) > 2 else "")
@@ -207,7 +266,7 @@ def _disk(contents: Contents) -> Table:
         "current shards": "shards of the current generation",
         "older shards": "shards of older generations only",
         "left over": "in no generation: " + ("the store is at work on them" if contents.holder is not None else "left over"),
-        "unclear": "shards that a manifest which cannot be read may need",
+        "unclear": f"may belong to {contents.doubt}",
         "other": "lock, CURRENT and the like",
         "foreign": "not the store's",
     }
@@ -233,6 +292,10 @@ def print_exported(console: Console, exported: Exported, seconds: float) -> None
         _say(console, f"Note: {note}", style="yellow")
     for way, number in sorted(exported.shared.items()):
         _say(console, f"Shared by {way}: {number} of {count(len(exported.files), 'file')}")
+    if exported.not_shared:
+        left = ", ".join(f"{number} {why}" for why, number in exported.not_shared.items())
+        number = exported.num_blocks - exported.not_shared.total()
+        _say(console, f"Shared: {number} of {count(exported.num_blocks, 'block')}; copied: {left}")
     what = f"{count(exported.num_tensors, 'tensor')} of {count(exported.num_blocks, 'block')}, {format_bytes(exported.total_bytes)}"
     where = f"in {count(len(exported.files), 'file')} in {exported.out}"
     _say(console, f"Exported generation {exported.generation}: {what}, {where} ({seconds:.1f} s).", style="bold green")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import json
 import os
@@ -22,9 +23,9 @@ from click.testing import CliRunner, Result
 
 from tierstore import TierStore
 from tierstore.cli import main
-from tierstore.errors import BusyError, TransferError
+from tierstore.errors import BusyError, ShardError, TransferError
 from tierstore.nvme import reading
-from tierstore.nvme.checksums import CHUNK_BYTES
+from tierstore.nvme.checksums import CHUNK_BYTES, checksum
 from tierstore.nvme.contents import Contents, inspect
 from tierstore.nvme.files import File, FileStat, Lock, Outcome, Request
 from tierstore.nvme.local import LocalFiles
@@ -144,7 +145,8 @@ def test_what_the_command_says_of_damage(directory: Path) -> None:
     assert "Generation 2: DAMAGED in 1 of 3 blocks" in result.output
     assert f"block 'small' in {shard(directory, 'small').name}" in result.output
     assert "all its 3 tensors are bad" not in result.output, "the empty one cannot be"
-    assert "bad tensors: x, y" in result.output
+    says = " ".join(result.output.split())
+    assert "the damage lies within 4.10 kB that hold bytes of 2 tensors, any of which may be bad: x, y" in says
     assert result.output.endswith("Damaged; generation 1 is whole: open it with generation=1.\n")
     assert command("verify", directory, "--generation", 1).exit_code == 0
     assert max(map(len, result.output.splitlines())) <= 80
@@ -221,6 +223,165 @@ def test_damaged_manifests(directory: Path) -> None:
     assert verified(directory).problems == ["CURRENT is damaged; it is only a hint, and the next commit writes it anew"]
 
 
+def sentences(result: Result) -> str:
+    """Without the breaks of lines, which must be where a terminal has them."""
+    assert max(map(len, result.output.splitlines())) <= 80
+    return " ".join(result.output.split())
+
+
+def what_is_left_after_opening(directory: Path) -> set[str]:
+    with contextlib.suppress(ShardError):
+        TierStore(nvme=directory, keep=2, **BUDGETS).close()
+    return {path.name for path in directory.glob("block-*")}
+
+
+def test_the_verdict_says_what_opening_does(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of a damaged newest manifest, of one that is missing, and of a damaged CURRENT: plain opening works, and is tried here."""
+    newest, current = directory / "manifest-00000002.json", directory / "CURRENT"
+    whole = newest.read_bytes(), current.read_bytes()
+    (own,) = {path.name for path in directory.glob("block-small-*")} - {
+        entry["file"] for entry in json.loads((directory / "manifest-00000001.json").read_text())["blocks"]
+    }
+    goes_on = "Damaged; generation {} is whole, and a store that is opened goes on from it with a warning. Its next commit "
+    gone = "deletes the shard that may belong to "
+    cases: list[tuple[Callable[[], Any], int, str]] = [
+        (lambda: flip(newest, 30), 1, f"removes the damaged manifest of generation 2, and {gone}it."),
+        (newest.unlink, 1, f"{gone}generation 2, whose manifest is missing."),
+        (lambda: current.write_bytes(b""), 2, "writes CURRENT anew."),
+    ]
+    for damage, opens, then in cases:
+        damage()
+        result = command("verify", directory)
+        assert result.exit_code == 1
+        assert sentences(result).endswith(goes_on.format(opens) + then)
+        caplog.clear()
+        before = {path.name for path in directory.glob("block-*")}
+        with TierStore(nvme=directory, keep=2, **BUDGETS) as store:
+            assert (store.committed.generation, bool(caplog.records)) == (opens, True)
+        assert {path.name for path in directory.glob("block-*")} == before
+        newest.write_bytes(whole[0])
+        current.write_bytes(whole[1])
+        assert verified(directory).good
+    flip(newest, 30)
+    with TierStore(nvme=directory, keep=2, **BUDGETS) as store:
+        store.commit()
+    assert not newest.exists(), "as it was said"
+    assert not (directory / own).exists()
+
+
+def test_shards_of_a_generation_whose_manifest_is_missing(directory: Path) -> None:
+    """They are told from left-overs by the rule of who opens: nobody is to take those for rubbish that a restored manifest needs."""
+    newest = directory / "manifest-00000002.json"
+    manifest, shards = newest.read_bytes(), {path.name for path in directory.glob("block-*")}
+    missing = "DAMAGED: generation 2 was committed, and its manifest is missing"
+    newest.unlink()
+    for command_ in ("verify", "inspect"):
+        assert missing in sentences(command(command_, directory))
+    contents = inspected(directory)
+    assert (contents.leftovers, len(contents.orphans), contents.disk["unclear"].files) == ([], 1, 1)
+    assert "may belong to generation 2, whose manifest is missing" in command("inspect", directory).output
+    assert "1 shard (8.19 kB) that may belong to generation 2, whose manifest is missing: kept until the next commit" in sentences(
+        command("verify", directory)
+    )
+    (directory / "manifest-00000001.json").unlink()
+    says = sentences(command("verify", directory))
+    assert "4 shards (37.8 MB) that may belong to generation 2, whose manifest is missing: kept as no store opens the directory" in says
+    assert says.endswith("Damaged; there is no generation left, and no store opens the directory.")
+    shown = command("inspect", directory)
+    assert missing in shown.output
+    assert "There is no generation." in shown.output
+    assert "left over" not in shown.output
+    refused = command("export", directory, directory.parent / "out")
+    assert (refused.exit_code, "its manifest is missing" in refused.output) == (1, True)
+    assert what_is_left_after_opening(directory) == shards
+    newest.write_bytes(manifest)
+    assert what_is_left_after_opening(directory) == {name for name in shards if name in manifest.decode()}
+    assert verified(directory).good
+
+
+@pytest.mark.parametrize("damage", ["nothing", "manifest", "missing", "CURRENT", "all", "disagreement", "another store"])
+def test_left_overs_are_what_opening_deletes(directory: Path, tmp_path: Path, damage: str) -> None:
+    with TierStore(nvme=tmp_path / "other", **BUDGETS) as store:
+        store.put("w", torch.ones(3))
+        store.commit()
+        store.commit()
+    (directory / "block-left-00000099.safetensors").write_bytes(b"half")
+    newest, oldest = directory / "manifest-00000002.json", directory / "manifest-00000001.json"
+    if damage == "manifest":
+        flip(newest, 30)
+    elif damage == "missing":
+        newest.unlink()
+    elif damage == "CURRENT":
+        flip(directory / "CURRENT", 3)
+    elif damage == "all":
+        for path in (newest, oldest, directory / "CURRENT"):
+            path.unlink()
+    elif damage == "disagreement":
+        disagree(oldest)
+    elif damage == "another store":
+        shutil.copy(tmp_path / "other" / newest.name, newest)
+    leftovers, orphans = inspected(directory).leftovers, inspected(directory).orphans
+    before = {path.name for path in directory.glob("block-*")}
+    assert ("block-left-00000099.safetensors" in leftovers) == (damage in ("nothing", "all"))
+    assert before - what_is_left_after_opening(directory) == set(leftovers)
+    assert not set(leftovers) & set(orphans)
+
+
+def test_shards_and_no_manifest(directory: Path) -> None:
+    for path in (*directory.glob("manifest-*"), directory / "CURRENT"):
+        path.unlink()
+    result = command("verify", directory)
+    assert result.exit_code == 0
+    says = sentences(result)
+    assert "4 shards (37.8 MB) that no manifest names: opening the directory as a store deletes them" in says
+    assert says.count("block-") == 0, "they are told once"
+    assert what_is_left_after_opening(directory) == set()
+
+
+def test_what_operating_systems_put_everywhere_is_passed_over(directory: Path, tmp_path: Path) -> None:
+    """At opening and looking, and where one only looked for a store."""
+    whole = inspected(directory).to_json()["disk"]["total"]
+    for name in (".DS_Store", "Desktop.ini", "Thumbs.db"):
+        (directory / name).write_text("the system's")
+    getattr(os, "mkfifo", os.mkdir)(directory / "System Volume Information")  # opening it would never return
+    (directory / "lost+found").mkdir(mode=0)
+    os.symlink(tmp_path / "nowhere", directory / "$RECYCLE.BIN")
+    here = {path.name for path in directory.iterdir()}
+    for arguments in (["verify", directory], ["inspect", directory], ["export", directory, tmp_path / "out"]):
+        result = command(*arguments)
+        assert result.exit_code == 0
+        assert not re.search(r"DS_Store|desktop|lost|foreign|not the store", result.output, re.IGNORECASE)
+    assert inspected(directory).to_json()["disk"]["total"] == whole
+    with TierStore(nvme=directory, keep=2, **BUDGETS) as store:
+        store.commit()
+    assert here - {path.name for path in directory.iterdir()} <= {
+        "manifest-00000001.json",
+        *(p for p in here if p.startswith("block-small")),
+    }
+    (tmp_path / "root" / "lost+found").mkdir(parents=True)
+    TierStore(nvme=tmp_path / "root", **BUDGETS).close()
+    (directory / "mine.txt").write_text("not the system's")
+    result = command("verify", directory)
+    assert result.exit_code == 0
+    last = "Everything is as it was written, but no store opens the directory until mine.txt is moved away."
+    assert sentences(result).endswith(last)
+    assert json.loads(command("verify", directory, "--json").stdout)["foreign"] == ["mine.txt"]
+    assert "no store opens the directory until mine.txt is moved away" in sentences(command("inspect", directory))
+
+
+def test_what_cannot_be_listed_does_not_hide_the_advice(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (directory.parent / "locked").mkdir()
+    listed = LocalFiles.listdir
+
+    async def refusing(self: LocalFiles, path: str) -> list[str]:
+        if path.endswith("locked"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return await listed(self, path)
+
+    monkeypatch.setattr(LocalFiles, "listdir", refusing)
+    assert f"did you mean {directory}?" in command("verify", directory.parent).output
+
+
 def test_which_store_it_is(directory: Path, tmp_path: Path) -> None:
     store = json.loads((directory / "CURRENT").read_text())["store"]
     assert json.loads(command("inspect", directory, "--json").stdout)["store"] == store
@@ -276,14 +437,15 @@ def mix(directory: Path, newest: bytes, other: Path) -> None:
 
 
 def test_two_generations_that_disagree(directory: Path) -> None:
-    from tierstore.nvme.checksums import checksum  # noqa: PLC0415
-
-    path = directory / "manifest-00000001.json"
-    body = path.read_bytes()[:-32].replace(b'"name":"optimizer/small"', b'"name":"optimizer/other"')
-    path.write_bytes(body + f',"checksum":"{checksum(body):016x}"}}\n'.encode())
+    disagree(directory / "manifest-00000001.json")
     report = verified(directory)
     assert not report.good
     assert "disagree about block-optimizer-small-" in report.problems[0]
+
+
+def disagree(path: Path) -> None:
+    body = path.read_bytes()[:-32].replace(b'"name":"optimizer/small"', b'"name":"optimizer/other"')
+    path.write_bytes(body + f',"checksum":"{checksum(body):016x}"}}\n'.encode())
 
 
 def test_without_checksums(tmp_path: Path) -> None:
@@ -372,7 +534,7 @@ def test_nothing_is_changed_whatever_is_found(directory: Path, tmp_path: Path) -
         "no generation needs, 5 B in all, which the next opening deletes: block-left-00000099.safetensors, manifest-00000003.json.tmp"
         in notes
     )
-    assert "files that are not the store's, which no store opens a directory with: mine.txt" in notes
+    assert "files that are not the store's: mine.txt" in notes
 
 
 def test_a_directory_without_a_lock_gets_none(directory: Path) -> None:
@@ -404,7 +566,14 @@ def test_a_store_that_is_open_keeps_verify_out_and_not_inspect(directory: Path, 
         shown = command("inspect", directory)
         assert shown.exit_code == 0
         assert f"open in process {os.getpid()}" in shown.output
-    assert "process" not in command("inspect", directory).output
+        (directory / "block-new-00000099.safetensors").write_bytes(b"half")
+        shown = command("inspect", directory)
+        assert "the store is at work on them" in shown.output
+        assert "left over" not in shown.output
+    (directory / "block-new-00000099.safetensors").write_bytes(b"half")
+    shown = command("inspect", directory)
+    assert "process" not in shown.output
+    assert "left over: block-new-00000099.safetensors" in shown.output
 
 
 def test_a_store_that_opens_while_verify_reads_is_kept_out(directory: Path) -> None:
@@ -458,6 +627,7 @@ def test_inspect_shows_what_is_there(directory: Path) -> None:
     assert max(map(len, lines)) <= 80
     assert re.search(r"^ +1 +\d{4}-\d\d-\d\d \d\d:\d\d:\d\d +3 +37\.8 MB", output, re.MULTILINE)
     assert re.search(r"^ +2 +current +\d{4}-", output, re.MULTILINE)
+    assert "written" in lines[3], "a copy has the time of copying"
     assert 'metadata: {"step": 2}' in output
     assert re.search(r"^big +4 +I32, I64 \+2 +37\.8 MB +\d{8}", output, re.MULTILINE)
     assert re.search(r"^optimizer/small +1 +F32 +4\.10 kB +\d{8} +frozen", output, re.MULTILINE)
@@ -468,6 +638,43 @@ def test_inspect_shows_what_is_there(directory: Path) -> None:
     assert 'metadata: {"step": 1}' in command("inspect", directory, "--generation", 1).output
 
 
+def test_long_metadata_shows_what_is_short(tmp_path: Path) -> None:
+    with TierStore(nvme=tmp_path / "store", **BUDGETS) as store:
+        store.put("w", torch.zeros(3))
+        store.commit({"config": {"width": list(range(200))}, "corpus": "x" * 400, "step": 7, "loss": 0.5})
+        shown = sentences(command("inspect", tmp_path / "store"))
+        assert 'metadata: {"step": 7, "loss": 0.5, "config": {"width": [0, 1, ' in shown
+        assert '"corpus": "xxxx' in shown
+        assert "x ...} (all of it with --json)" in shown
+        store.commit({f"name{number}": number for number in range(100)})
+        assert re.search(r'"name0": 0, .* \d+ more\} \(all of it with --json\)', sentences(command("inspect", tmp_path / "store")))
+        store.commit("x" * 400)
+        assert "x ... (all of it with --json)" in sentences(command("inspect", tmp_path / "store"))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+@pytest.mark.parametrize(
+    "arguments", [["inspect", "DIR"], ["verify", "DIR", "--json"], ["inspect", "nowhere", "--json"], ["export", "DIR", "OUT"]]
+)
+def test_output_that_cannot_be_written(directory: Path, tmp_path: Path, arguments: list[str]) -> None:
+    given = [{"DIR": str(directory), "OUT": str(tmp_path / "out")}.get(argument, argument) for argument in arguments]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "tierstore", *given], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert (done.returncode, done.stderr) == (2, "Error: the output cannot be written (No space left on device)\n")
+
+
+@pytest.mark.parametrize("name", ["verify", "inspect"])
+def test_an_error_as_json(tmp_path: Path, name: str) -> None:
+    result = command(name, tmp_path / "nowhere", "--json")
+    assert result.exit_code == 2
+    error = json.loads(result.stdout)["error"]
+    assert "nowhere is not there" in error
+    assert result.stderr == f"Error: {error}\n"
+    assert command(name, tmp_path / "nowhere").stdout == ""
+
+
 def test_inspect_shows_damage(directory: Path) -> None:
     flip(directory / "manifest-00000002.json", 30)
     shard_of_1 = json.loads((directory / "manifest-00000001.json").read_text())["blocks"][0]
@@ -476,7 +683,7 @@ def test_inspect_shows_damage(directory: Path) -> None:
     assert result.exit_code == 0
     assert "generation 2: the manifest does not match its checksum" in result.output
     assert re.search(rf"^block '{shard_of_1['name']}': {shard_of_1['file']} is missing", result.output, re.MULTILINE)
-    assert "shards that a manifest which cannot be read may need" in result.output
+    assert "may belong to generation 2, whose manifest cannot be used" in result.output
     rows = {row.generation: row for row in inspected(directory).generations}
     assert rows[1].damaged
     assert rows[1].current, "it is what a store would open"
@@ -576,6 +783,39 @@ def test_a_manifest_that_vanishes_is_looked_for_again(directory: Path) -> None:
     contents: Contents = run(lambda files: inspect(files, str(directory)), files)
     assert files.commits == 1
     assert [(row.generation, row.damaged, row.metadata) for row in contents.generations] == [(3, False, {"step": 3})]
+
+
+def test_a_commit_while_one_looks_is_not_missing(directory: Path) -> None:
+    """Whenever the store commits between two calls, CURRENT is never newer than what is listed after it."""
+
+    class Busy(LocalFiles):
+        def __init__(self, left: int) -> None:
+            super().__init__()
+            self.left = left
+            self.commits = False
+
+        async def disturb(self) -> None:
+            self.left -= 1
+            if not self.left:
+                self.commits = True
+                with TierStore(nvme=directory, keep=2, **BUDGETS) as store:
+                    store.commit({"step": 3})
+
+        async def load(self, path: str, nbytes: int) -> bytes:
+            await self.disturb()
+            return await super().load(path, nbytes)
+
+        async def scan(self, path: str) -> dict[str, FileStat]:
+            await self.disturb()
+            return await super().scan(path)
+
+    for at in range(1, 20):
+        files = Busy(at)
+        contents: Contents = run(lambda files: inspect(files, str(directory)), files)
+        assert contents.problems == []
+        if not files.commits:
+            break
+    assert at > 4
 
 
 def test_names_that_vanish_while_they_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

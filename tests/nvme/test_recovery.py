@@ -239,6 +239,16 @@ def test_a_damaged_newest_manifest(swap: str, block_of: Any, payload_of: Any, ca
     assert not newest.exists()
 
 
+def test_damage_names_the_bytes_and_what_may_be_there(swap: str, block_of: Any, payload_of: Any) -> None:
+    block = filled(swap, block_of, payload_of, steps=1)
+    (name,) = shard_files(swap)
+    data = bytearray(Path(swap, name).read_bytes())
+    data[5000] ^= 1
+    Path(swap, name).write_bytes(data)
+    with pytest.raises(ShardError, match=f"chunk 0 \\(bytes 4096 to {4096 + block.nbytes}\\) does not match.*if keep= has kept one"):
+        with_directory(swap, lambda directory: contents(directory, directory.entries["w"].shard))
+
+
 def test_nothing_but_damage(swap: str, block_of: Any, payload_of: Any) -> None:
     filled(swap, block_of, payload_of, steps=1)
     manifest = Path(swap, "manifest-00000001.json")

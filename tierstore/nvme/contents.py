@@ -16,7 +16,7 @@ from tierstore.nvme.files import Files
 from tierstore.nvme.manifest import FORMAT, Record
 from tierstore.nvme.reading import View, check_file, look
 from tierstore.nvme.recovery import read_holder
-from tierstore.nvme.verify import no_generation
+from tierstore.nvme.verify import no_generation, problems_of
 
 SCHEMA = 1
 
@@ -74,7 +74,7 @@ class GenerationRow:
     """One generation.
 
     Attributes:
-        committed: When its manifest was written.
+        committed: The manifest file's modification time, which a copy may not have kept.
         current: A store would open this one.
         problem: Why its manifest cannot be used.
         metadata: The user's.
@@ -125,10 +125,12 @@ class Contents:
         path: The directory.
         store: Which store it is; None if nothing was committed, or it cannot be told.
         conflict: Why it cannot be told.
+        problems: What is wrong with the directory as a whole, `conflict` among it.
+        doubt: Which generation, that cannot be read, the "unclear" shards may belong to.
         holder: The process that has it open, if it is one of this machine's.
         generations: Ascending.
         disk: By kind of file: "current shards" that the current generation needs, "older shards" that only others do, "left over" that
-            none does, "unclear" where a manifest that cannot be read might need them, "manifests", "other" files of the store's, "foreign".
+            none does, "unclear" that one which cannot be read may need, "manifests", "other" files of the store's, "foreign".
     """
 
     path: str
@@ -139,6 +141,9 @@ class Contents:
     disk: dict[str, Share]
     leftovers: list[str]
     foreign: list[str]
+    problems: list[str] = field(default_factory=list)
+    orphans: list[str] = field(default_factory=list)
+    doubt: str | None = None
 
     @property
     def current(self) -> GenerationRow | None:
@@ -158,7 +163,9 @@ class Contents:
                 kind.replace(" ", "_"): {"files": share.files, "bytes": share.bytes} for kind, share in [*self.disk.items(), self.total()]
             },
             "leftovers": self.leftovers,
+            "unclear": self.orphans,
             "foreign": self.foreign,
+            "problems": self.problems,
         }
 
     def total(self) -> tuple[str, Share]:
@@ -190,12 +197,15 @@ async def inspect(files: Files, path: str, *, generation: int | None = None) -> 
         _disk(view),
         view.leftovers,
         view.foreign,
+        problems_of(view),
+        view.orphans,
+        view.doubt,
     )
 
 
 def _generations(view: View) -> list[GenerationRow]:
     rows = []
-    current = None if view.newer else max(view.manifests, default=None)
+    current = view.opens
     for number in view.manifest_bytes:
         written_s = view.files[names.manifest_name(number)].modified_ns / 1e9
         row = GenerationRow(number, datetime.fromtimestamp(written_s, UTC), current=number == current)

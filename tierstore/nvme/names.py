@@ -1,4 +1,4 @@
-"""File names in a store's directory. Anything else in there is foreign.
+"""File names in a store's directory. Anything else in there is foreign, but for what operating systems put everywhere.
 
 No name holds a path separator or a dot but the one before its suffix, and none begins like a device of Windows (`con`, `nul`),
 so nothing derived from a block's name can lead out of the directory. Each number is written in one way only, so that no two
@@ -17,6 +17,22 @@ CURRENT = "CURRENT"
 PROBE_NAME = "tierstore.probe"
 TEMPORARY = ".tmp"
 FIXED = frozenset({LOCK, HOLDER, CURRENT, CURRENT + TEMPORARY, PROBE_NAME})
+
+IGNORED = frozenset(
+    {
+        ".ds_store",
+        ".fseventsd",
+        ".spotlight-v100",
+        ".trashes",
+        "desktop.ini",
+        "thumbs.db",
+        "lost+found",
+        "system volume information",
+        "$recycle.bin",
+    }
+)
+"""What operating systems put into any directory that was looked at, or into the root of any drive, in lower case: some write these names
+in several ways. They keep no store from opening, which never opens, counts or removes them."""
 
 MAX_SLUG = 40
 MAX_NUMBER = 10**16 - 1
@@ -56,6 +72,11 @@ def manifest_generation(name: str) -> int | None:
 
 def is_temporary(name: str) -> bool:
     return name.endswith(TEMPORARY) or name == PROBE_NAME
+
+
+def is_ignored(name: str) -> bool:
+    """Whether it is as good as not there: see `IGNORED`."""
+    return name.lower() in IGNORED
 
 
 def is_ours(name: str) -> bool:

@@ -4,7 +4,7 @@
 A store at work makes, renames and deletes files while somebody lists them, and listing is not one moment. But a manifest is there
 only while every shard that it names is. So the directory is listed before and after its manifests are read: for a generation
 that stands in both listings, each of its shards stood in at least one. Where that does not come out, the store was quicker, and
-one looks again.
+one looks again. `CURRENT` is read before the second listing, so that what it names is not missing because it is newer than that.
 
 [Note: Reading what a store wrote]
 Payloads are read chunk by chunk, as many as `IN_FLIGHT` at once, each into a buffer of its own and summed in the thread that read
@@ -19,6 +19,7 @@ import errno
 import os
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from tierstore.catalog import PAGE, TensorSpec
 from tierstore.errors import DirectoryError, ShardError
@@ -26,8 +27,8 @@ from tierstore.nvme import names
 from tierstore.nvme.checksums import CHUNK_BYTES, checksum, num_chunks, shard_checksum
 from tierstore.nvme.directory import busy
 from tierstore.nvme.files import File, Files, FileStat, Lock, Request, aligned_buffer, move_all
-from tierstore.nvme.manifest import Record
-from tierstore.nvme.recovery import Found, load_manifest, read_hint, settle_store, unusable
+from tierstore.nvme.manifest import Hint, Record
+from tierstore.nvme.recovery import Found, contradictions, doubts, load_manifest, read_hint, scan, settle_store, unusable
 from tierstore.nvme.safetensors import parse_header
 from tierstore.nvme.shards import io_error
 from tierstore.threads import StalledError
@@ -41,9 +42,9 @@ LOOKS = 8
 _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
-@dataclass(slots=True)
+@dataclass
 class View(Found):
-    """What is found in a directory; see `recovery.Found` for the rest.
+    """What is found in a directory; see `recovery.Found` for the rest. Not changed any more once `look` has returned it.
 
     Attributes:
         path: Absolute.
@@ -54,18 +55,57 @@ class View(Found):
     newer: dict[int, DirectoryError] = field(default_factory=dict)
 
     @property
-    def leftovers(self) -> list[str]:
-        """Files of the store's that no generation needs: what a killed process left, or a running one is at work on.
+    def opens(self) -> int | None:
+        """The generation that a store goes on from, as far as manifests tell; None if it has none, or refuses."""
+        return None if self.newer else max(self.manifests, default=None)
 
-        Where a manifest cannot be read, shards may be its own, and are not counted.
+    @property
+    def warns(self) -> bool:
+        """A store that goes on from there says that something newer is damaged or missing; see `recovery.choose`."""
+        return self.opens is not None and (self.hint_damaged or max([*self.damaged, self.hint or 0]) > self.opens)
+
+    @property
+    def missing(self) -> int | None:
+        """The generation that `CURRENT` names, and of which there is no manifest."""
+        return self.hint if self.conflict is None and (self.hint or 0) > max(self.manifest_bytes, default=0) else None
+
+    @cached_property
+    def doubt(self) -> str | None:
+        """Which generation, that cannot be read now, shards may belong to that no other claims; None if there is none.
+
+        By the rule of who opens the directory: see [Note: What is not thrown away] in `recovery`.
         """
+        if self.newer:
+            return f"generation {max(self.newer)}, which a newer version of tierstore wrote"
+        chosen = self.manifests.get(max(self.manifests, default=0))
+        contradicting = contradictions(self, chosen)
+        if not (doubts(self, chosen) or contradicting):
+            return None
+        if self.missing is not None:
+            return f"generation {self.missing}, whose manifest is missing"
+        if self.damaged or contradicting:
+            return f"generation {max([*self.damaged, *contradicting])}, whose manifest cannot be used"
+        return f"a generation that {names.CURRENT} named before it was damaged"
+
+    @cached_property
+    def unclaimed(self) -> list[str]:
+        """Shards that no manifest names."""
         claimed = {record.shard.file for manifest in self.manifests.values() for record in manifest.records}
-        known = not (self.damaged or self.newer)
-        return sorted(
-            name
-            for name in self.files
-            if names.is_temporary(name) or (known and names.shard_number(name) is not None and name not in claimed)
-        )
+        return sorted(name for name in self.files if names.shard_number(name) is not None and name not in claimed)
+
+    @property
+    def orphans(self) -> list[str]:
+        """Shards that no manifest names, and that stay all the same until the next commit: see `doubt`."""
+        return self.unclaimed if self.doubt is not None else []
+
+    @property
+    def leftovers(self) -> list[str]:
+        """Files of the store's that no generation needs: what a killed process left, or a running one is at work on."""
+        return sorted([*filter(names.is_temporary, self.files), *(self.unclaimed if self.doubt is None else [])])
+
+    def bytes_of(self, listed: Iterable[str]) -> int:
+        """Lengths together."""
+        return sum(self.files[name].nbytes for name in listed)
 
     @property
     def foreign(self) -> list[str]:
@@ -89,10 +129,12 @@ async def look(files: Files, path: str) -> View:
         known = View(path=path)
         for _ in range(LOOKS):
             await _read_manifests(files, before, known)
-            after = await files.scan(path)
-            view = await _agree(files, before, after, known)
+            hint = await read_hint(files, path, before)
+            after = await scan(files, path)
+            view = _agree(before, after, known, hint)
             claimed = {record.shard.file for manifest in view.manifests.values() for record in manifest.records}
-            if view.manifest_bytes.keys() == _manifests(after).keys() and claimed <= view.files.keys():
+            whole = view.missing is None and not view.hint_damaged and claimed <= view.files.keys()
+            if whole and view.manifest_bytes.keys() == _manifests(after).keys():
                 break
             before = after
         return view
@@ -107,11 +149,11 @@ async def _scan(files: Files, path: str) -> dict[str, FileStat]:
         raise DirectoryError(f"{path} is not there", remedy="name the directory that the store was given as nvme=", path=path) from None
     if not status.directory:
         raise DirectoryError(f"{path} is not a directory", remedy="name the directory that the store was given as nvme=", path=path)
-    present = await files.scan(path)
+    present = await scan(files, path)
     if _looks_like_a_store(present):
         return present
-    inside = [name for name, status in sorted(present.items())[:1000] if status.directory]
-    stores = [os.path.join(path, name) for name in inside if _looks_like_a_store(await files.scan(os.path.join(path, name)))]
+    inside = [os.path.join(path, name) for name, status in sorted(present.items())[:1000] if status.directory]
+    stores = [name for name in inside if _looks_like_a_store(await _list_if_possible(files, name))]
     raise DirectoryError(
         f"{path} is not a store's directory",
         need="a manifest in it, or a store's lock",
@@ -119,6 +161,13 @@ async def _scan(files: Files, path: str) -> dict[str, FileStat]:
         remedy=f"did you mean {stores[0]}?" if stores else "name the directory that the store was given as nvme=",
         path=path,
     )
+
+
+async def _list_if_possible(files: Files, path: str) -> list[str]:
+    try:
+        return await files.listdir(path)
+    except OSError:
+        return []
 
 
 def _looks_like_a_store(present: Iterable[str]) -> bool:
@@ -148,7 +197,7 @@ async def _read_manifests(files: Files, present: dict[str, FileStat], known: Vie
         known.manifest_bytes[generation] = status.nbytes
 
 
-async def _agree(files: Files, before: dict[str, FileStat], after: dict[str, FileStat], known: View) -> View:
+def _agree(before: dict[str, FileStat], after: dict[str, FileStat], known: View, hint: Hint | None) -> View:
     """The generations that stand in both listings, and the files they need."""
     there = _manifests(before).keys() & _manifests(after).keys() & known.manifest_bytes.keys()
     view = View(path=known.path)
@@ -156,7 +205,8 @@ async def _agree(files: Files, before: dict[str, FileStat], after: dict[str, Fil
     view.manifests = {number: known.manifests[number] for number in sorted(there & known.manifests.keys())}
     view.damaged = {number: known.damaged[number] for number in sorted(there & known.damaged.keys())}
     view.newer = {number: known.newer[number] for number in sorted(there & known.newer.keys())}
-    view.damaged |= settle_store(view, known.path, await read_hint(files, known.path, after))
+    view.hint_damaged = names.CURRENT in before and hint is None
+    view.damaged |= settle_store(view, known.path, hint)
     claimed = {record.shard.file for manifest in view.manifests.values() for record in manifest.records}
     view.files = {**{name: status for name, status in before.items() if name in claimed}, **after}
     return view
@@ -209,6 +259,11 @@ def tensors_of(record: Record, chunk: int) -> tuple[TensorSpec, ...]:
     """Those of which some bytes lie in a chunk."""
     start, stop = chunk * CHUNK_BYTES, (chunk + 1) * CHUNK_BYTES
     return tuple(spec for spec in record.block.tensors if spec.nbytes and spec.offset < stop and spec.offset + spec.nbytes > start)
+
+
+def chunk_bytes(record: Record, chunk: int) -> int:
+    start, stop = _range(record, chunk)
+    return stop - start
 
 
 def all_tensors(record: Record) -> tuple[str, ...]:

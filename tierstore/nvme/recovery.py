@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tierstore.errors import DirectoryError, ShardError
@@ -34,7 +34,7 @@ from tierstore.nvme import names, windows
 from tierstore.nvme.files import Files, FileStat
 from tierstore.nvme.locks import MAX_HOLDER_BYTES, living_holder
 from tierstore.nvme.manifest import MAX_MANIFEST_BYTES, Hint, Manifest, Record, decode_hint, decode_manifest
-from tierstore.nvme.shards import Entry, Shard, io_error
+from tierstore.nvme.shards import RESTORE, Entry, Shard, io_error
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class Found:
     """A directory's contents.
 
     Attributes:
-        files: Every file and what it is.
+        files: Every file and what it is, without those that are ignored (`names.IGNORED`).
         manifests: The valid ones by generation.
         damaged: Why each other one cannot be used.
         manifest_bytes: Length of each manifest file, valid or not.
@@ -98,7 +98,7 @@ async def check_place(files: Files, path: str) -> None:
             await files.make_directory(path)
         elif not status.directory:
             raise DirectoryError(f"{path} is not a directory", remedy="name a directory of the store's own", path=path)
-        present = await files.listdir(path)
+        present = [name for name in await files.listdir(path) if not names.is_ignored(name)]
     except OSError as error:
         raise unusable(path, error) from error
     foreign = sorted(name for name in present if not names.is_ours(name))
@@ -167,6 +167,11 @@ def unusable(path: str, error: OSError) -> DirectoryError:
     return DirectoryError(problem, remedy="make it readable and writable", path=path)
 
 
+async def scan(files: Files, path: str) -> dict[str, FileStat]:
+    """Every name in a directory that means anything to a store, and what it is."""
+    return {name: status for name, status in (await files.scan(path)).items() if not names.is_ignored(name)}
+
+
 async def survey(files: Files, path: str) -> Found:
     """Read and check all manifests, and stat every file. The lock is held.
 
@@ -175,7 +180,7 @@ async def survey(files: Files, path: str) -> Found:
         TransferError: A read failed.
     """
     found = Found()
-    found.files = await files.scan(path)
+    found.files = await scan(files, path)
     _refuse_odd(path, found.files)
     for name, status in sorted(found.files.items()):
         generation = names.manifest_generation(name)
@@ -206,7 +211,7 @@ async def _read_manifest(files: Files, path: str, name: str, generation: int, st
 def _cannot_open(where: str, generation: int, error: ShardError) -> ShardError:
     return ShardError(
         f"generation {generation} cannot be opened ({where}): {error}",
-        remedy="open an older generation (generation=), or restore the file from a backup",
+        remedy=RESTORE,
         path=where,
         generation=generation,
         block=None,
@@ -281,9 +286,10 @@ async def load_manifest(files: Files, where: str, generation: int, nbytes: int) 
     return manifest
 
 
-async def read_hint(files: Files, path: str, present: Container[str]) -> Hint | None:
+async def read_hint(files: Files, path: str, present: Mapping[str, FileStat]) -> Hint | None:
     """What `CURRENT` says; None if it is not there, damaged, or cannot be read."""
-    if names.CURRENT not in present:
+    status = present.get(names.CURRENT)
+    if status is None or not status.regular:
         return None
     try:
         return decode_hint(await files.load(os.path.join(path, names.CURRENT), 256))
@@ -293,8 +299,9 @@ async def read_hint(files: Files, path: str, present: Container[str]) -> Hint | 
 
 async def read_holder(files: Files, path: str) -> int | None:
     """The process that has the directory open; None where no process that is alive says so."""
+    where = os.path.join(path, names.HOLDER)
     try:
-        return living_holder(await files.load(os.path.join(path, names.HOLDER), MAX_HOLDER_BYTES))
+        return living_holder(await files.load(where, MAX_HOLDER_BYTES)) if (await files.stat(where)).regular else None
     except OSError:
         return None
 
@@ -387,32 +394,46 @@ def link_shards(found: Found, path: str, chosen: Manifest | None) -> tuple[dict[
     The chosen generation has passed `check_shards`. Any other whose manifest contradicts it, a newer one or the files is damaged,
     and moves there. Files that are only missing are left for who opens that generation.
     """
+    for generation, wrong in contradictions(found, chosen).items():
+        where = os.path.join(path, names.manifest_name(generation))
+        found.damaged[generation] = ShardError(
+            f"generation {generation} cannot be opened ({where}): {wrong.shard.file} is not what it says",
+            remedy="open another generation, or restore the directory from a backup",
+            path=where,
+            generation=generation,
+            block=wrong.block.name,
+        )
+        log.warning("%s", found.damaged[generation])
+        del found.manifests[generation]
     shards: dict[str, Shard] = {}
-    described: dict[str, Record] = {}
     entries: dict[int, list[Entry]] = {}
-    for manifest in sorted(found.manifests.values(), key=lambda one: (one is chosen, one.generation), reverse=True):
+    for manifest in _chosen_first(found, chosen):
+        entries[manifest.generation] = []
+        for record in manifest.records:
+            file = record.shard.file
+            if file in found.files:
+                shard = shards.get(file) or shards.setdefault(file, Shard.from_record(record.block, record.shard))
+                shard.references += 1
+                entries[manifest.generation].append(Entry(record.block, shard))
+    return shards, entries
+
+
+def contradictions(found: Found, chosen: Manifest | None) -> dict[int, Record]:
+    """What is first wrong with each generation that contradicts the chosen one, a newer one or the lengths of the files."""
+    described: dict[str, Record] = {}
+    contradicting: dict[int, Record] = {}
+    for manifest in _chosen_first(found, chosen):
         records = [record for record in manifest.records if record.shard.file in found.files]
         wrong = next((record for record in records if _contradicts(record, described, found)), None)
         if wrong is not None:
-            generation, where = manifest.generation, os.path.join(path, names.manifest_name(manifest.generation))
-            found.damaged[generation] = ShardError(
-                f"generation {generation} cannot be opened ({where}): {wrong.shard.file} is not what it says",
-                remedy="open another generation, or restore the directory from a backup",
-                path=where,
-                generation=generation,
-                block=wrong.block.name,
-            )
-            log.warning("%s", found.damaged[generation])
-            del found.manifests[generation]
-            continue
-        entries[manifest.generation] = []
-        for record in records:
-            file = record.shard.file
-            described[file] = record
-            shard = shards.get(file) or shards.setdefault(file, Shard.from_record(record.block, record.shard))
-            shard.references += 1
-            entries[manifest.generation].append(Entry(record.block, shard))
-    return shards, entries
+            contradicting[manifest.generation] = wrong
+        else:
+            described.update((record.shard.file, record) for record in records)
+    return contradicting
+
+
+def _chosen_first(found: Found, chosen: Manifest | None) -> list[Manifest]:
+    return sorted(found.manifests.values(), key=lambda one: (one is chosen, one.generation), reverse=True)
 
 
 def _contradicts(record: Record, described: Mapping[str, Record], found: Found) -> bool:

@@ -28,7 +28,7 @@ from tierstore.nvme.manifest import Record, ShardRecord, encode_record
 from tierstore.threads import StalledError, under_way
 
 MIN_SCRATCH_BYTES = 1 << 18
-RESTORE = "open an older generation if keep= has kept one (generation=), or restore the file from a backup"
+RESTORE = "open an older generation (generation=), if keep= has kept one, or restore the file from a backup"
 
 
 @dataclass(eq=False, slots=True)
@@ -183,7 +183,8 @@ def chunk_range(shard: Shard, chunk: int) -> tuple[int, int]:
 def check_chunk(shard: Shard, path: str, chunk: int, found: int) -> None:
     assert shard.chunks is not None
     if found != shard.chunks[chunk]:
-        raise damage(shard, path, f"chunk {chunk} (16 MiB each) does not match its checksum", chunk=chunk)
+        start, stop = (shard.data_start + place for place in chunk_range(shard, chunk))
+        raise damage(shard, path, f"chunk {chunk} (bytes {start} to {stop}) does not match its checksum", chunk=chunk)
 
 
 async def verify_chunk(files: Files, file: File, path: str, shard: Shard, chunk: int, scratch: memoryview) -> None:

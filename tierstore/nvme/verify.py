@@ -13,7 +13,7 @@ from tierstore.errors import DirectoryError
 from tierstore.nvme import names
 from tierstore.nvme.files import Files
 from tierstore.nvme.manifest import Record
-from tierstore.nvme.reading import Problem, Reading, View, lock, look
+from tierstore.nvme.reading import Problem, Reading, View, chunk_bytes, lock, look
 from tierstore.nvme.recovery import some
 from tierstore.units import format_bytes
 
@@ -28,6 +28,7 @@ class BlockDamage:
         problems: One clause each, about the file.
         tensors: Those that cannot be trusted, in payload order. None of them: the damage is in bytes that mean nothing.
         whole: All of the block's tensors.
+        within_bytes: How many bytes the damage lies in, where it can be told: one checksum is for up to 16 MiB, whosever they are.
     """
 
     block: str
@@ -35,6 +36,7 @@ class BlockDamage:
     problems: list[str]
     tensors: list[str]
     whole: bool
+    within_bytes: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {"block": self.block, "file": self.file, "problems": self.problems, "tensors": self.tensors}
@@ -83,6 +85,10 @@ class Report:
         generations: Ascending.
         problems: What is wrong with the directory as a whole.
         notes: What is no damage, and worth knowing.
+        foreign: Files that are not the store's: none opens the directory while they are there.
+        opens: The generation that a store goes on from.
+        warns: It says then that a newer one, or `CURRENT`, is damaged or missing.
+        next_commit: What its next commit does about damage outside of that generation's blocks; one clause each.
         read_bytes: Payload bytes read.
         num_shards: Files that they came from.
     """
@@ -92,6 +98,10 @@ class Report:
     generations: list[GenerationReport] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    foreign: list[str] = field(default_factory=list)
+    opens: int | None = None
+    warns: bool = False
+    next_commit: list[str] = field(default_factory=list)
     read_bytes: int = 0
     num_shards: int = 0
 
@@ -114,6 +124,7 @@ class Report:
             "whole_generations": self.whole,
             "problems": self.problems,
             "notes": self.notes,
+            "foreign": self.foreign,
             "shards_read": self.num_shards,
             "payload_bytes_read": self.read_bytes,
         }
@@ -142,8 +153,9 @@ async def verify(files: Files, path: str, *, generation: int | None = None, begi
         view = await look(files, path)
         if view.newer and (generation is None or generation in view.newer):
             raise next(reversed(view.newer.values()))
-        report = Report(path, view.store, notes=[unlocked] if unlocked else [])
-        _check_directory(view, report)
+        report = Report(path, view.store, foreign=view.foreign, opens=view.opens, warns=view.warns, next_commit=_next_commit(view))
+        report.problems = problems_of(view)
+        report.notes = [*([unlocked] if unlocked else []), *notes_of(view)]
         await _check_generations(files, view, report, _chosen(view, generation), begin)
         return report
     finally:
@@ -161,45 +173,74 @@ def _chosen(view: View, generation: int | None) -> list[int]:
 
 def no_generation(view: View, generation: int) -> DirectoryError:
     available = tuple(sorted(view.manifest_bytes))
+    lost = bool(problems_of(view)) and not available
     return DirectoryError(
         f"generation {generation} is not in {view.path}",
         need=f"generation {generation}",
-        have=f"generations {', '.join(map(str, available))}" if available else "no commit",
-        remedy="choose one of those" if available else "commit first",
+        have=f"generations {', '.join(map(str, available))}" if available else "no manifest" if lost else "no commit",
+        remedy="choose one of those" if available else "restore the manifest from a backup" if lost else "commit first",
         path=view.path,
         available=available,
     )
 
 
-def _check_directory(view: View, report: Report) -> None:
-    newest = max(view.manifest_bytes, default=0)
+def problems_of(view: View) -> list[str]:
+    """What is wrong with the directory as a whole."""
+    problems = []
     if view.conflict is not None:
-        report.problems.append(str(view.conflict))
-    if names.CURRENT in view.files and view.hint is None:
-        report.problems.append(f"{names.CURRENT} is damaged; it is only a hint, and the next commit writes it anew")
-    elif view.conflict is None and (view.hint or 0) > newest:
-        report.problems.append(f"generation {view.hint} was committed, and its manifest is missing")
+        problems.append(str(view.conflict))
+    if view.hint_damaged:
+        problems.append(f"{names.CURRENT} is damaged" + ("; it is only a hint, and the next commit writes it anew" if view.opens else ""))
+    if view.missing is not None:
+        problems.append(f"generation {view.missing} was committed, and its manifest is missing")
     described: dict[str, Record] = {}
-    for generation, manifest in view.manifests.items():
-        for record in manifest.records:
-            if described.setdefault(record.shard.file, record) != record:
-                report.problems.append(f"generation {generation} and an older one disagree about {record.shard.file}")
-    if not view.manifest_bytes and not report.problems:
-        report.notes.append("nothing has been committed yet")
-    report.notes += notes_of(view)
+    problems.extend(
+        f"generation {generation} and an older one disagree about {record.shard.file}"
+        for generation, manifest in view.manifests.items()
+        for record in manifest.records
+        if described.setdefault(record.shard.file, record) != record
+    )
+    return problems
+
+
+def _next_commit(view: View) -> list[str]:
+    """See `Report.next_commit`."""
+    does = []
+    listed = some(list(map(str, sorted(view.damaged))), ", ")
+    if view.damaged:
+        manifests = f"manifest of generation {listed}" if len(view.damaged) == 1 else f"manifests of generations {listed}"
+        does.append(f"removes the damaged {manifests}")
+    if view.hint_damaged:
+        does.append(f"writes {names.CURRENT} anew")
+    if view.orphans:
+        one = "the shard that may" if len(view.orphans) == 1 else "the shards that may"
+        does.append(f"deletes {one} belong to {'it' if view.damaged and view.missing is None else view.doubt}")
+    return does
 
 
 def notes_of(view: View) -> list[str]:
     """What lies in the directory beside what its generations need."""
     notes = []
-    if view.leftovers:
-        nbytes = sum(view.files[name].nbytes for name in view.leftovers)
-        notes.append(
-            f"files that no generation needs, {format_bytes(nbytes)} in all, which the next opening deletes: {some(view.leftovers, ', ')}"
-        )
+    nothing = not (view.manifest_bytes or view.hint_damaged or view.missing)
+    if nothing:
+        notes.append("nothing has been committed yet")
+    if view.orphans:
+        stay = "until the next commit" if view.opens else "as no store opens the directory"
+        notes.append(f"{_shards(view, view.orphans)} that may belong to {view.doubt}: kept {stay}")
+    left = view.leftovers
+    if nothing and view.unclaimed:
+        notes.append(f"{_shards(view, view.unclaimed)} that no manifest names: opening the directory as a store deletes them")
+        left = [name for name in left if name not in view.unclaimed]
+    if left:
+        nbytes = format_bytes(view.bytes_of(left))
+        notes.append(f"files that no generation needs, {nbytes} in all, which the next opening deletes: {some(left, ', ')}")
     if view.foreign:
-        notes.append(f"files that are not the store's, which no store opens a directory with: {some(view.foreign, ', ')}")
+        notes.append(f"files that are not the store's: {some(view.foreign, ', ')}")
     return notes
+
+
+def _shards(view: View, listed: list[str]) -> str:
+    return f"{len(listed)} shard{'s' * (len(listed) != 1)} ({format_bytes(view.bytes_of(listed))})"
 
 
 async def _check_generations(files: Files, view: View, report: Report, chosen: list[int], begin: Begin | None) -> None:
@@ -228,6 +269,7 @@ def _damage(record: Record, problems: list[Problem]) -> BlockDamage:
     harmed = {name for problem in problems for name in problem.harms}
     tensors = [spec.name for spec in record.block.tensors if spec.name in harmed]
     ordered = sorted(problems, key=lambda problem: -1 if problem.chunk is None else problem.chunk)
-    return BlockDamage(
-        record.block.name, record.shard.file, [problem.what for problem in ordered], tensors, len(tensors) == len(record.block.tensors)
-    )
+    chunks = {problem.chunk for problem in problems}
+    within = None if None in chunks else sum(chunk_bytes(record, chunk) for chunk in chunks if chunk is not None)
+    whole = len(tensors) == len(record.block.tensors)
+    return BlockDamage(record.block.name, record.shard.file, [problem.what for problem in ordered], tensors, whole, within)
