@@ -20,6 +20,7 @@ from tests.nvme.common import kept
 from tests.quiet import assert_quiet, assert_same, disk_bytes, values
 from tierstore import CommitHandle, TierStore
 from tierstore.errors import BlockNotFoundError, DirectoryError, LeaseError, NoDirectoryError
+from tierstore.nvme import local
 
 PAGE = 4096
 
@@ -426,3 +427,61 @@ def test_what_stores_and_handles_look_like(tmp_path: Path) -> None:
         handle.result()
         assert repr(handle) == "<CommitHandle: generation 1>"
     assert repr(store) == "<TierStore: not open>"
+
+
+class SlowWrites:
+    """The drive: while closed, writes into shards of the blocks that are named wait."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *blocks: str) -> None:
+        self.open = threading.Event()
+        self._blocks = [f"block-{block}-" for block in blocks]
+        self._write = local._PWRITEV
+        monkeypatch.setattr(local, "_PWRITEV", self)
+
+    def __call__(self, descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        if any(block in os.readlink(f"/proc/self/fd/{descriptor}") for block in self._blocks):
+            assert self.open.wait(60)
+        count: int = self._write(descriptor, buffers, offset)
+        return count
+
+
+@pytest.mark.native_files
+def test_two_commits_in_flight_when_the_store_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second had been accepted, and close() refused it: it waited for the first to be saved before its instant came."""
+    with open_store(tmp_path) as store:
+        store.put("a", page(1))
+        store.put("b", page(1))
+        store.commit(0)
+        slow = SlowWrites(monkeypatch, "a", "b")
+        store.write("a", page(2))
+        first = store.commit(1, wait=False)
+        store.write("b", page(2))
+        second = store.commit(2, wait=False)
+        threading.Timer(0.2, slow.open.set).start()
+    assert isinstance(first, CommitHandle)
+    assert isinstance(second, CommitHandle)
+    assert (first.result(), second.result()) == (2, 3)
+    with open_store(tmp_path) as store:
+        assert store.committed is not None
+        assert store.committed.metadata == 2
+        assert read(store, "a") == read(store, "b") == 2
+
+
+@pytest.mark.native_files
+def test_what_is_put_behind_commits_is_not_in_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_store(tmp_path, keep=5) as store:
+        store.put("a", page(1))
+        store.commit(0)
+        slow = SlowWrites(monkeypatch, "a")
+        store.write("a", page(2))
+        handles = [store.commit(number, wait=False) for number in (1, 2, 3)]
+        store.put("later", page(3))
+        slow.open.set()
+        for handle in handles:
+            assert isinstance(handle, CommitHandle)
+            handle.result()
+        store.commit("all")
+    for generation, names in ((2, ["a"]), (3, ["a"]), (4, ["a"]), (5, ["a", "later"])):
+        with open_store(tmp_path, keep=5, generation=generation) as store:
+            assert list(store) == names
+            assert read(store, "a") == 2

@@ -101,6 +101,7 @@ class FailingFile:
 
     async def close(self) -> None:
         await self._file.close()
+        self._files.pass_by("file.close", self._path)
 
     def forget(self) -> None:
         self._file.forget()
