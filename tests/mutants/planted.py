@@ -320,25 +320,25 @@ MUTANTS = (
     Mutant(
         "old generations are dropped before the new one has its name",
         DIRECTORY,
-        "        self._useless.add(generation)\n        for entry in entries:\n",
-        "        await self._reclaim()\n        self._useless.add(generation)\n        for entry in entries:\n",
+        "        self._doubtful.add(generation)\n        for entry in entries:\n",
+        "        await self._reclaim()\n        self._doubtful.add(generation)\n        for entry in entries:\n",
         suite=CUTS,
     ),
     Mutant(
         "shards are let go though their manifest could not be dropped",
         DIRECTORY,
-        'could not be dropped yet: %s", self.path, error)\n            return False\n',
-        'could not be dropped yet: %s", self.path, error)\n',
+        "            self._doubtful.update(gone)\n            return False\n",
+        "",
         suite=ERRORS,
     ),
     Mutant(
         "a commit in doubt does not keep its shards",
         DIRECTORY,
         "        self._generations[generation] = [entry.shard for entry in entries]\n        self._useless.add(generation)\n"
-        "        for entry in entries:\n            self.retain(entry.shard)\n        try:\n"
+        "        self._doubtful.add(generation)\n        for entry in entries:\n            self.retain(entry.shard)\n        try:\n"
         "            await self.files.replace(final + names.TEMPORARY, final)\n            await self.files.sync_directory(self.path)\n"
         '        except OSError as error:\n            raise io_error(error, "naming the manifest", path=final) from error\n',
-        "        self._useless.add(generation)\n        try:\n"
+        "        self._useless.add(generation)\n        self._doubtful.add(generation)\n        try:\n"
         "            await self.files.replace(final + names.TEMPORARY, final)\n            await self.files.sync_directory(self.path)\n"
         '        except OSError as error:\n            raise io_error(error, "naming the manifest", path=final) from error\n'
         "        self._generations[generation] = [entry.shard for entry in entries]\n"
@@ -355,8 +355,8 @@ MUTANTS = (
     Mutant(
         "a sync that failed is tried again on the same file",
         SHELF,
-        "            shard.suspect = True\n",
-        "            pass\n",
+        "        shard.suspect = True\n",
+        "",
         suite=ERRORS,
     ),
     Mutant(
@@ -393,18 +393,32 @@ MUTANTS = (
         suite="tests/test_disk_use.py",
     ),
     Mutant(
-        "a commit begins before the one ahead of it has all it needs",
+        "any number of commits are saved side by side",
         SCHEDULER,
-        "if request.commit and self._commit_saving():",
-        "if False:",
+        " or self.waiting.saving_commits > SAVING_COMMITS",
+        "",
         suite="tests/test_disk_use.py",
     ),
     Mutant(
         "what a failed sync may have dropped counts as saved",
         SHELF,
-        "            self.on_suspect(shard)\n",
-        "",
+        "shard.spare = self.on_suspect(shard)",
+        "shard.spare = False",
         suite="tests/faults/test_lost_syncs.py",
+    ),
+    Mutant(
+        "close() forgets a commit behind others",
+        ENGINE,
+        "            fixed = [capture for capture in self.captures if capture.request.started or capture.request.resolved]\n",
+        "            fixed = [capture for capture in self.captures[:1] if capture.request.started]\n            self.captures = []\n",
+        suite="tests/test_commit.py",
+    ),
+    Mutant(
+        "commits in doubt pile up",
+        DIRECTORY,
+        "return self._doubtful | {",
+        "return {",
+        suite="tests/nvme/test_recovery.py",
     ),
     Mutant(
         "without checksums, what a failed sync may have dropped is believed",

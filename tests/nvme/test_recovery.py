@@ -631,7 +631,8 @@ def test_what_cannot_be_deleted_now_is_deleted_later(files: Any, swap: str, bloc
         await directory._space.trim()
         assert directory.used_bytes > used
         await directory.commit([Entry(block, kept)])
-        assert directory.used_bytes <= used
+        manifests = 0 if files.syncs_directories else footprint(4096)  # one more is kept there
+        assert directory.used_bytes <= used + manifests
         assert len(shard_files(swap)) == 1
 
     with_directory(swap, use, files=files)
