@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
+import itertools
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +21,12 @@ from safetensors import safe_open
 
 from tierstore import TierStore
 from tierstore.cli import main
-from tierstore.errors import ShardError, TierFullError
-from tierstore.export import FILLERS, REFUSED, Exported, Options, export
+from tierstore.errors import ShardError, TierFullError, TransferError
+from tierstore.export import Exported, Options, export
+from tierstore.export.layout import FILLERS, REFUSED
 from tierstore.nvme.files import File
 from tierstore.nvme.local import LocalFiles
+from tierstore.threads import StalledError
 
 INDEX = "model.safetensors.index.json"
 Tensors = dict[str, torch.Tensor]
@@ -352,18 +357,169 @@ def test_a_full_drive_leaves_nothing(directory: Path, tmp_path: Path, at: int) -
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("operation", ["save", "replace", "sync_directory"])
-def test_what_fails_at_the_end_leaves_no_index(directory: Path, tmp_path: Path, operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def failing(*_: object, **__: object) -> None:
-        raise OSError(errno.EIO, "Input/output error")
+class Ends(LocalFiles):
+    """Operations on names fail from the nth on, `times` of them."""
 
-    out_files = LocalFiles()
-    tmp_path.joinpath("out").mkdir()
-    monkeypatch.setattr(out_files, operation, failing)
-    with pytest.raises(Exception, match="naming the export failed"):
-        exported(directory, tmp_path / "out", out_files)
-    assert not list(tmp_path.joinpath("out").glob("*.tmp"))
-    assert (tmp_path / "out" / INDEX).exists() == (operation == "sync_directory"), "all is there by then"
+    def __init__(self, first: int, times: float, failure: Callable[[], OSError] = lambda: OSError(errno.EIO, "Input/output error")) -> None:
+        super().__init__()
+        self.first = first
+        self.times = times
+        self.failure = failure
+        self.begun: list[tuple[str, ...]] = []
+        self.done: list[tuple[str, ...]] = []
+        self.failed = 0
+
+    def _begin(self, *operation: str) -> None:
+        self.begun.append(operation)
+        if self.first <= len(self.begun) and self.failed < self.times:
+            self.failed += 1
+            raise self.failure()
+
+    async def save(self, path: str, data: bytes, *, sync: bool) -> None:
+        self._begin("save", path)
+        await super().save(path, data, sync=sync)
+
+    async def replace(self, source: str, target: str) -> None:
+        self._begin("replace", source, target)
+        await super().replace(source, target)
+        self.done.append(("replace", source, target))
+
+    async def unlink(self, path: str) -> None:
+        self._begin("unlink", path)
+        await super().unlink(path)
+        self.done.append(("unlink", path))
+
+    async def sync_directory(self, path: str) -> None:
+        self._begin("sync", path)
+        await super().sync_directory(path)
+        self.done.append(("sync", path))
+
+
+SMALL: dict[str, Any] = {"only": ("layer0", "embedding"), "max_shard_bytes": 20_000}
+"""Two files, soon written."""
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in out.iterdir()} if out.exists() else {}
+
+
+def fill(directory: Path, out: Path, there: str) -> None:
+    shutil.rmtree(out, ignore_errors=True)
+    if there != "nothing":
+        out.mkdir()
+        (out / "config.json").write_text("{}")
+    if there == "an export":
+        exported(directory, out, only=("head", "layer0"), max_shard_bytes=20_000, generation=1, force=True)
+    if there == "one file":
+        (out / "model.safetensors").write_text("theirs")
+
+
+THERE = pytest.mark.parametrize("there", ["nothing", "a directory", "an export", "one file"])
+
+
+@THERE
+@pytest.mark.parametrize("link", [False, True])
+def test_what_fails_once_leaves_everything_as_it_was(directory: Path, tmp_path: Path, there: str, link: bool) -> None:
+    out = tmp_path / "out"
+    for first in range(1, 100):
+        fill(directory, out, there)
+        before, files = contents(out), Ends(first, 1)
+        try:
+            done = exported(directory, out, files, force=True, link=link, **SMALL)
+        except (TransferError, OSError):
+            assert contents(out) == before, files.begun
+            assert out.exists() == (there != "nothing")
+            continue
+        kept = {name for note in done.notes for name in contents(out) if note.startswith(f"{name},")}
+        assert set(contents(out)) - {"config.json", INDEX, *done.files} == kept, "what could not be removed is told"
+        if not kept:
+            assert same(load(out), {name: tensor for block in SMALL["only"] for name, tensor in weights(0)[block].items()})
+        if not files.failed:
+            break
+    assert first > 8, "operations that may fail"
+
+
+@THERE
+def test_a_drive_that_refuses_everything_leaves_no_index_without_its_files(
+    directory: Path, tmp_path: Path, there: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    for first in range(1, 100):
+        fill(directory, out, there)
+        before, files = contents(out), Ends(first, math.inf)
+        caplog.clear()
+        try:
+            exported(directory, out, files, force=True, **SMALL)
+        except TransferError:
+            after = contents(out)
+            if INDEX in after:
+                part_of_one_export(after)
+            visible = {name: data for name, data in after.items() if not name.endswith(".tmp")}
+            assert visible == before or "could not be left as it was" in caplog.text
+        if not files.failed:
+            break
+    assert first > 8
+
+
+def part_of_one_export(there: dict[str, bytes]) -> None:
+    for file in set(json.loads(there[INDEX])["weight_map"].values()):
+        header = json.loads(there[file][8 : 8 + int.from_bytes(there[file][:8], "little")])
+        named = {name for name, where in json.loads(there[INDEX])["weight_map"].items() if where == file}
+        assert named == header.keys() - {"__metadata__"}
+
+
+def test_a_drive_that_does_not_answer_is_not_asked_again(directory: Path, tmp_path: Path) -> None:
+    fill(directory, tmp_path / "out", "an export")
+    clean = Ends(1000, 0)
+    exported(directory, tmp_path / "out", clean, force=True, **SMALL)
+    named = next(number for number, operation in enumerate(clean.begun, 1) if operation[-1].endswith(INDEX))
+    files = Ends(named + 1, math.inf, lambda: StalledError(1.0))
+    with pytest.raises(TransferError):
+        exported(directory, tmp_path / "out", files, force=True, **SMALL)
+    assert files.failed == 2, "the first, and one while tidying up"
+
+
+def test_a_power_cut_never_leaves_an_index_with_files_of_another_export(directory: Path, tmp_path: Path) -> None:
+    """What was done to names since the directory was synced may be lost, each on its own; also while a failure is made good."""
+    out = tmp_path / "out"
+    fill(directory, out, "an export")
+    old = set(contents(out)) - {"config.json"}
+    new = {INDEX, *exported(directory, out, force=True, **SMALL).files}
+    assert len(old & new) > 2, "or nothing could be mixed up"
+    for first in range(1, 100):
+        fill(directory, out, "an export")
+        files = Ends(first, 1)
+        with contextlib.suppress(TransferError):
+            exported(directory, out, files, force=True, **SMALL)
+        # all new files are there under their temporary names before anything else happens to names
+        since: list[tuple[str, ...]] = [("make", *(name + ".tmp" for name in new))]
+        durable = dict.fromkeys(old, "old")
+        for what, *paths in [*files.done, ("sync", "at last")]:
+            if what != "sync":
+                since.append((what, *(path.removeprefix(str(out) + os.sep) for path in paths)))
+                continue
+            for chosen in itertools.product([False, True], repeat=len(since)):
+                state = after(durable, list(itertools.compress(since, chosen)))
+                if INDEX in state:
+                    assert {state.get(name) for name in (old if state[INDEX] == "old" else new)} == {state[INDEX]}, (since, chosen)
+                elif not files.failed:
+                    assert all("new" in (state.get(name), state.get(name + ".tmp")) for name in new), "one of the two is complete"
+            durable, since = after(durable, since), []
+        if not files.failed:
+            break
+    assert durable == dict.fromkeys(new, "new")
+
+
+def after(state: dict[str, str], operations: list[tuple[str, ...]]) -> dict[str, str]:
+    state = dict(state)
+    for what, *paths in operations:
+        if what == "make":
+            state |= dict.fromkeys(paths, "new")
+        elif what == "unlink":
+            state.pop(paths[0], None)
+        elif what == "replace" and paths[0] in state:
+            state[paths[1]] = state.pop(paths[0])
+    return state
 
 
 # -- sharing bytes ---------------------------------------------------------------------------------------------------------

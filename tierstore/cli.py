@@ -219,8 +219,8 @@ def export(
     """Write the weights in a store's directory DIR to OUT, as Hugging Face's libraries lay out a model.
 
     These are model-00001-of-0000N.safetensors and model.safetensors.index.json. Training state is left out: blocks whose names begin with
-    optimizer/, gradients/, activations/ or training/. Every byte is checked as it is read, and a failure leaves nothing in OUT. Nothing
-    in DIR is changed; no store may have it open meanwhile.
+    optimizer/, gradients/, activations/ or training/. Every byte is checked as it is read, and a failure leaves OUT as it was.
+    Nothing in DIR is changed; no store may have it open meanwhile.
 
     A file that --link has hard-linked is the store's own file under a second name: the store will not change it, and nor should you.
 

@@ -16,12 +16,15 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from click.testing import CliRunner, Result
 
 from tests.durability.processes import Child
 from tests.durability.watched import Canaries, changes, only_inside
 from tests.quiet import tensor_of
 from tierstore import TierStore
+from tierstore.cli import main
 from tierstore.errors import DirectoryError, OptionError, ShardError, SizeError
+from tierstore.export.layout import INDEX
 from tierstore.nvme import manifest as manifest_module
 from tierstore.nvme import names
 from tierstore.nvme.checksums import checksum
@@ -400,6 +403,68 @@ def test_what_is_no_plain_file_is_refused_before_it_is_opened(kind: str, swap: P
         if old is not None:
             path.write_bytes(old)
     assert use_fully(swap) == 4
+
+
+LOOKING = ("verify", "inspect", "export")
+
+
+def look_with(command: str, swap: Path, out: Path) -> Result:
+    where = [str(out), "--force"] if command == "export" else []
+    return CliRunner().invoke(main, [command, str(swap), *where], env={"COLUMNS": "200"})
+
+
+def untouched(path: Path) -> dict[str, tuple[int, ...]]:
+    looks = {file.name: file.lstat() for file in path.iterdir()}
+    return {name: (look.st_mode, look.st_size, look.st_ino, look.st_mtime_ns) for name, look in looks.items()}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no such files")
+@pytest.mark.parametrize("kind", [*ODD, "a link to a pipe"])
+def test_what_is_no_plain_file_is_told_by_who_only_looks(kind: str, swap: Path, tmp_path: Path, canaries: Canaries) -> None:
+    """And not opened: a pipe is waited for."""
+    os.mkfifo(tmp_path / "pipe")
+    make = ODD.get(kind, lambda path, canaries: path.symlink_to(tmp_path / "pipe"))
+    for name in UNDER:
+        path = swap / name
+        old = path.read_bytes() if path.exists() else None
+        path.unlink(missing_ok=True)
+        make(path, canaries)
+        before = untouched(swap)
+        for command in LOOKING:
+            result = look_with(command, swap, tmp_path / "out")
+            newest = names.manifest_generation(name) in (2, 3)
+            said = f"generation {names.manifest_generation(name)} of" if command == "export" and newest else name
+            assert said in result.output, command
+            assert isinstance(result.exception, SystemExit | None)
+            needed = newest or name in (names.LOCK, "block-a-00000003.safetensors")
+            if command == "export":
+                assert (result.exit_code == 0) == (not needed)
+            elif command == "verify" and name != names.LOCK:
+                assert "no store opens the directory" in " ".join(result.output.split())
+            assert untouched(swap) == before
+        path.rmdir() if kind == "a directory" else path.unlink()
+        if old is not None:
+            path.write_bytes(old)
+    assert use_fully(swap) == 4
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no such files")
+@pytest.mark.parametrize("kind", ODD)
+def test_what_is_no_plain_file_where_an_export_is_written(kind: str, swap: Path, tmp_path: Path, canaries: Canaries) -> None:
+    """It is replaced, not written to."""
+    for name in (INDEX, INDEX + ".tmp", "model-00001-of-00001.safetensors", "model-00001-of-00001.safetensors.tmp", "model.safetensors"):
+        out = tmp_path / f"out-{name}"
+        out.mkdir()
+        ODD[kind](out / name, canaries)
+        result = look_with("export", swap, out)
+        assert isinstance(result.exception, SystemExit | None)
+        if kind == "a directory":  # it cannot be removed as a file: left, or left aside and told
+            assert (result.exit_code == 0) == (not name.endswith(".tmp"))
+            assert name in result.output
+            continue
+        assert result.exit_code == 0
+        assert sorted(os.listdir(out)) == ["model-00001-of-00001.safetensors", INDEX]
+        assert all(stat.S_ISREG(file.lstat().st_mode) for file in out.iterdir())
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no such files")

@@ -91,7 +91,8 @@ class View(Found):
     def unclaimed(self) -> list[str]:
         """Shards that no manifest names."""
         claimed = {record.shard.file for manifest in self.manifests.values() for record in manifest.records}
-        return sorted(name for name in self.files if names.shard_number(name) is not None and name not in claimed)
+        shards = (name for name, status in self.files.items() if status.regular and names.shard_number(name) is not None)
+        return sorted(name for name in shards if name not in claimed)
 
     @property
     def orphans(self) -> list[str]:
@@ -101,7 +102,8 @@ class View(Found):
     @property
     def leftovers(self) -> list[str]:
         """Files of the store's that no generation needs: what a killed process left, or a running one is at work on."""
-        return sorted([*filter(names.is_temporary, self.files), *(self.unclaimed if self.doubt is None else [])])
+        temporary = (name for name, status in self.files.items() if status.regular and names.is_temporary(name))
+        return sorted([*temporary, *(self.unclaimed if self.doubt is None else [])])
 
     def bytes_of(self, listed: Iterable[str]) -> int:
         """Lengths together."""
@@ -109,8 +111,8 @@ class View(Found):
 
     @property
     def foreign(self) -> list[str]:
-        """Names that are no store's. A store refuses to open the directory while they are there."""
-        return sorted(name for name in self.files if not names.is_ours(name))
+        """What is no store's: by its name, or as no plain file. A store refuses to open the directory while it is there."""
+        return sorted(name for name, status in self.files.items() if not (names.is_ours(name) and status.regular))
 
 
 def absolute(path: str | os.PathLike[str]) -> str:
@@ -224,7 +226,8 @@ async def lock(files: Files, path: str) -> tuple[Lock | None, str | None]:
     """
     where = os.path.join(path, names.LOCK)
     try:
-        await files.stat(where)
+        if not (await files.stat(where)).regular:  # what a link leads to, or a device, is not opened
+            raise DirectoryError(f"the lock of {path} is not a plain file", remedy=f"remove {names.LOCK}", path=path, foreign=(names.LOCK,))
         held = files.lock(where)
     except FileNotFoundError:
         return None, None

@@ -1,45 +1,30 @@
 """Takes the weights out of a store's directory: safetensors files and an index, as Hugging Face's libraries write and read them.
 
-[Note: Nothing half-written]
-All files are written under names that end in `.tmp` and synced. Then an export that is to be replaced loses its index first, the new
-files get their names, and the new index gets its name last: whoever finds an index finds all that it names.
-
-[Note: Files that are the export already]
-A shard without fillers is, byte for byte, a file that an export could consist of: its header has the key `format` that readers ask
-for, and one of ours that they pass over. Such a file can be shared instead of copied. A reflink shares its bytes until either side
-is changed, so it is always tried. A hard link is the same file under a second name; that is safe from the store, which never
-rewrites a file with more than one link, but not from whoever changes the export in place, so it must be asked for.
+See [Note: Nothing half-written] in `naming`, and [Note: Files that are the export already] in `layout`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fnmatch
-import json
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from tierstore.catalog import PAGE, STATE_PREFIXES, TensorSpec, round_up
-from tierstore.errors import DirectoryError, OptionError, ShardError, TensorError
-from tierstore.nvme import names
+from tierstore.catalog import STATE_PREFIXES
+from tierstore.errors import DirectoryError, OptionError, ShardError
+from tierstore.export.layout import INDEX, REFUSED, Part, Placed, encode_index, is_export, lay_out, tensor_names, why_no_export
+from tierstore.export.naming import Naming
 from tierstore.nvme.checksums import CHUNK_BYTES
 from tierstore.nvme.files import File, Files, Request, move_all
 from tierstore.nvme.manifest import Manifest, Record
 from tierstore.nvme.reading import Problem, Reading, View, check_file, lock, look, tensors_of
 from tierstore.nvme.recovery import some
-from tierstore.nvme.safetensors import LENGTH_BYTES
 from tierstore.nvme.shards import io_error
 from tierstore.nvme.verify import Begin, no_generation, problems_of
 
-INDEX = "model.safetensors.index.json"
-WHOLE = "model.safetensors"
-"""A model in one file. Readers take it before an index, so an export beside it would not be seen."""
-
 DEFAULT_MAX_SHARD = "5GB"
-_PART = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,36 +48,6 @@ class Options:
     max_shard_bytes: int = 5 * 10**9
     link: bool = False
     force: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Placed:
-    """One tensor's place in an export: bytes from the start of its file's data."""
-
-    name: str
-    record: Record
-    spec: TensorSpec
-    begin: int
-
-
-@dataclass(slots=True)
-class Part:
-    """One file of an export.
-
-    Attributes:
-        tensors: In the manifest's order.
-        same_as: The shard that is this file already.
-        header: Its first bytes.
-    """
-
-    tensors: list[Placed]
-    same_as: Record | None = None
-    header: bytes = b""
-    file: str = ""
-
-    @property
-    def tensor_bytes(self) -> int:
-        return sum(placed.spec.nbytes for placed in self.tensors)
 
 
 @dataclass(slots=True)
@@ -125,7 +80,7 @@ class Exported:
     notes: list[str] = field(default_factory=list)
 
 
-# -- choosing and laying out: pure ----------------------------------------------------------------------------------------
+# -- choosing ----------------------------------------------------------------------------------------
 
 
 def select(manifest: Manifest, only: Sequence[str], exclude: Sequence[str]) -> list[Record]:
@@ -154,116 +109,6 @@ def _matches(block: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(block, pattern) for pattern in patterns)
 
 
-def tensor_names(records: Sequence[Record]) -> tuple[dict[tuple[str, str], str], bool]:
-    """What each tensor is called in the export, by block and tensor, and whether blocks' names had to come before theirs.
-
-    Raises:
-        TensorError: Two would have the same name all the same.
-    """
-    pairs = [(record, spec.name) for record in records for spec in record.block.tensors]
-    qualified = len({name for _, name in pairs}) < len(pairs)
-    called: dict[tuple[str, str], str] = {}
-    taken: dict[str, tuple[str, str]] = {}
-    for record, name in pairs:
-        block = record.block.name
-        full = f"{block}.{name}" if qualified and not record.block.single else name
-        if full in taken:
-            raise TensorError(
-                f"two tensors would be exported as {full!r}: {name!r} of block {block!r}, and {taken[full][1]!r} of {taken[full][0]!r}",
-                remedy="leave one of the blocks out with --exclude",
-                block=block,
-                tensor=name,
-            )
-        called[block, name] = full
-        taken[full] = (block, name)
-    return called, qualified
-
-
-def lay_out(records: Sequence[Record], called: dict[tuple[str, str], str], *, max_bytes: int, apart: bool) -> list[Part]:
-    """Distribute tensors over files, in the manifest's order.
-
-    Args:
-        records: Blocks to export.
-        called: From `tensor_names`.
-        max_bytes: Tensor bytes of one file.
-        apart: Blocks whose shards are export files already have a file each.
-    """
-    groups: list[list[tuple[Record, TensorSpec]]] = [[]]
-    filled = 0
-    for record in records:
-        alone = apart and _is_export(record, called)
-        for index, spec in enumerate(record.block.tensors):
-            begins = index == 0 if alone else bool(groups[-1]) and filled + spec.nbytes > max_bytes
-            if begins and groups[-1]:
-                groups.append([])
-                filled = 0
-            groups[-1].append((record, spec))
-            filled += spec.nbytes
-        if alone:
-            groups.append([])
-            filled = 0
-    parts = [_part(group, called) for group in groups if group]
-    for number, part in enumerate(parts, 1):
-        part.file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-    return parts
-
-
-def _part(group: Sequence[tuple[Record, TensorSpec]], called: dict[tuple[str, str], str]) -> Part:
-    places = dict(_places([spec for _, spec in group]))
-    part = Part([Placed(called[record.block.name, spec.name], record, spec, places[index]) for index, (record, spec) in enumerate(group)])
-    record = group[0][0]
-    if len(group) == len(record.block.tensors) and all(other is record for other, _ in group) and _is_export(record, called):
-        part.same_as = record
-    part.header = _header(part.tensors)
-    return part
-
-
-def _places(specs: Sequence[TensorSpec]) -> Iterator[tuple[int, int]]:
-    """(index, begin) of each: one behind the other, wider items first if some would otherwise not be aligned to their size."""
-    order = list(range(len(specs)))
-    begins = [0]
-    for spec in specs:
-        begins.append(begins[-1] + spec.nbytes)
-    if any(begin % specs[index].item_bytes for index, begin in enumerate(begins[:-1])):
-        order.sort(key=lambda index: -specs[index].item_bytes)
-    begin = 0
-    for index in order:
-        yield index, begin
-        begin += specs[index].nbytes
-
-
-RENAMED, FILLERS, REFUSED = "with renamed tensors", "with gaps between tensors", "that the file system does not share"
-"""Why a block's shard is no file of an export."""
-
-
-def _is_export(record: Record, called: dict[tuple[str, str], str]) -> bool:
-    """Whether the shard is a file of an export as it is."""
-    return _why_no_export(record, called) is None
-
-
-def _why_no_export(record: Record, called: dict[tuple[str, str], str]) -> str | None:
-    block = record.block
-    if any(called[block.name, spec.name] != spec.name for spec in block.tensors):
-        return RENAMED
-    return FILLERS if sum(spec.nbytes for spec in block.tensors) != block.nbytes else None
-
-
-def _header(tensors: Sequence[Placed]) -> bytes:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    for placed in tensors:
-        spec = placed.spec
-        header[placed.name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": (placed.begin, placed.begin + spec.nbytes)}
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
-    length = round_up(LENGTH_BYTES + len(text), PAGE) - LENGTH_BYTES
-    return length.to_bytes(LENGTH_BYTES, "little") + text.ljust(length)
-
-
-def encode_index(parts: Sequence[Part]) -> bytes:
-    weight_map = {placed.name: part.file for part in parts for placed in part.tensors}
-    index = {"metadata": {"total_size": sum(part.tensor_bytes for part in parts)}, "weight_map": weight_map}
-    return json.dumps(index, ensure_ascii=False, indent=2).encode("utf-8") + b"\n"
-
-
 # -- carrying it out --------------------------------------------------------------------------------------------------------
 
 
@@ -279,9 +124,9 @@ async def export(files: Files, out_files: Files, path: str, options: Options, *,
 
     Raises:
         BusyError: A store has the directory open.
-        ShardError: Damage; names block and tensors. Nothing is left in `out`.
+        ShardError: Damage; names block and tensors. `out` is as it was.
         DirectoryError, OptionError, TensorError: What was asked for cannot be done. Nothing was written.
-        TierFullError, TransferError: Reading or writing failed. Nothing is left in `out`.
+        TierFullError, TransferError: Reading or writing failed. `out` is as it was, unless the drive refuses that, too.
     """
     await look(files, path)  # before anything else: what is no store's directory is not locked either
     held, unlocked = await lock(files, path)
@@ -303,7 +148,7 @@ async def export(files: Files, out_files: Files, path: str, options: Options, *,
         exported.notes = [*([unlocked] if unlocked else []), *_notes(view, manifest, options)]
         exported.files = [part.file for part in parts]
         if options.link:
-            exported.not_shared.update(why for record in records if (why := _why_no_export(record, called)) is not None)
+            exported.not_shared.update(why for record in records if (why := why_no_export(record, called)) is not None)
         writer = Writer(files, out_files, view, options, parts, exported)
         try:
             await writer.run(records, begin)
@@ -343,6 +188,8 @@ def _choose(view: View, generation: int | None) -> Manifest:
 def _notes(view: View, manifest: Manifest, options: Options) -> Iterator[str]:
     if options.generation is None and (view.hint or 0) > manifest.generation:
         yield f"generation {view.hint} was committed, and its manifest is missing: this is an older state"
+    if view.foreign:
+        yield f"files that are not the store's: {some(view.foreign, ', ')}"
     for option, patterns in (("--only", options.only), ("--exclude", options.exclude)):
         for pattern in patterns:
             if not any(_matches(record.block.name, [pattern]) for record in manifest.records):
@@ -375,6 +222,8 @@ async def _prepare(out_files: Files, view: View, options: Options) -> bool:
         try:
             await out_files.make_directory(out)
         except OSError as error:
+            with contextlib.suppress(OSError):  # it may be made, and not synced
+                await out_files.remove_directory(out)
             raise io_error(error, "making the directory", path=out) from error
         return True
     except OSError as error:
@@ -393,11 +242,6 @@ async def _prepare(out_files: Files, view: View, options: Options) -> bool:
     return False
 
 
-def is_export(name: str) -> bool:
-    """Whether a file is one that an export consists of, or that would be read in its place."""
-    return name in (INDEX, WHOLE) or _PART.fullmatch(name) is not None
-
-
 class Writer:
     """Carries out one export."""
 
@@ -410,7 +254,7 @@ class Writer:
         self._exported = exported
         self._open: dict[str, File] = {}  # by part
         self._pieces: dict[tuple[str, str], tuple[Part, Placed]] = {}  # what is copied, by block and tensor
-        self._written: list[str] = []  # temporary names that may be there
+        self._naming = Naming(out_files, options.out)
 
     async def run(self, records: Sequence[Record], begin: Begin | None) -> None:
         progress: Callable[[int], None] | None = None
@@ -435,12 +279,11 @@ class Writer:
         """See [Note: Files that are the export already]. The bytes are checked afterwards like all others."""
         if part.same_as is None:
             return False
-        source, target = os.path.join(self._view.path, part.same_as.shard.file), self._temporary(part.file)
+        source = os.path.join(self._view.path, part.same_as.shard.file)
         ways = [("reflink", self._out.clone), ("hard link", self._out.link)]
         for way, share in ways if self._options.link else ways[:1]:
             try:
-                await self._discard(target)
-                self._written.append(target)
+                target = await self._naming.make(part.file)
                 await share(source, target)
             except OSError:
                 continue  # not on this file system, or not across two
@@ -453,11 +296,9 @@ class Writer:
         return False
 
     async def _begin(self, part: Part) -> None:
-        target = self._temporary(part.file)
-        file = self._open[part.file] = self._out.file(target, write=True)
         try:
-            await self._discard(target)
-            self._written.append(target)
+            target = await self._naming.make(part.file)
+            file = self._open[part.file] = self._out.file(target, write=True)
             await file.create(len(part.header) + part.tensor_bytes)
             await move_all(self._out, file.write, [Request(0, memoryview(part.header))])
         except OSError as error:
@@ -483,40 +324,32 @@ class Writer:
                 raise self._failed(error, "writing", name) from error
 
     async def _publish(self) -> None:
-        out, index = self._options.out, self._temporary(INDEX)
         try:
-            self._written.append(index)
-            await self._out.save(index, encode_index(self._parts), sync=True)
-            present = sorted(await self._out.listdir(out), key=lambda name: name != INDEX)
-            ours = {os.path.basename(path) for path in self._written}
-            abandoned = [name for name in present if name not in ours and is_export(name.removesuffix(names.TEMPORARY))]
-            for name in abandoned:  # by an export that was killed, or given up to --force
-                await self._out.unlink(os.path.join(out, name))
-            for name in [*self._exported.files, INDEX]:
-                await self._out.replace(self._temporary(name), os.path.join(out, name))
-            await self._out.sync_directory(out)
+            await self._out.save(await self._naming.make(INDEX), encode_index(self._parts), sync=True)
+        except OSError as error:
+            raise self._failed(error, "writing", INDEX) from error
+        try:
+            left = await self._naming.publish(self._exported.files)
         except OSError as error:
             raise self._failed(error, "naming", INDEX) from error
+        self._exported.notes.extend(f"{name}, which was replaced, could not be removed" for name in left)
 
     async def undo(self, made: bool) -> None:
-        """After a failure: leave nothing half-written. Failures of this are not worth more than the first one."""
-        with contextlib.suppress(OSError):
-            await self._close()
-            for path in self._written:
-                await self._discard(path)
-            if made:
+        """After a failure: leave `out` as it was. Failures of this are not worth more than the first one."""
+        for file in self._open.values():
+            with contextlib.suppress(OSError):
+                await file.close()
+        await self._naming.undo()
+        if made:
+            with contextlib.suppress(OSError):
                 await self._out.remove_directory(self._options.out)
 
     async def _close(self) -> None:
-        for file in self._open.values():
-            await file.close()
-
-    async def _discard(self, path: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            await self._out.unlink(path)
-
-    def _temporary(self, name: str) -> str:
-        return os.path.join(self._options.out, name + names.TEMPORARY)
+        for name, file in self._open.items():
+            try:
+                await file.close()
+            except OSError as error:
+                raise self._failed(error, "closing", name) from error
 
     def _failed(self, error: OSError, doing: str, name: str) -> Exception:
         failure = io_error(error, f"{doing} the export", path=os.path.join(self._options.out, name))
