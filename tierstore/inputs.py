@@ -9,6 +9,7 @@ import torch
 from tierstore.catalog import Block, check_text, lay_out
 from tierstore.errors import OptionError, TensorError
 from tierstore.mover.operations import Source, Tensors
+from tierstore.nvme.safetensors import check_can_be_read
 from tierstore.residency import Tier
 from tierstore.tiers.device import NAMES
 
@@ -64,7 +65,9 @@ def _unsuitable(tensor: object) -> tuple[str, str]:
 
 def block_of(name: str, source: Source, *, single: bool, frozen: bool) -> Block:
     specs = [(tensor, NAMES[value.dtype], tuple(value.shape)) for tensor, value in source.tensors.items()]
-    return lay_out(name, specs, single=single, frozen=frozen)
+    block = lay_out(name, specs, single=single, frozen=frozen)
+    check_can_be_read(block)
+    return block
 
 
 def tier_of(value: str | Tier) -> Tier:

@@ -16,8 +16,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from tierstore.catalog import FILLER_PREFIX, ITEM_BYTES, PAGE, TENSOR_ALIGNMENT, Block, lay_out
-from tierstore.errors import ShardError
-from tierstore.nvme.safetensors import BLOCK_KEY, build_header, header_length, parse_header
+from tierstore.errors import ShardError, SizeError, TensorError
+from tierstore.nvme.safetensors import (
+    BLOCK_KEY,
+    build_header,
+    check_can_be_read,
+    header_bounds,
+    header_length,
+    num_values,
+    parse_header,
+)
 
 texts = st.text(min_size=1, max_size=12).filter(lambda text: not any("\ud800" <= c <= "\udfff" for c in text))
 tensor_names = texts.filter(lambda text: not text.startswith(FILLER_PREFIX) and text != "__metadata__")
@@ -155,3 +163,33 @@ def test_the_reference_refuses_what_we_call_holes(tmp_path: Path) -> None:
     path.write_bytes(raw_header(BAD["hole"]) + bytes(10))
     with pytest.raises(SafetensorError):
         load_file(path)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        [("w", "F32", (2**62, 0))],
+        [("w", "F32", (1,) * 65)],
+        [("n" * 100_000_000, "F32", (1,))],
+        [("," * 9_000_000, "F32", (1,))],
+    ],
+    ids=["size", "dimensions", "name", "values"],
+)
+def test_what_no_reader_would_take_back_is_refused(tensors: list[tuple[str, str, tuple[int, ...]]]) -> None:
+    """It was written, committed, and the directory could not be opened again."""
+    with pytest.raises(SizeError):
+        check_can_be_read(lay_out("b", tensors))
+
+
+@given(st.lists(st.tuples(st.text(min_size=1, max_size=8), st.lists(st.integers(0, 9), max_size=64)), max_size=6, unique_by=lambda t: t[0]))
+def test_the_estimate_of_a_header_is_no_less_than_the_header(tensors: list[tuple[str, list[int]]]) -> None:
+    """Whatever is allowed can be written and parsed: with limits at what is estimated."""
+    try:
+        block = lay_out("b", [(name, "U8", tuple(shape) if math.prod(shape) < 1 << 20 else (1,)) for name, shape in tensors])
+    except TensorError:
+        return  # names that no shard can hold
+    check_can_be_read(block)
+    header = build_header(block)
+    bound_bytes, bound_values = header_bounds(block)
+    assert len(header) <= bound_bytes + PAGE
+    assert num_values(header) <= bound_values

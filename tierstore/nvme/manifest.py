@@ -18,7 +18,7 @@ from tierstore.catalog import FILLER_PREFIX, ITEM_BYTES, PAGE, TENSOR_ALIGNMENT,
 from tierstore.errors import DirectoryError, OptionError, ShardError, SizeError
 from tierstore.nvme import names
 from tierstore.nvme.checksums import checksum, num_chunks
-from tierstore.nvme.safetensors import MAX_DIMENSIONS, MAX_HEADER_BYTES, MAX_VALUES, num_values, read_object
+from tierstore.nvme.safetensors import MAX_DIMENSIONS, MAX_HEADER_BYTES, MAX_SIZE, MAX_VALUES, num_values, read_object
 
 FORMAT = 1
 MAX_MANIFEST_BYTES = 1 << 27
@@ -30,7 +30,6 @@ MAX_METADATA_DEPTH = 100
 _FRAME = re.compile(rb',"checksum":"([0-9a-f]{16})"\}\n')
 _FRAME_BYTES = len(',"checksum":"0123456789abcdef"}\n')
 _HEX = re.compile(r"[0-9a-f]{16}")
-_BIG = 2**62
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,7 +283,7 @@ def _hex(value: object, where: str) -> int:
 
 
 def _natural(value: object, what: str) -> int:
-    if type(value) is not int or not 0 <= value < _BIG:
+    if type(value) is not int or not 0 <= value < MAX_SIZE:
         _refuse(f"{what} is not a non-negative whole number")
     return value
 

@@ -14,13 +14,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from tierstore.catalog import FILLER_PREFIX, ITEM_BYTES, PAGE, Block, round_up
-from tierstore.errors import ShardError
+from tierstore.errors import ShardError, SizeError
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
 """What the format allows; other readers refuse more."""
 
 MAX_DIMENSIONS = 64
+MAX_SIZE = 2**62
+"""No dimension, offset or length is as large."""
+
+ENTRY_BYTES = 160
+"""Of a header's entry at most, but for its name and shape."""
+
+ENTRY_VALUES = 12
+"""Likewise, as `num_values` counts."""
+
 MAX_VALUES = 1 << 23
 """JSON values in a header or manifest, as `num_values` counts them: up to about 100 bytes of memory each while they are parsed. A block
 of a few tensors takes about 40."""
@@ -73,6 +82,43 @@ def build_header(block: Block) -> bytes:
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     data_start = round_up(LENGTH_BYTES + len(text), PAGE)
     return (data_start - LENGTH_BYTES).to_bytes(LENGTH_BYTES, "little") + text.ljust(data_start - LENGTH_BYTES)
+
+
+def check_can_be_read(block: Block) -> None:
+    """Refuse a block whose shard no reader would take back. Pure; any thread.
+
+    Raises:
+        SizeError: Names too long or tensors too many for a header, dimensions too many or too large.
+    """
+    for spec in block.tensors:
+        if len(spec.shape) > MAX_DIMENSIONS or any(size >= MAX_SIZE for size in spec.shape):
+            raise SizeError(
+                f"tensor {spec.name!r} of block {block.name!r} has a shape that the file format cannot hold",
+                need=f"at most {MAX_DIMENSIONS} dimensions, each below 2**62",
+                have=f"{len(spec.shape)} dimensions, the largest {max(spec.shape)}",
+                remedy="store a view with fewer dimensions",
+                block=block.name,
+                tensor=spec.name,
+            )
+    nbytes, values = header_bounds(block)
+    if nbytes + PAGE > MAX_HEADER_BYTES or values > MAX_VALUES:
+        raise SizeError(
+            f"block {block.name[:100]!r} has names too long, or too many tensors, for one file's header",
+            need=f"at most {MAX_HEADER_BYTES} bytes and {MAX_VALUES} values",
+            have=f"up to {nbytes} bytes and {values} values",
+            remedy="use shorter names, or several blocks",
+            block=block.name,
+        )
+
+
+def header_bounds(block: Block) -> tuple[int, int]:
+    """No fewer than the bytes and the values (as `num_values` counts them) of a block's header, but for its padding."""
+    names = json.dumps([block.name, *(spec.name for spec in block.tensors)], ensure_ascii=False).encode()
+    entries = 2 * len(block.tensors) + 2  # a filler behind each at most, and the metadata
+    dimensions = sum(len(spec.shape) for spec in block.tensors)
+    nbytes = len(names) + entries * ENTRY_BYTES + 21 * dimensions
+    values = num_values(names) + entries * ENTRY_VALUES + dimensions
+    return nbytes, values
 
 
 def _entry(dtype: str, shape: tuple[int, ...], begin: int) -> dict[str, Any]:
