@@ -173,8 +173,9 @@ def test_shutdown_does_not_wait_for_what_hangs(pool: Threads) -> None:
 def test_what_nobody_is_left_to_begin_is_given_up_at_shutdown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "STALL_S", 2.0)
     monkeypatch.setattr(threads, "MAX_LOST", 1)
-    pool, gate = Threads("test", 1, Watch()), threading.Event()
-    pool.submit(gate.wait)
+    pool, gate, begun = Threads("test", 1, Watch()), threading.Event(), threading.Event()
+    pool.submit(lambda: (begun.set(), gate.wait()))
+    assert begun.wait(PATIENCE_S)
     for _ in range(2):
         pool.tick(1.0)
     queued = pool.submit(int)
