@@ -34,6 +34,7 @@ class Extents:
         self.records: dict[BlockId, Record] = {}
         self.leased: dict[BlockId, Record] = {}
         self.held: dict[BlockId, Record] = {}
+        self.blank_bytes = 0
         self.save_failed: dict[BlockId, Record] = {}
         self.arenas = {Tier.GPU: Arena(gpu_bytes), Tier.RAM: Arena(ram_bytes)}
         self.has_nvme = has_nvme
@@ -69,6 +70,8 @@ class Extents:
 
     def load_cost(self, block: BlockId, tier: Tier) -> float:
         record = self.records[block]
+        if record.blank:
+            return 0.0
         if tier is Tier.RAM:
             return record.nbytes * self._seconds_per_byte[Link.NVME_READ]
         cost = record.nbytes * self._seconds_per_byte[Link.H2D]
@@ -97,6 +100,8 @@ class Extents:
             if record.copy(tier).state is not State.ABSENT:
                 self.discard(record, tier)
         self.save_failed.pop(record.id, None)
+        if record.blank:
+            self.blank_bytes -= record.nbytes
         del self.records[record.id]
 
     def reserve(self, record: Record, tier: Tier, offset: int) -> None:
@@ -147,6 +152,36 @@ class Extents:
             record.ram.apply(Event.SUPERSEDE)
             self.policy.removed(record.id, Tier.RAM)
             self.arrived(record, Tier.RAM)
+            self._stale[record.id] = record
+
+    def begin_fresh(self, record: Record) -> None:
+        """A lease that writes all of the block begins in the extent reserved for it; what other tiers hold is out of date."""
+        record.version += 1
+        if record.blank:
+            record.blank = False
+            self.blank_bytes -= record.nbytes
+        self.supersede_ram(record)
+        record.gpu.apply(Event.WRITE)
+        self.policy.admitted(record.id, Tier.GPU)
+
+    def make_blank(self, record: Record) -> None:
+        """Nobody wants the content of a block on which nothing is under way. Without NVMe its home in RAM stays."""
+        record.version += 1
+        record.blank = True
+        self.blank_bytes += record.nbytes
+        if record.gpu.state is not State.ABSENT:
+            self.discard(record, Tier.GPU)
+        self.supersede_ram(record)
+        if self.has_nvme and record.ram.state is not State.ABSENT and record.ram.settled:
+            self.discard(record, Tier.RAM)
+
+    def declare(self, record: Record) -> None:
+        """A block without content begins; without NVMe, in the extent in RAM that was reserved as its home."""
+        record.blank = True
+        self.blank_bytes += record.nbytes
+        if not self.has_nvme:
+            record.ram.apply(Event.LOAD)
+            record.ram.apply(Event.OUTDATED)
             self._stale[record.id] = record
 
     def finish_make(self, record: Record, tier: Tier) -> None:

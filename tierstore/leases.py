@@ -19,8 +19,10 @@ class Leases:
         self._owned: dict[Owner, dict[Record, int]] = {}
         self._writes_of: dict[Owner, int] = {}
 
-    def check_use(self, owner: Owner, records: tuple[Record, ...], writes: frozenset[int]) -> None:
+    def check_use(self, owner: Owner, records: tuple[Record, ...], writes: frozenset[int], fresh: frozenset[int] = frozenset()) -> None:
         for record in records:
+            if record.blank and record.id not in fresh:
+                raise no_content(record)
             if record.id not in writes:
                 continue
             if record.block.frozen:
@@ -40,7 +42,7 @@ class Leases:
         owned = self._owned.get(owner)
         return owned is not None and all(self.placement.records[BlockId(number)] in owned for number in numbers)
 
-    def _begin_lease(self, owner: Owner, records: tuple[Record, ...], writes: frozenset[int]) -> Lease:
+    def _begin_lease(self, owner: Owner, records: tuple[Record, ...], writes: frozenset[int], spent: frozenset[int] = frozenset()) -> Lease:
         owned = self._owned.setdefault(owner, {})
         for record in records:
             if record.id in writes:
@@ -51,7 +53,7 @@ class Leases:
                 record.readers[owner] = record.readers.get(owner, 0) + 1
             self.placement.leased[record.id] = record
             owned[record] = owned.get(record, 0) + 1
-        return Lease(owner, records, writes)
+        return Lease(owner, records, writes, spent)
 
     def _end_lease(self, lease: Lease) -> list[Record]:
         """End a lease. Returns the records that nobody leases any more."""
@@ -71,6 +73,8 @@ class Leases:
             if not record.leased:
                 del self.placement.leased[record.id]
                 free.append(record)
+                if record.id in lease.spent:
+                    self.placement.make_blank(record)
             owned[record] -= 1
             if owned[record] == 0:
                 del owned[record]
@@ -84,3 +88,9 @@ class Leases:
         record.version += 1
         record.gpu.apply(Event.WRITE)
         self.placement.supersede_ram(record)
+
+
+def no_content(record: Record) -> LeaseError:
+    name = record.block.name
+    remedy = "it is a buffer of the training: it has content from when it is written until it is used up"
+    return LeaseError(f"block {name!r} has no content", remedy=remedy, block=name)

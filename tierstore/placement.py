@@ -336,6 +336,15 @@ class Placement(Extents):
             self.fetch(record, kind, protect=protect, before=before)
         return gpu.state is not State.ABSENT
 
+    def make_room(self, record: Record, *, protect: Collection[Record] = ()) -> bool:
+        """Reserve an extent on the device for a block that is not loaded, as its content does not matter. False: not yet."""
+        if record.gpu.state is State.ABSENT:
+            offset = self.room(Tier.GPU, record.nbytes, protect=protect, low=record.hold is Tier.GPU)
+            if offset is None:
+                return False
+            self.reserve(record, Tier.GPU, offset)
+        return True
+
     def _load(self, record: Record, kind: Kind) -> None:
         self.start_load(record, Tier.GPU)
         record.ram.readers += 1
@@ -591,7 +600,7 @@ class Placement(Extents):
         """Bring what is missing on `tier`; False: not now."""
         if record.gpu.valid or record.gpu.loading or record.locked or record.vacating:
             return True
-        if record.load_error is not None:
+        if record.load_error is not None or record.blank:
             return True
         if self.policy.ranks_ahead:
             before: float = position

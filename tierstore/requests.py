@@ -56,6 +56,8 @@ class Record:
         nvme_writing: A write of this block to NVMe is under way.
         readers: Read leases per owner. writer, writer_depth: the write lease.
         born: When its `put` finished, in the sequence of requests; None before.
+        blank: It has no content: declared and not written yet, or given up by its last lease. No tier holds bytes that anybody wants, and
+            a commit passes it by. See [Note: Blank blocks] in `scheduler`.
         locked: A `put`, `write` or `delete` works on the bytes from the host; no transfer may start.
         hold: The tier it was ordered to stay on.
         commit_pending: Must reach NVMe for a commit before it may be written again.
@@ -66,6 +68,7 @@ class Record:
 
     __slots__ = (
         "asked",
+        "blank",
         "block",
         "born",
         "commit_pending",
@@ -99,6 +102,7 @@ class Record:
         self.writer: Owner | None = None
         self.writer_depth = 0
         self.born: int | None = None
+        self.blank = False
         self.locked = False
         self.hold: Tier | None = None
         self.commit_pending = 0
@@ -191,9 +195,17 @@ class Request:
 
 @dataclass(eq=False)
 class Use(Request):
-    """Lease blocks on the device, all or none."""
+    """Lease blocks on the device, all or none.
+
+    Attributes:
+        writes: Ids of those that may be written.
+        fresh: Of these, those whose content does not matter: it is not loaded.
+        spent: Of these, those whose content nobody wants once the lease has ended.
+    """
 
     writes: frozenset[int] = frozenset()
+    fresh: frozenset[int] = frozenset()
+    spent: frozenset[int] = frozenset()
     lease: Lease | None = None
 
 
@@ -254,7 +266,7 @@ class Save(Request):
         A flush is about what was there when it was asked for. A commit holds the state of the instant at which it starts: writes
         of that moment may rest on blocks that came while it waited for writers.
         """
-        return record.born is not None and (self.commit or record.born < self.sequence)
+        return record.born is not None and not record.blank and (self.commit or record.born < self.sequence)
 
 
 @dataclass(eq=False, slots=True)
@@ -264,6 +276,7 @@ class Lease:
     owner: Owner
     records: tuple[Record, ...]
     writes: frozenset[int]
+    spent: frozenset[int] = frozenset()
 
 
 def names_of(records: tuple[Record, ...]) -> str:

@@ -61,6 +61,7 @@ VALID = frozenset({State.CLEAN, State.DIRTY, State.SAVING})
 NEXT: dict[tuple[State, Event], State] = {
     (State.ABSENT, Event.RESERVE): State.RESERVED,
     (State.RESERVED, Event.LOAD): State.LOADING,
+    (State.RESERVED, Event.WRITE): State.DIRTY,  # nothing was loaded: whoever leases it writes all of it
     (State.RESERVED, Event.DROP): State.ABSENT,
     (State.RESERVED, Event.DISCARD): State.ABSENT,
     (State.LOADING, Event.LOADED): State.CLEAN,

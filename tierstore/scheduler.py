@@ -13,6 +13,12 @@ them fails with `DeadlockError`.
 [Note: Leases of one owner]
 Owners are threads, or asyncio tasks. Inside its own lease an owner may take any block again: reading inside reading, reading
 or writing inside writing. Writing inside one's own read lease raises, as two owners doing so would wait for each other.
+
+[Note: Blank blocks]
+Gradients are written whole, read once and then worth nothing. To load what is to be overwritten, to write back what is used up, or to
+save either for a commit would move twice the bytes for nobody. So a lease may be `fresh` in a block: it gets an extent, and no content;
+and a block may be `spent` by a lease: at its end the content is dropped on every tier and the block is blank until its next fresh
+lease. What was blank has no version that anybody could ask for: commits pass it by, reading it raises.
 """
 
 from __future__ import annotations
@@ -26,7 +32,7 @@ from tierstore.clock import Clock
 from tierstore.errors import BlockExistsError, BlockNotFoundError, CapacityError
 from tierstore.extents import MEMORY_TIERS
 from tierstore.fitness import Prospect, check_fits, deadlock, lacks_room, scattered
-from tierstore.leases import Leases
+from tierstore.leases import Leases, no_content
 from tierstore.placement import Placement
 from tierstore.requests import (
     HostAccess,
@@ -107,22 +113,31 @@ class Scheduler(Leases):
             raise BlockNotFoundError(f"no block {name!r}", have=near, remedy="put() it first", block=name) from None
         return record
 
-    def try_use(self, owner: Owner, records: tuple[Record, ...], writes: frozenset[int]) -> Lease | None:
+    def try_use(
+        self,
+        owner: Owner,
+        records: tuple[Record, ...],
+        writes: frozenset[int],
+        fresh: frozenset[int] = frozenset(),
+        spent: frozenset[int] = frozenset(),
+    ) -> Lease | None:
         """The fast path: a lease if every block is ready and nobody waits for it; else None.
 
         Raises:
             LeaseError, FrozenError: The lease can never be given.
         """
-        self.check_use(owner, records, writes)
+        self.check_use(owner, records, writes, fresh)
         if self._stalled and owner not in self._owned:
             return None
         for record in records:
             write = record.id in writes
-            if not self._ready(record, owner, write) or self._conflict(record, owner, write):
+            if not (self._ready(record, owner, write) or self._blank_and_free(record, fresh)) or self._conflict(record, owner, write):
                 return None
         if self.waiting and any(self._contended(record, owner, record.id in writes) for record in records):
             return None
-        return self._grant(owner, records, writes)
+        if fresh and not all(self._ready(record, owner, record.id in writes) or self._take_room(record) for record in records):
+            return None  # `submit` comes next, and goes on with what was reserved
+        return self._grant(owner, records, writes, fresh, spent)
 
     def submit(self, request: Request) -> None:
         """Queue a request; `advance` serves it.
@@ -142,6 +157,8 @@ class Scheduler(Leases):
             except CapacityError:
                 if isinstance(request, Make):
                     self.forget(request.records[0])
+                elif isinstance(request, Use) and request.fresh:
+                    self._unreserve(request)  # what `try_use` had begun
                 raise
         self.placement.forgive(request.records if isinstance(request, Use | Place) else ())
         self._tried.clear()
@@ -337,6 +354,8 @@ class Scheduler(Leases):
         for record in request.records:
             if record.load_error is not None and isinstance(request, Use | Place):
                 return record.load_error
+            if record.blank and isinstance(request, Use | Place | HostAccess) and not _may_be_blank(request, record):
+                return no_content(record)
             comes_from_device = isinstance(request, Place) and request.tier is Tier.RAM and not record.ram.valid
             if record.save_error is not None and (isinstance(request, Vacate) or comes_from_device):
                 return record.save_error
@@ -345,14 +364,11 @@ class Scheduler(Leases):
     def _try_serve(self, request: Request, protect: set[Record]) -> bool:
         """Serve a request without conflicts, or do what brings it nearer. A `Use` protects its own blocks too."""
         if isinstance(request, Use):
-            for record in request.records:
-                if not self._ready(record, request.owner, record.id in request.writes):
-                    break
-            else:
+            if self._grantable(request):
                 return True
             protect.update(request.records)  # in place: a copy for each who waits would cost the square of their number
             self._bring_all(request, protect)
-            return False
+            return bool(request.fresh) and self._grantable(request)  # room may be all that was missing
         request.cause = "space"  # and no longer a lease
         record = request.records[0]
         if isinstance(request, Place):
@@ -365,6 +381,13 @@ class Scheduler(Leases):
         if request.write:
             return record.gpu.settled and record.ram.settled and not record.nvme_writing
         return self._steady(record) is not None
+
+    def _grantable(self, request: Use) -> bool:
+        """Whether every block is where the lease needs it."""
+        return all(
+            self._ready(record, request.owner, record.id in request.writes) or self._waits_fresh(record, request.fresh)
+            for record in request.records
+        )
 
     @staticmethod
     def _steady(record: Record) -> Tier | None:
@@ -379,9 +402,13 @@ class Scheduler(Leases):
             gpu = record.gpu
             if gpu.valid or gpu.loading:
                 continue
-            nvme = nvme or not record.ram.valid
+            fresh = record.id in request.fresh
+            nvme = nvme or not (record.ram.valid or fresh)
             if self._starved and gpu.state is State.ABSENT:
                 space = True
+            elif fresh:
+                if not self.placement.make_room(record, protect=protect):
+                    self._starved = space = True
             elif not self.placement.bring(record, Kind.DEMAND, protect=protect):
                 self._starved = space = True
         request.cause = "nvme" if nvme else "space" if space else "copy"
@@ -497,7 +524,14 @@ class Scheduler(Leases):
         for record in [record for record, position in self._hinted.items() if now - position > HINT_LIFE]:
             del self._hinted[record]
         for record in list(itertools.islice(self._hints, BURST)):
-            if record.gpu.valid or record.gpu.loading or record.locked or record.load_error is not None or record in claimed:
+            if (
+                record.gpu.valid
+                or record.gpu.loading
+                or record.locked
+                or record.blank
+                or record.load_error is not None
+                or record in claimed
+            ):
                 del self._hints[record]
                 continue
             if self._starved or record.ram.moving:
@@ -550,18 +584,45 @@ class Scheduler(Leases):
             request.owner != owner and (write or record.id in claim(request)[1]) for request in self.waiting.wanting(record)
         )
 
-    def _grant(self, owner: Owner, records: tuple[Record, ...], writes: frozenset[int]) -> Lease:
+    def _grant(
+        self,
+        owner: Owner,
+        records: tuple[Record, ...],
+        writes: frozenset[int],
+        fresh: frozenset[int] = frozenset(),
+        spent: frozenset[int] = frozenset(),
+    ) -> Lease:
         for record in records:
             self._hinted.pop(record, None)
             self.placement.arrived(record, _GPU)
-        return self._begin_lease(owner, records, writes)
+            if record.id in fresh and not record.gpu.valid:
+                self.placement.begin_fresh(record)
+        return self._begin_lease(owner, records, writes, spent)
+
+    def _blank_and_free(self, record: Record, fresh: frozenset[int]) -> bool:
+        """Whether the fast path may look for room: nobody else waits who could have a claim to it."""
+        return record.id in fresh and record.gpu.state is State.ABSENT and not record.locked and not self.waiting
+
+    def _take_room(self, record: Record) -> bool:
+        offset = self.placement.arenas[_GPU].allocate(record.nbytes, low=record.hold is _GPU)
+        if offset is None:
+            return False
+        self.placement.reserve(record, _GPU, offset)
+        return True
+
+    @staticmethod
+    def _waits_fresh(record: Record, fresh: frozenset[int]) -> bool:
+        """Whether the block has the extent that a fresh lease writes."""
+        return record.id in fresh and record.gpu.state is State.RESERVED and record.gpu.settled and not record.locked
 
     def note_use(self, records: tuple[Record, ...], writes: frozenset[int]) -> None:
         """Record the accesses of a lease that is being asked for, and where its blocks were found."""
         if records:
             self.placement.pace.asked(self._clock.now_ns(), len(records))
         for record in records:
-            if record.gpu.valid or record.gpu.loading:
+            if record.blank:
+                found = _GPU  # nothing is to be found anywhere, and nothing has to be
+            elif record.gpu.valid or record.gpu.loading:
                 found = _GPU
                 self.hits += 1
             else:
@@ -591,7 +652,7 @@ class Scheduler(Leases):
         elif isinstance(request, Use):
             now_ns = self._clock.now_ns()
             self.placement.pace.granted(now_ns, now_ns - request.queued_ns, request.cause)
-            request.lease = self._grant(request.owner, request.records, request.writes)
+            request.lease = self._grant(request.owner, request.records, request.writes, request.fresh, request.spent)
         elif isinstance(request, HostAccess) and not request.write:
             request.lease = self._grant(request.owner, request.records, frozenset())
             request.tier = self._steady(request.records[0])
@@ -646,14 +707,16 @@ class Scheduler(Leases):
         record.locked = False
         del self._locked[record]
 
-    def make_ended(self, record: Record, *, filled: bool, on_nvme: bool = False) -> None:
-        """A `put` has filled its extents, or failed to."""
+    def make_ended(self, record: Record, *, filled: bool, on_nvme: bool = False, blank: bool = False) -> None:
+        """A `put` has filled its extents, or failed to; or it was to make a block without content."""
         self._hosts -= 1
         record.locked = False
         if not filled:
             self.forget(record)
             return
         record.born = next(self._sequence)
+        if blank:
+            self.placement.declare(record)
         if on_nvme:
             record.nvme_version = record.version
 
@@ -731,6 +794,11 @@ class Scheduler(Leases):
             if not isinstance(request, Make):  # without NVMe, what is free in RAM decides, and changes
                 del self.waiting.unproven[number]
         return False
+
+
+def _may_be_blank(request: Request, record: Record) -> bool:
+    """Whether the request does without the block's content."""
+    return record.id in request.fresh if isinstance(request, Use) else isinstance(request, HostAccess) and request.write
 
 
 def _is_granted_use(request: Request) -> bool:

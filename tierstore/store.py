@@ -151,6 +151,7 @@ class StoreBase:
             tensors = {spec.name: TensorInfo(spec.shape, DTYPES[spec.dtype], spec.nbytes) for spec in record.block.tensors}
             lowest_is_ram = not engine.placement.has_nvme
             dirty = record.gpu.state in (State.DIRTY, State.SAVING) if lowest_is_ram else record.nvme_version != record.version
+            dirty &= not record.blank
             return BlockInfo(
                 name=name,
                 tensors=tensors,
@@ -237,8 +238,26 @@ def face_over(face: type[Face], engine: Engine) -> Face:
 class UseBase:
     """The context of one `use()`: what both faces do on entering and leaving."""
 
-    def __init__(self, engine: Engine, names: tuple[str, ...], write: bool | str | Collection[str], timeout: float | None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        names: tuple[str, ...],
+        write: bool | str | Collection[str],
+        timeout: float | None,
+        *,
+        fresh: Collection[str] = (),
+        spent: Collection[str] = (),
+        owner: Owner | None = None,
+    ) -> None:
+        """Note what is asked for.
+
+        Args:
+            engine, names, write, timeout: As in `TierStore.use`.
+            fresh, spent: Names among those written; see [Note: Blank blocks] in `scheduler`.
+            owner: On whose behalf; None: the thread's or task's that enters.
+        """
         self._engine = engine
+        self._fresh, self._spent, self._owner = fresh, spent, owner
         self._names = names
         self._timeout = timeout
         self._ticket: Ticket | None = None
@@ -261,8 +280,8 @@ class UseBase:
             raise LeaseError("one use() context cannot be entered twice", remedy="call use() again")
 
     def _begin(self, owner: Owner) -> Future[None] | None:
-        self._ticket = Ticket(owner)
-        return self._engine.begin_use(self._ticket, self._names, self._write)
+        self._ticket = Ticket(owner if self._owner is None else self._owner)
+        return self._engine.begin_use(self._ticket, self._names, self._write, self._fresh, self._spent)
 
     def _yield(self) -> Leased:
         assert self._ticket is not None

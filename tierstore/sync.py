@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Collection, Coroutine
+from collections.abc import Callable, Collection, Coroutine, Iterable
 from functools import partial
 from typing import Any, Literal, TypeVar
 
@@ -173,7 +173,18 @@ class TierStore(StoreBase):
             FrozenError: A frozen block in `write`.
             TransferError, ShardError: The block could not be brought.
         """
-        return Use(self.engine, names, write, timeout)
+        engine = self.engine
+        if engine.unsettled:
+            self._settle(names)
+        return Use(engine, names, write, timeout)
+
+    def _settle(self, names: Iterable[str] | None = None) -> None:
+        """Have done what somebody put off until these blocks are asked for (None: any)."""
+        unsettled = self.engine.unsettled
+        for name in list(unsettled) if names is None else [name for name in names if name in unsettled]:
+            finish = unsettled.get(name)
+            if finish is not None:
+                finish()
 
     def prefetch(self, *names: str) -> None:
         """Hint that these blocks are used soon. Returns at once; it may be ignored, and takes no space that a lease waits for."""
@@ -181,6 +192,7 @@ class TierStore(StoreBase):
 
     def read(self, name: str) -> torch.Tensor | dict[str, torch.Tensor]:
         """A copy of the newest values on the CPU. Takes no device memory, and of RAM only transfer space."""
+        self._settle((name,))
         (record,) = self._records((name,))
         return unwrap(record, self._run(operations.read(self.engine, record, threading.get_ident())))
 
@@ -196,6 +208,7 @@ class TierStore(StoreBase):
             FrozenError: The block is frozen.
             LeaseError: Inside one's own lease of the block.
         """
+        self._settle((name,))
         (record,) = self._records((name,))
         source, _ = source_of(name, tensors)
         operations.check_tensors(record.block, source.tensors)
@@ -248,12 +261,16 @@ class TierStore(StoreBase):
             TierFullError, TransferError: It failed; the previous commit stands.
         """
         engine, owner = self.engine, threading.get_ident()
+        self._settle()
+        for write_state in list(engine.before_commit):
+            write_state()
         if not wait:
             return CommitHandle(operations.start_commit(engine, owner, metadata, wait=False))
         return self._finish(lambda: operations.start_commit(engine, owner, metadata, wait=True))
 
     def flush(self) -> None:
         """Write all dirty blocks to the lowest tier, without making them durable."""
+        self._settle()
         self._run(operations.flush(self.engine, threading.get_ident()))
 
     def close(self) -> None:

@@ -25,6 +25,7 @@ class Ticket:
     """One `use()`: what it asks for and what it was given.
 
     Attributes:
+        writes, fresh, spent: As in `Use`.
         used: Its tensors were handed out.
         stream: What `Copies.lease` returned then.
     """
@@ -32,6 +33,8 @@ class Ticket:
     owner: Owner
     records: tuple[Record, ...] = ()
     writes: frozenset[int] = frozenset()
+    fresh: frozenset[int] = frozenset()
+    spent: frozenset[int] = frozenset()
     request: Use | None = None
     lease: Lease | None = None
     used: bool = False

@@ -20,7 +20,7 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from concurrent.futures import Future
 from functools import partial
 from typing import Any, TypeVar
@@ -90,6 +90,8 @@ class Engine:
         self.committed_versions: dict[Record, int] = {}
         self.commits = 0
         self.total_bytes = 0
+        self.unsettled: dict[str, Callable[[], None]] = {}  # block -> does what was put off until it is asked for
+        self.before_commit: list[Callable[[], None]] = []  # write what is to go into it
         self.closed = False
         self.forked = False
         self.failure: BaseException | None = None
@@ -144,8 +146,21 @@ class Engine:
         if self.failure is not None:
             raise engine_failed(self.failure)
 
-    def begin_use(self, ticket: Ticket, names: tuple[str, ...], write: bool | frozenset[str]) -> Future[None] | None:
+    def begin_use(
+        self,
+        ticket: Ticket,
+        names: tuple[str, ...],
+        write: bool | frozenset[str],
+        fresh: Collection[str] = (),
+        spent: Collection[str] = (),
+    ) -> Future[None] | None:
         """Lease at once if the blocks are ready, else queue the request. Short; any thread.
+
+        Args:
+            ticket: Takes the lease, or the request.
+            names: The blocks.
+            write: Whether all, or which of them, may be written.
+            fresh, spent: Names among the written; see [Note: Blank blocks] in `scheduler`.
 
         Returns:
             None when `ticket.lease` is set, else what to wait for.
@@ -162,10 +177,13 @@ class Engine:
                 ticket.writes = frozenset(record.id for record in ticket.records)
             elif write:
                 ticket.writes = frozenset(scheduler.find(name).id for name in write)
-            ticket.lease = scheduler.try_use(ticket.owner, ticket.records, ticket.writes)
+            if fresh or spent:
+                ticket.fresh = frozenset(scheduler.find(name).id for name in fresh)
+                ticket.spent = frozenset(scheduler.find(name).id for name in spent)
+            ticket.lease = scheduler.try_use(ticket.owner, ticket.records, ticket.writes, ticket.fresh, ticket.spent)
             future: Future[None] | None = None
             if ticket.lease is None:
-                request = Use(ticket.owner, ticket.records, writes=ticket.writes)
+                request = Use(ticket.owner, ticket.records, writes=ticket.writes, fresh=ticket.fresh, spent=ticket.spent)
                 future = self.submit(request)
                 ticket.request = request
             scheduler.note_use(ticket.records, ticket.writes)
@@ -185,6 +203,8 @@ class Engine:
     def tensors(self, ticket: Ticket) -> dict[Record, tuple[torch.Tensor, ...]]:
         """The leased tensors, usable on the caller's current stream from here on."""
         records = ticket.records
+        if ticket.fresh:
+            self.copies.take([(record.gpu.offset, record.nbytes) for record in records if record.id in ticket.fresh])
         ticket.stream = self.copies.lease([(record.gpu.offset, record.nbytes) for record in records])
         ticket.used = True
         return {record: self.device.tensors(record.id, record.block, record.gpu.offset) for record in records}
@@ -315,7 +335,8 @@ class Engine:
     def _has_work(self) -> bool:
         """Whether the engine should look at once: blocks are missing on the device, or somebody waits."""
         scheduler = self.scheduler
-        return scheduler.busy or self._on_device.used_bytes != self.total_bytes or scheduler.num_unlearned >= ACCESS_BATCH
+        missing = self._on_device.used_bytes != self.total_bytes - self.placement.blank_bytes
+        return scheduler.busy or missing or scheduler.num_unlearned >= ACCESS_BATCH
 
     # -- the engine's thread -------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ import torch
 
 from tierstore.catalog import Block, TensorSpec
 from tierstore.errors import FrozenError, LeaseError, NoDirectoryError, TensorError, TierstoreError
+from tierstore.leases import no_content
 from tierstore.mover.calls import Call, Capture
 from tierstore.mover.engine import Engine
 from tierstore.mover.failures import explaining
@@ -105,6 +106,22 @@ async def _on_host(engine: Engine, record: Record, tier: Tier, call: str, functi
     """
     with explaining(record, tier, f"{call} of block {record.block.name!r} on tier {tier.value!r}"):
         await engine.offload(function, *arguments)
+
+
+async def declare(engine: Engine, block: Block, owner: Owner) -> None:
+    """Add a block without content, to be written by leases that are `fresh` in it. See [Note: Blank blocks] in `scheduler`."""
+    with engine.lock:
+        engine.check_open()
+        record = engine.scheduler.new_record(block)
+    try:
+        await engine.request(Make(owner, (record,), tier=Tier.NVME if engine.directory is not None else Tier.RAM))
+    except BaseException:
+        with engine.lock:
+            engine.scheduler.forget(record)
+        raise
+    with engine.lock:
+        engine.scheduler.make_ended(record, filled=True, blank=True)
+        engine.total_bytes += record.nbytes
 
 
 async def _make_on_nvme(engine: Engine, record: Record, source: Source) -> None:
@@ -244,6 +261,8 @@ async def write(engine: Engine, record: Record, source: Source, owner: Owner) ->
         raise FrozenError(f"block {record.block.name!r} is frozen", remedy="put it without frozen=", block=record.block.name)
     async with _host_access(engine, record, owner, write=True, doing="write()"):
         placement = engine.placement
+        if record.blank:
+            raise no_content(record)
         if record.ram.valid and not (record.gpu.valid and record.hold is Tier.GPU):
             try:
                 await _on_host(engine, record, Tier.RAM, "write()", _fill_host, engine, record, source)
@@ -402,7 +421,7 @@ async def close(engine: Engine) -> int:
     await engine.drain()
     lost = 0
     if engine.directory is not None:
-        present = [record for record in engine.placement.records.values() if record.born is not None]
+        present = [record for record in engine.placement.records.values() if record.born is not None and not record.blank]
         lost = sum(engine.committed_versions.get(record) != record.version for record in present)
         lost += len(engine.committed_versions.keys() - set(present))
         await engine.directory.close()

@@ -8,8 +8,9 @@ host may reuse the source. On the CPU both come together.
 A copy out of an extent, or a kernel that reads it, may still be queued when Python returns. Behind each such use an event is
 recorded and kept by the range it concerns (`_uses`); whoever writes into the range later has its stream wait for all events that
 overlap it. Nothing waits on the host. `_ready` holds, by offset, the event behind the copy that filled an extent: a lease has
-the compute stream wait for it, and the copy back waits for both. An event is never recorded twice, so it cannot be reused
-while somebody may still wait for it.
+the compute stream wait for it, and the copy back waits for both. An extent that no copy fills, since a lease writes all of it, may
+still be read for the block that was there before, or filled for one that nobody came to use: `take` waits for both. An event is never
+recorded twice, so it cannot be reused while somebody may still wait for it.
 """
 
 from __future__ import annotations
@@ -61,6 +62,10 @@ class Copies(Protocol):
         """Have the caller's current stream wait for what is under way on extents (offset, bytes). Returns that stream."""
         ...
 
+    def take(self, offsets: Iterable[tuple[int, int]]) -> None:
+        """Have the caller's current stream wait for whatever else used these ranges before: it fills them itself."""
+        ...
+
     def note_use(self, offsets: Iterable[tuple[int, int]], stream: object) -> None:
         """Note that a stream, as `lease` returned it, uses the extents up to here. Any thread; does not wait."""
         ...
@@ -90,6 +95,9 @@ class OnCpu:
 
     def lease(self, offsets: Iterable[tuple[int, int]]) -> object:
         return None
+
+    def take(self, offsets: Iterable[tuple[int, int]]) -> None:
+        pass
 
     def note_use(self, offsets: Iterable[tuple[int, int]], stream: object) -> None:
         pass
@@ -199,7 +207,7 @@ class CudaCopies:
         self._d2h = torch.cuda.Stream(self._at)
         self._transfer = transfer
         self._ring = ring
-        self._ready: dict[int, torch.cuda.Event] = {}
+        self._ready: dict[int, tuple[int, torch.cuda.Event]] = {}  # offset -> (end, event)
         self._uses: dict[int, dict[int, tuple[int, torch.cuda.Event]]] = {}  # offset -> stream -> (end, event)
         self._pruned_to = 0
         self._lock = threading.Lock()
@@ -235,16 +243,16 @@ class CudaCopies:
         self._wait_for_uses(stream, start, end, writes=order.action is Action.H2D)
         ready = self._ready.get(start)
         if order.action is Action.D2H and ready is not None:
-            stream.wait_event(ready)
+            stream.wait_event(ready[1])
 
     def _record_behind(self, order: Order, stream: torch.cuda.Stream) -> torch.cuda.Event:
         event = torch.cuda.Event(blocking=True)
         event.record(stream)
         if order.action is Action.H2D:
             if len(self._ready) > PRUNE_AT:
-                for offset in [offset for offset, ready in list(self._ready.items()) if ready.query()]:
+                for offset in [offset for offset, (_, ready) in list(self._ready.items()) if ready.query()]:
                     self._ready.pop(offset, None)
-            self._ready[order.offset_gpu] = event
+            self._ready[order.offset_gpu] = (order.offset_gpu + order.nbytes, event)
         else:
             with self._lock:
                 self._note_use(order.offset_gpu, order.nbytes, stream, event)
@@ -353,7 +361,7 @@ class CudaCopies:
                     arena[target + start : target + start + length].copy_(arena[source + start : source + start + length])
                 event = torch.cuda.Event(blocking=True)
                 event.record(stream)
-                self._ready[target] = event
+                self._ready[target] = (target + nbytes, event)
         ordered(order, None)
         done(order, None)
 
@@ -372,16 +380,25 @@ class CudaCopies:
         for offset, _ in offsets:
             ready = self._ready.get(offset)
             if ready is not None:
-                if ready.query():
+                if ready[1].query():
                     if self._ready.get(offset) is ready:
                         self._ready.pop(offset, None)
                 else:
-                    stream.wait_event(ready)
+                    stream.wait_event(ready[1])
             with self._lock:
                 for key, (_, event) in self._uses.get(offset, {}).items():
                     if key != stream.cuda_stream and not event.query():
                         stream.wait_event(event)
         return stream
+
+    def take(self, offsets: Iterable[tuple[int, int]]) -> None:
+        stream = self._callers_stream()
+        for offset, nbytes in offsets:
+            end = offset + nbytes
+            self._wait_for_uses(stream, offset, end, writes=False)
+            for start, (stop, ready) in list(self._ready.items()):
+                if start < end and offset < stop and not ready.query():
+                    stream.wait_event(ready)
 
     def note_use(self, offsets: Iterable[tuple[int, int]], stream: object) -> None:
         assert isinstance(stream, torch.cuda.Stream)

@@ -1,0 +1,207 @@
+"""Blocks without content: leases that load nothing (`fresh`), and that leave nothing behind (`spent`)."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tierstore import TierStore
+from tierstore.catalog import lay_out
+from tierstore.errors import BlockNotFoundError, CapacityError, LeaseError
+from tierstore.mover import operations
+from tierstore.sync import Use
+
+KIB = 1 << 10
+PAYLOAD = 256 * KIB
+
+
+def declare(store: TierStore, name: str, numel: int = PAYLOAD // 4) -> None:
+    """A blank block of `numel` fp32."""
+    block = lay_out(name, [(name, "F32", (numel,))], single=True)
+    store._run(operations.declare(store.engine, block, threading.get_ident()))
+
+
+def lease(store: TierStore, *names: str, fresh: Collection[str] = (), spent: Collection[str] = (), owner: object = None) -> Use:
+    return Use(store.engine, names, set(fresh) | set(spent), None, fresh=fresh, spent=spent, owner=owner)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[TierStore]:
+    """Room for four blocks on the device and six in RAM."""
+    with TierStore(gpu=4 * PAYLOAD, ram=6 * PAYLOAD + (1 << 20), nvme=tmp_path / "swap", device="cpu") as store:
+        yield store
+
+
+@pytest.fixture
+def two_tiers() -> Iterator[TierStore]:
+    with TierStore(gpu=4 * PAYLOAD, ram=8 * PAYLOAD, device="cpu") as store:
+        yield store
+
+
+def filled(store: TierStore, name: str, value: float) -> None:
+    with lease(store, name, fresh=[name]) as tensor:
+        tensor.fill_(value)
+
+
+def links(store: TierStore) -> dict[str, int]:
+    return {name: link.bytes for name, link in store.stats().links.items()}
+
+
+@pytest.mark.parametrize("tiers", ["store", "two_tiers"])
+def test_a_blank_block_holds_nothing_and_is_written_whole(tiers: str, request: pytest.FixtureRequest) -> None:
+    store: TierStore = request.getfixturevalue(tiers)
+    declare(store, "g")
+    assert "g" in store
+    assert store.info("g").tiers == ()
+    assert not store.info("g").dirty
+    for call in (lambda: store.read("g"), lambda: store.use("g").__enter__(), lambda: store.write("g", torch.zeros(PAYLOAD // 4))):
+        with pytest.raises(LeaseError, match="has no content"):
+            call()
+    before = links(store)
+    filled(store, "g", 3.0)
+    assert links(store) == before  # nothing was moved for it
+    assert store.read("g").eq(3).all()
+    store.evict("g")
+    assert store.read("g").eq(3).all()
+    with lease(store, "g", spent=["g"]) as tensor:
+        assert tensor.eq(3).all()
+    assert store.info("g").tiers == ()
+    assert store.stats().tiers["gpu"].used_bytes == 0
+    with pytest.raises(LeaseError, match="has no content"):
+        store.read("g")
+    filled(store, "g", 4.0)
+    assert store.read("g").eq(4).all()
+    store.delete("g")
+    assert "g" not in store
+
+
+def test_what_is_spent_is_never_written_back(store: TierStore) -> None:
+    """Twenty rounds over more blocks than there is room for, each spent before the next needs the room."""
+    for number in range(20):
+        declare(store, f"g{number}")
+    for _ in range(3):
+        for number in range(20):
+            filled(store, f"g{number}", number)
+            with lease(store, f"g{number}", spent=[f"g{number}"]) as tensor:
+                assert tensor.eq(number).all()
+    assert all(nbytes == 0 for nbytes in links(store).values()), links(store)
+
+
+@pytest.mark.parametrize("tiers", ["store", "two_tiers"])
+def test_content_that_waits_is_evicted_and_comes_back(tiers: str, request: pytest.FixtureRequest) -> None:
+    """More content than the device holds: written back as any other, dropped when spent, and old content is not loaded to be lost."""
+    store: TierStore = request.getfixturevalue(tiers)
+    count = 12 if tiers == "store" else 7
+    for number in range(count):
+        declare(store, f"g{number}")
+    for number in range(count):
+        filled(store, f"g{number}", number)
+    for number in range(count):
+        with lease(store, f"g{number}", spent=[f"g{number}"]) as tensor:
+            assert tensor.eq(number).all()
+    stats = store.stats()
+    assert stats.tiers["gpu"].evictions
+    assert stats.links["d2h"].bytes
+    assert stats.tiers["gpu"].used_bytes == 0
+    loaded = links(store)["h2d"]
+    for number in range(count):
+        filled(store, f"g{number}", -number)
+    for number in range(count):  # written anew, whatever the tiers still have of it
+        filled(store, f"g{number}", number + 0.5)
+    assert links(store)["h2d"] == loaded
+    for number in range(count):
+        assert store.read(f"g{number}").eq(number + 0.5).all()
+
+
+def test_a_commit_passes_blank_blocks_by(tmp_path: Path) -> None:
+    with TierStore(gpu=4 * PAYLOAD, ram=8 * PAYLOAD, nvme=tmp_path / "swap", device="cpu") as store:
+        store.put("w", torch.ones(8))
+        for name in ("blank", "full", "spent"):
+            declare(store, name)
+        filled(store, "full", 2.0)
+        filled(store, "spent", 2.0)
+        store.commit()
+        with lease(store, "spent", spent=["spent"]):
+            pass
+        written = links(store)["nvme_write"]
+        store.commit()
+        assert links(store)["nvme_write"] == written
+    with TierStore(gpu=4 * PAYLOAD, ram=8 * PAYLOAD, nvme=tmp_path / "swap", device="cpu") as store:
+        assert sorted(store) == ["full", "w"]
+        assert store.read("full").eq(2).all()
+
+
+def test_what_cannot_be_given_leaves_nothing_behind(store: TierStore) -> None:
+    declare(store, "g")
+    store.put("w", torch.zeros(4 * PAYLOAD // 4))
+    with pytest.raises(CapacityError), lease(store, "g", "w", fresh=["g"]):
+        pass
+    assert store.stats().tiers["gpu"].used_bytes == 0
+    with pytest.raises(BlockNotFoundError), lease(store, "g", "none", fresh=["g"]):
+        pass
+    assert store.stats().tiers["gpu"].used_bytes == 0
+    assert store.info("g").tiers == ()
+
+
+def test_a_fresh_lease_waits_for_room(store: TierStore) -> None:
+    """Another thread leases the whole device; the fresh lease comes when it lets go."""
+    for number in range(4):
+        store.put(f"w{number}", torch.full((PAYLOAD // 4,), float(number)))
+    declare(store, "g")
+    begun = threading.Event()
+
+    def other() -> None:
+        begun.set()
+        filled(store, "g", 7.0)
+
+    with store.use("w0", "w1", "w2", "w3", write=True):
+        thread = threading.Thread(target=other)
+        thread.start()
+        begun.wait()
+        assert store.info("g").tiers == ()
+    thread.join()
+    assert store.read("g").eq(7).all()
+    assert store.read("w3").eq(3).all()
+
+
+def test_an_owner_may_be_handed_to_another_thread(store: TierStore) -> None:
+    """What one thread leases for an owner, another that acts for the same owner may lease too."""
+    store.put("w", torch.zeros(4))
+    found: list[bool] = []
+
+    def helper() -> None:
+        with lease(store, "w", spent=["w"], owner="the loop") as tensor:
+            found.append(bool(tensor.eq(0).all()))
+
+    with Use(store.engine, ("w",), True, None, owner="the loop"):
+        thread = threading.Thread(target=helper)
+        thread.start()
+        thread.join(20)
+        assert found == [True]
+        assert store.info("w").tiers  # it is still leased, so not spent yet
+    assert store.read("w").eq(0).all()
+
+
+def test_what_was_put_off_is_done_when_asked_for(store: TierStore) -> None:
+    store.put("w", torch.zeros(4))
+    store.put("v", torch.zeros(4))
+    done: list[str] = []
+
+    def finish() -> None:
+        del store.engine.unsettled["w"]
+        store.write("w", torch.ones(4))
+        done.append("w")
+
+    calls = (lambda: store.read("w"), lambda: store.use("w").__enter__(), store.commit, store.flush)
+    for call in calls[::-1]:
+        store.engine.unsettled["w"] = finish
+        store.read("v")
+        assert not done
+        call()
+        assert done == ["w"]
+        done.clear()
+    assert store.read("w").eq(1).all()
