@@ -76,6 +76,14 @@ class LeaseError(TierstoreError, RuntimeError):
     """A lease was asked for or used in a way that can never work."""
 
 
+class PlaceholderError(LeaseError):
+    """A parameter of an attached model was used outside a lease, where it has no values."""
+
+
+class TrainingError(TierstoreError, RuntimeError):
+    """A model, a loop or an optimizer that cannot be trained as asked, or calls in an order that has no meaning."""
+
+
 class DeadlockError(LeaseError):
     """Several holders of leases wait for one another; this request was chosen to fail so that the rest go on."""
 

@@ -182,6 +182,15 @@ class Scheduler(Leases):
             if record.hold is Tier.NVME and not record.vacating:
                 self.vacate_later(record)
 
+    def try_blank(self, record: Record) -> bool:
+        """Drop a block's content now, if nobody leases or waits for it and no transfer touches it. Returns whether it is blank."""
+        free = not (record.leased or record.locked or record.commit_pending or record.nvme_writing)
+        if not free or not (record.gpu.settled and record.ram.settled) or self.waiting.wanting(record):
+            return False
+        self._tried.clear()
+        self.placement.make_blank(record)
+        return True
+
     @property
     def busy(self) -> bool:
         """Somebody waits, or hints are to be followed."""

@@ -105,6 +105,10 @@ class DeviceArena:
             cached = self._views[number] = (offset, views)
         return tuple([view.detach() for view in cached[1]])
 
+    def owns(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor lies in this memory."""
+        return self._storage is not None and tensor.untyped_storage().data_ptr() == self._storage.data_ptr()
+
     def invalidate(self, numbers: list[BlockId]) -> None:
         """These blocks' extents are about to hold something else: what autograd saved of them must not be used. Empties the list.
 

@@ -1,0 +1,127 @@
+"""What the backward pass needs of the forward pass: the inputs of each unit, on the device or in blocks of the store."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tierstore.tiers.device import NAMES
+from tierstore.training.leasing import Buffers
+
+PREFIX = "activations/"
+
+SMALL = 1 << 16
+"""Tensors of fewer bytes stay on the device: to move them would cost more than they take."""
+
+Key = tuple[torch.dtype, tuple[int, ...]]
+Place = tuple[int, int, torch.dtype, torch.Size, tuple[int, ...]]
+
+
+@dataclass(eq=False, slots=True)
+class Kept:
+    """A tensor that is in the store.
+
+    Attributes:
+        name: The block.
+        shape, stride: Of the tensor; the block has the same elements in the order in which they lie in memory.
+        here: Where it lay on the device, and with which content.
+        uses: How many calls still need it.
+    """
+
+    name: str
+    key: Key
+    shape: torch.Size
+    stride: tuple[int, ...]
+    here: Place
+    uses: int = 1
+
+
+class Activations:
+    """Blocks for inputs of units, used again from step to step."""
+
+    def __init__(self, buffers: Buffers, tier: str) -> None:
+        self._buffers = buffers
+        self._tier = tier
+        self._free: dict[Key, list[str]] = {}
+        self._count = 0
+        self._here: dict[Place, Kept] = {}
+        self._dropped: deque[Kept] = deque()
+
+    def suits(self, tensor: Tensor) -> bool:
+        """Whether a tensor is moved to the store rather than kept on the device."""
+        if tensor.dtype not in NAMES or tensor.numel() * tensor.element_size() < SMALL:
+            return False
+        return _in_memory_order(tensor) is not None
+
+    def keep(self, tensor: Tensor) -> Kept:
+        """Copy a tensor that suits into the store. One that several units take is kept once, while any of them needs it."""
+        self._collect()
+        here = (tensor.data_ptr(), tensor._version, tensor.dtype, tensor.shape, tensor.stride())
+        kept = self._here.get(here)
+        if kept is not None:
+            kept.uses += 1
+            return kept
+        flat = _in_memory_order(tensor)
+        assert flat is not None
+        key = (tensor.dtype, tuple(flat.shape))
+        free = self._free.setdefault(key, [])
+        if free:
+            name = free.pop()
+        else:
+            name = f"{PREFIX}{self._count}"
+            self._count += 1
+            self._buffers.declare(name, [("x", tensor.dtype, tuple(flat.shape))], hold=self._tier)
+        with self._buffers.lease(name, write=[name], fresh=[name]) as block:
+            block["x"].copy_(flat)
+        self._here[here] = kept = Kept(name, key, tensor.shape, tensor.stride(), here)
+        return kept
+
+    def take(self, kept: Kept) -> Tensor:
+        """A copy on the device, and no more need for this use of it."""
+        last = kept.uses == 1
+        with self._buffers.lease(kept.name, write=[kept.name] if last else [], spent=[kept.name] if last else []) as block:
+            flat: Tensor = block["x"].clone()
+        self.drop(kept)
+        return flat.as_strided(kept.shape, kept.stride)
+
+    def drop(self, kept: Kept) -> None:
+        """One use less. Any thread, also from a finaliser: what it means is seen to later."""
+        self._dropped.append(kept)
+
+    def _collect(self) -> None:
+        unneeded: list[str] = []
+        while self._dropped:
+            kept = self._dropped.popleft()
+            kept.uses -= 1
+            if not kept.uses:
+                self._here.pop(kept.here, None)
+                self._free[kept.key].append(kept.name)
+                unneeded.append(kept.name)
+        if unneeded:
+            self._buffers.give_up(unneeded)
+
+    def settle(self) -> None:
+        """Before a commit: what nobody needs has no content."""
+        self._collect()
+
+    def forget(self) -> None:
+        """Delete the blocks."""
+        self._dropped.clear()
+        for number in range(self._count):
+            self._buffers.delete(f"{PREFIX}{number}")
+        self._free.clear()
+        self._here.clear()
+        self._count = 0
+
+
+def _in_memory_order(tensor: Tensor) -> Tensor | None:
+    """A view of a dense tensor's elements in the order in which they lie in memory, in one dimension; None where they overlap or gap."""
+    expected = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size != 1):
+        if stride != expected:
+            return None
+        expected *= size
+    return tensor.as_strided((tensor.numel(),), (1,))

@@ -1,0 +1,255 @@
+"""Gradients in the store: added up over one backward pass, then over several, as `.grad` is in plain torch.
+
+[Note: In which order gradients are added]
+Sums in floating point depend on their order, so ours is that of torch. All contributions to a parameter within one backward pass are added
+one by one, in the order in which autograd comes upon them; then the sum is added to what earlier passes have accumulated. A unit whose
+parameters are used in several places of the graph (tied weights, a module called twice) therefore hands its sum on: the next one starts
+from it (`Partial`), and only the last one, or the end of the backward pass, adds it to the accumulated gradient.
+
+[Note: None is not zero]
+A parameter that had no part in a backward pass (an expert without tokens) has no gradient, and an optimizer passes it by, while a zero
+gradient would move it by its momentum and decay. Which parameters have one is kept beside the block, never in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tierstore.training.leasing import Buffers
+from tierstore.training.structure import Weight, WeightBlock
+
+PREFIX = "gradients/"
+
+Sums = dict[Weight, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A parameter, or a range of its elements.
+
+    Attributes:
+        start, stop: Elements of the flattened parameter; None: all of it.
+    """
+
+    weight: Weight
+    start: int | None = None
+    stop: int | None = None
+
+    @property
+    def key(self) -> str:
+        """Its tensor's name in a block."""
+        return self.weight.name if self.start is None else f"{self.weight.name}[{self.start}:{self.stop}]"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.weight.shape) if self.start is None else (self.numel,)
+
+    @property
+    def numel(self) -> int:
+        return self.weight.numel if self.start is None or self.stop is None else self.stop - self.start
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """This piece of a tensor shaped like the parameter. Of a range, a view if the tensor is contiguous."""
+        return tensor if self.start is None else tensor.reshape(-1)[self.start : self.stop]
+
+
+@dataclass(eq=False, slots=True)
+class Part:
+    """A block that holds gradients of pieces of one block of weights.
+
+    Attributes:
+        present: The weights whose gradient it holds now.
+    """
+
+    name: str
+    pieces: list[Piece]
+    declared: bool = False
+    present: set[Weight] = field(default_factory=set)
+
+
+class Sum:
+    """Gradients of one block of weights, in one or several parts."""
+
+    def __init__(self, buffers: Buffers, block: WeightBlock, suffix: str = "") -> None:
+        self._buffers = buffers
+        self._suffix = suffix
+        self.block = block
+        self.parts: list[Part] = []
+        self.cut([[Piece(weight) for weight in block.weights]])
+
+    def cut(self, pieces: Iterable[list[Piece]]) -> None:
+        """Have these parts from now on. There is no gradient yet."""
+        for part in self.parts:
+            if part.declared:
+                self._buffers.delete(part.name)
+        lists = list(pieces)
+        numbers = [""] if len(lists) == 1 else [f"/{number}" for number in range(len(lists))]
+        self.parts = [
+            Part(f"{PREFIX}{self.block.name}{self._suffix}{number}", part) for number, part in zip(numbers, lists, strict=True) if part
+        ]
+
+    @property
+    def present(self) -> set[Weight]:
+        return set().union(*(part.present for part in self.parts))
+
+    def add(self, sums: Sums, observe: Callable[[Weight, Tensor], None] | None = None) -> None:
+        """Add gradients, on the device.
+
+        Args:
+            sums: What to add.
+            observe: Is shown each total, whole and on the device.
+        """
+        totals: Sums = {}
+        for part in self.parts:
+            pieces = [piece for piece in part.pieces if piece.weight in sums]
+            if not pieces:
+                continue
+            self._declare(part)
+            with self._buffers.lease(part.name, write=[part.name], fresh=[] if part.present else [part.name]) as tensors:
+                for piece in pieces:
+                    mine, new = tensors[piece.key], piece.of(sums[piece.weight])
+                    if piece.weight in part.present:
+                        mine.add_(new)
+                    else:
+                        mine.copy_(new)
+                    if observe is None:
+                        continue
+                    if piece.start is None:
+                        observe(piece.weight, mine)
+                    else:
+                        piece.of(_whole(totals, piece.weight, mine)).copy_(mine)
+            part.present.update(piece.weight for piece in pieces)
+        for weight, total in totals.items():
+            assert observe is not None
+            observe(weight, total)
+
+    def take(self) -> Sums:
+        """All there is, as tensors on the device, and nothing is left."""
+        found: Sums = {}
+        for part in self.parts:
+            if not part.present:
+                continue
+            with self._buffers.lease(part.name, write=[part.name], spent=[part.name]) as tensors:
+                self._copy_out(part, tensors, found, part.present)
+            part.present.clear()
+        return found
+
+    def read(self, weight: Weight) -> Tensor | None:
+        """A copy of one gradient, on the device."""
+        found: Sums = {}
+        for part in self.parts:
+            if weight in part.present:
+                with self._buffers.lease(part.name) as tensors:
+                    self._copy_out(part, tensors, found, {weight})
+        return found.get(weight)
+
+    @staticmethod
+    def _copy_out(part: Part, tensors: Mapping[str, Tensor], found: Sums, wanted: Collection[Weight]) -> None:
+        for piece in part.pieces:
+            if piece.weight in wanted:
+                mine = tensors[piece.key]
+                if piece.start is None:
+                    found[piece.weight] = mine.clone()
+                else:
+                    piece.of(_whole(found, piece.weight, mine)).copy_(mine)
+
+    def erase(self, weights: Collection[Weight] | None = None) -> None:
+        """Have no gradient of these any more (None: of any)."""
+        for part in self.parts:
+            if not part.present:
+                continue
+            part.present = set() if weights is None else part.present - set(weights)
+            if not part.present:
+                self._buffers.give_up([part.name])
+
+    def erase_part(self, part: Part) -> None:
+        """Have none of the gradients of a part any more."""
+        if part.present:
+            part.present = set()
+            self._buffers.give_up([part.name])
+
+    def forget(self) -> None:
+        """Delete the blocks."""
+        for part in self.parts:
+            if part.declared:
+                self._buffers.delete(part.name)
+                part.declared = False
+            part.present.clear()
+
+    def _declare(self, part: Part) -> None:
+        if not part.declared:
+            self._buffers.declare(part.name, [(piece.key, piece.weight.dtype, piece.shape) for piece in part.pieces])
+            part.declared = True
+
+    def restore(self, present: Mapping[str, Collection[str]]) -> None:
+        """Take over what a commit holds: which weights have a gradient, by the name of the part."""
+        for part in self.parts:
+            names = set(present.get(part.name, ()))
+            if names:
+                self._declare(part)
+                part.present = {piece.weight for piece in part.pieces if piece.weight.name in names}
+
+
+def _whole(known: Sums, weight: Weight, like: Tensor) -> Tensor:
+    """The tensor in which ranges of a weight's gradient come together."""
+    if weight not in known:
+        known[weight] = torch.empty(weight.shape, dtype=like.dtype, device=like.device)
+    return known[weight]
+
+
+@dataclass(eq=False, slots=True)
+class Partial:
+    """The sum of a backward pass under way.
+
+    Attributes:
+        task: Which pass; another one has nothing to do with it.
+    """
+
+    task: int
+    sum: Sum
+
+
+class Gradients:
+    """The gradients of a model."""
+
+    def __init__(self, buffers: Buffers, blocks: Iterable[WeightBlock]) -> None:
+        self._buffers = buffers
+        self.of = {block: Sum(buffers, block) for block in blocks if block.trainable}
+        self._partials: dict[WeightBlock, Partial] = {}
+
+    def begin(self, block: WeightBlock, task: int) -> Sums:
+        """What this backward pass has summed up for the block so far."""
+        partial = self._partials.get(block)
+        if partial is None:
+            return {}
+        if partial.task != task:  # that one failed half-way, and is lost as in plain torch
+            partial.sum.erase()
+            return {}
+        return partial.sum.take()
+
+    def keep(self, block: WeightBlock, task: int, sums: Sums) -> None:
+        """Hand a sum on to whoever of this backward pass comes upon the block next, or to its end."""
+        partial = self._partials.get(block)
+        if partial is None:
+            partial = self._partials[block] = Partial(task, Sum(self._buffers, block, "/partial"))
+            partial.sum.cut([part.pieces for part in self.of[block].parts])
+        partial.task = task
+        partial.sum.add(sums)
+
+    def kept(self, task: int) -> list[WeightBlock]:
+        return [block for block, partial in self._partials.items() if partial.task == task and partial.sum.present]
+
+    def cut(self, block: WeightBlock, pieces: Iterable[list[Piece]]) -> None:
+        partial = self._partials.pop(block, None)
+        if partial is not None:
+            partial.sum.forget()
+        self.of[block].cut(pieces)
+
+    def forget(self) -> None:
+        """Delete all blocks."""
+        for total in [*self.of.values(), *(partial.sum for partial in self._partials.values())]:
+            total.forget()

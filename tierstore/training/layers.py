@@ -1,0 +1,557 @@
+"""`attach`: a model whose parameters live in a store, and are on the device while the module that owns them runs."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import weakref
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tierstore.errors import CapacityError, OptionError, TensorError, TrainingError
+from tierstore.sync import TierStore
+from tierstore.training.activations import Activations
+from tierstore.training.gradients import Gradients, Piece, Sums
+from tierstore.training.initial import Fill, Source, check_buffers, filler, given_memory, owners
+from tierstore.training.leasing import Buffers
+from tierstore.training.placeholders import Placeholder
+from tierstore.training.running import check_splittable, copies_for, run_unit
+from tierstore.training.splitting import plan_split, take_apart
+from tierstore.training.state import State
+from tierstore.training.structure import Kind, Structure, Unit, Weight, WeightBlock, find_layers, read_structure
+from tierstore.training.threads import Local
+
+if TYPE_CHECKING:
+    from tierstore.training.optimizer import TieredOptimizer
+
+log = logging.getLogger("tierstore")
+
+_ATTACHED: weakref.WeakKeyDictionary[nn.Module, Tiered] = weakref.WeakKeyDictionary()
+
+_ENGINE: Any = torch.autograd.Variable._execution_engine
+
+
+def attach(
+    model: nn.Module,
+    store: TierStore,
+    layers: object = None,
+    *,
+    micro_batch: int | None = None,
+    activations: Literal["device", "ram", "nvme"] = "device",
+    split: Collection[str] | None = None,
+    init: Source = None,
+) -> Tiered:
+    """Move a model's parameters into a store and have each module lease its own while it runs.
+
+    Forward passes go on as before, `model(batch)`, and so do backward passes; gradients go into the store, where a `TieredOptimizer`
+    finds them. On a store that holds a commit of this model, its values are taken and the model's own are dropped.
+
+    Args:
+        model: Any module. Parameters on the meta device are initialised block by block, see `init`.
+        store: Open, with room for the largest block twice.
+        layers: The modules that run one after the other and make up most of the model: a list, a pattern of names ("model.layers.*"), or
+            None for the largest `ModuleList` and those like it.
+        micro_batch: Rows that a layer computes at once; None: all. With it, a layer is fetched once for all micro-batches of a step.
+        activations: Where the inputs of layers wait for the backward pass.
+        split: Names of the arguments of layers that micro-batches split, beside the first tensor. None: tensors with as many rows as it.
+        init: For parameters without values: a safetensors file or a directory of them, or a function called with (name, module) for each
+            module that owns some, after it was given memory on the CPU. None: the model's own `_init_weights(module)`, or the modules'
+            `reset_parameters()`.
+
+    Returns:
+        What holds model and store together; `detach()` gives an ordinary model back.
+
+    Raises:
+        OptionError: An argument is not understood.
+        TrainingError: The model is attached already, or cannot be.
+        TensorError: The store holds a model of other shapes.
+        CapacityError: A block is too large for the budgets.
+    """
+    if not isinstance(store, TierStore):
+        remedy = "open a TierStore: a training loop is synchronous"
+        raise OptionError("attach() needs a TierStore", have=type(store).__name__, remedy=remedy)
+    if activations not in ("device", "ram", "nvme"):
+        raise OptionError(
+            "activations= is not understood", need="'device', 'ram' or 'nvme'", have=repr(activations), remedy="give one of these"
+        )
+    if activations == "nvme" and store.engine.directory is None:
+        raise OptionError("activations='nvme', but the store has no NVMe tier", remedy="open it with nvme=DIRECTORY")
+    if micro_batch is not None and (not isinstance(micro_batch, int) or micro_batch < 1):
+        raise OptionError("micro_batch= is not understood", need="a number of rows, or None", have=repr(micro_batch), remedy="give such")
+    taken = next(
+        (module for module in model.modules() if any(isinstance(value, Placeholder) for value in module._parameters.values())), None
+    )
+    if taken is not None or model in _ATTACHED:
+        raise TrainingError("the model, or a part of it, is attached already", remedy="detach() it first")
+    structure = read_structure(model, find_layers(model, layers))
+    return Tiered(model, store, structure, micro_batch=micro_batch, activations=activations, split=split, fill=filler(model, init))
+
+
+class Tiered:
+    """A model attached to a store. Made by `attach`.
+
+    Methods may be called from the thread that runs the training loop.
+
+    Attributes:
+        model, store: As attached.
+        device: Where the model computes.
+        resumed: Whether the parameters came from the store's commit.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        store: TierStore,
+        structure: Structure,
+        *,
+        micro_batch: int | None,
+        activations: str,
+        split: Collection[str] | None,
+        fill: Fill,
+    ) -> None:
+        """Use `attach`."""
+        self.model = model
+        self.store = store
+        self.device = store.device
+        self.structure = structure
+        self.micro_batch = micro_batch
+        self.split = split
+        self.buffers = Buffers(store)
+        self.gradients = Gradients(self.buffers, structure.blocks)
+        self.activations = Activations(self.buffers, activations) if activations != "device" else None
+        self.state = State(self)
+        self.anchor = torch.zeros((), device=self.device, requires_grad=True)
+        self.optimizers: list[TieredOptimizer] = []
+        self.still_buffers: set[tuple[nn.Module, str]] = set()
+        self._awaited: dict[WeightBlock, int] = {}
+        self._local = Local()
+        self._copies: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
+        self._tasks: set[int] = set()
+        self._wrapped: list[tuple[nn.Module, Any]] = []
+        self._attached = True
+        self._undo: list[Callable[[], None]] = []
+        self.resumed = self._move_in(fill)
+        self._wrap()
+        self.state.open()
+        _ATTACHED[model] = self
+
+    def __repr__(self) -> str:
+        layers = sum(unit.kind is Kind.LAYER for unit in self.structure.units)
+        numel = sum(weight.numel for weight in self.structure.weights)
+        return f"<Tiered: {numel:,} parameters in {len(self.structure.blocks)} blocks, {layers} layers, {self.store!r}>"
+
+    # -- moving in and out -----------------------------------------------------------------------------------------------
+
+    def _move_in(self, fill: Fill) -> bool:
+        """Put what the store does not have, and hang placeholders in the places of parameters. Returns whether it had all."""
+        names = {block.name for block in self.structure.blocks}
+        known = {name for name in names if name in self.store}
+        if known and known != names:
+            raise TensorError(
+                "the store holds a part of this model, or another one",
+                need=f"{len(names)} blocks",
+                have=f"{len(known)} of them; missing is {min(names - known)!r}",
+                remedy="attach with the same layers= as when it was committed, or open another directory",
+            )
+        if known:
+            for block in self.structure.blocks:
+                self._check_known(block)
+            log.info("taking the parameters of the store's commit, not the model's: %d blocks", len(known))
+        done: set[Weight] = set()
+        put: list[str] = []
+        module_names = {id(module): name for name, module in self.model.named_modules()}
+        try:
+            for unit in self.structure.units:
+                blocks = [block for block in unit.blocks if block.weights[0] not in done]
+                weights = [weight for block in blocks for weight in block.weights]
+                done.update(weights)
+                if not known:
+                    with given_memory(unit, weights) as empty:
+                        if empty:
+                            fill(owners(unit, module_names), empty)
+                        for block in blocks:
+                            self._put(block)
+                            put.append(block.name)
+                for weight in weights:
+                    self._hang_placeholder(weight)
+            check_buffers(self.model)
+            for module in self.model.modules():
+                for attribute, buffer in module._buffers.items():
+                    if buffer is not None:
+                        module._buffers[attribute] = buffer.to(self.device)
+        except BaseException:
+            self._hang_origins()
+            for name in put:
+                self.store.delete(name)
+            raise
+        return bool(known)
+
+    def _check_known(self, block: WeightBlock) -> None:
+        info = self.store.info(block.name)
+        have = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in info.tensors.items()}
+        need = {weight.name: (tuple(weight.shape), weight.dtype) for weight in block.weights}
+        if have != need or info.frozen == block.trainable:
+            different = next((name for name in {**need, **have} if need.get(name) != have.get(name)), block.name)
+            raise TensorError(
+                f"block {block.name!r} of the store does not fit the model",
+                need=f"{different!r}: {need.get(different, 'nothing')}"
+                + ("" if have != need else ", trainable" if block.trainable else ", frozen"),
+                have=str(have.get(different, "nothing")) if have != need else "frozen" if info.frozen else "trainable",
+                remedy="attach the model that was committed, or open another directory",
+                block=block.name,
+                tensor=different,
+            )
+
+    def _put(self, block: WeightBlock) -> None:
+        tensors: dict[str, Tensor] = {}
+        for weight in block.weights:
+            module, attribute = weight.slots[0]
+            parameter = module._parameters[attribute]
+            assert parameter is not None
+            tensors[weight.name] = parameter.detach()
+        try:
+            self.store.put(block.name, tensors, frozen=not block.trainable)
+        except CapacityError as error:
+            raise CapacityError(
+                f"{block.name!r} does not fit: a module's parameters are on the device together while it runs",
+                need=error.need,
+                have=error.have,
+                remedy="name smaller modules in layers=, or raise the budget",
+                block=block.name,
+            ) from error
+
+    def _hang_placeholder(self, weight: Weight) -> None:
+        stand_in = Placeholder(weight.name, tuple(weight.shape), weight.dtype, weight.requires_grad, self.device)
+        weight.stand_in = stand_in
+        for module, attribute in weight.slots:
+            if weight.origin is None:
+                weight.origin = module._parameters[attribute]
+            module._parameters[attribute] = stand_in
+        if weight.origin is not None and not weight.origin.is_meta:
+            with torch.no_grad():
+                weight.origin.data = torch.empty(0, dtype=weight.dtype)
+
+    def _hang_origins(self) -> None:
+        """Moving in failed: have the model as it was, but for values that had left it."""
+        for weight in self.structure.weights:
+            if weight.origin is not None:
+                if weight.origin.shape != weight.shape:
+                    values = self.store.read(weight.block.name)
+                    assert isinstance(values, dict)
+                    weight.origin.data = values[weight.name]
+                for module, attribute in weight.slots:
+                    module._parameters[attribute] = weight.origin
+
+    def _wrap(self) -> None:
+        for unit in self.structure.units:
+            for each in (unit, *unit.inner):
+                if each.kind is Kind.SCOPE:
+                    self._wrap_module(each.module, functools.partial(self._run_scope, each))
+                else:
+                    self._wrap_module(each.module, functools.partial(self._run_unit, each))
+        self._wrap_module(self.model, self._run_model)
+        self._replace(self.model, "zero_grad", self._zero_grad)
+        for module in self.model.modules():
+            config: Any = getattr(module, "config", None)
+            if getattr(config, "use_cache", None) is True:  # a cache would be filled a second time in the backward pass
+                config.use_cache = False
+                self._undo.append(functools.partial(setattr, config, "use_cache", True))
+
+    def _wrap_module(self, module: nn.Module, run: Callable[..., Any]) -> None:
+        forward = module.forward
+
+        @functools.wraps(forward)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            return run(forward, args, kwargs)
+
+        self._replace(module, "forward", wrapper)
+
+    def _replace(self, module: nn.Module, name: str, value: object) -> None:
+        before = module.__dict__.get(name, self)
+
+        def undo() -> None:
+            if before is self:
+                module.__dict__.pop(name, None)
+            else:
+                module.__dict__[name] = before
+
+        module.__dict__[name] = value
+        self._undo.append(undo)
+
+    def detach(self) -> nn.Module:
+        """Give the model its parameters back, on the CPU, with the newest values. The store keeps what it has.
+
+        Pending updates are carried out; gradients are lost.
+
+        Raises:
+            TrainingError: It is detached already.
+        """
+        self._check_attached()
+        self.finish()
+        for block in self.structure.blocks:
+            values = self.store.read(block.name)
+            assert isinstance(values, dict)
+            for weight in block.weights:
+                parameter = weight.origin
+                if parameter is None or parameter.is_meta:
+                    parameter = nn.Parameter(values[weight.name], requires_grad=weight.requires_grad)
+                else:
+                    parameter.data = values[weight.name]
+                    parameter.requires_grad_(weight.requires_grad)
+                weight.stand_in.__dict__["attached"] = False
+                for module, attribute in weight.slots:
+                    module._parameters[attribute] = parameter
+        for undo in reversed(self._undo):
+            undo()
+        self._undo.clear()
+        for module in self.model.modules():
+            _refresh_flat_weights(module)
+            for attribute, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[attribute] = buffer.cpu()
+        self.gradients.forget()
+        if self.activations is not None:
+            self.activations.forget()
+        for optimizer in self.optimizers:
+            optimizer.let_go()
+        self.state.close()
+        self._attached = False
+        _ATTACHED.pop(self.model, None)
+        return self.model
+
+    def _check_attached(self) -> None:
+        if not self._attached:
+            raise TrainingError("the model was detached", remedy="attach() it again")
+
+    # -- running ---------------------------------------------------------------------------------------------------------
+
+    def _run_model(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._copies.clear()
+        return forward(*args, **kwargs)
+
+    def _run_scope(self, unit: Unit, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        copies = copies_for(self, unit)
+        places = [(module, attribute, weight) for module, attribute, weight in unit.places]
+        for module, attribute, weight in places:
+            module._parameters[attribute] = copies[weight]  # type: ignore[assignment]
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            for module, attribute, weight in places:
+                module._parameters[attribute] = weight.stand_in
+
+    def _run_unit(self, unit: Unit, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._local.has(unit):
+            return forward(*args, **kwargs)
+        arguments, tensors = take_apart(args, kwargs)
+        if torch.is_grad_enabled():
+            refuse_caches(arguments.leaves, unit)
+        if unit.kind is Kind.LAYER and self.micro_batch is not None:
+            check_splittable(unit)
+            plan_split(arguments, tensors, self.micro_batch, forward=forward, split=self.split, args=args, kwargs=kwargs, layer=unit.name)
+        return run_unit(self, unit, forward, arguments, tensors)
+
+    @contextlib.contextmanager
+    def leased(self, unit: Unit, requires_grad: bool = True, *, place: bool = True) -> Iterator[dict[Weight, Tensor]]:
+        """Lease a unit's blocks, as they are to be computed with, and hang their tensors in their places.
+
+        Args:
+            unit: Which.
+            requires_grad: Whether trainable ones require a gradient.
+            place: Whether to hang them.
+        """
+        self.settle(unit.blocks)
+        names = [block.name for block in unit.blocks]
+        with self.buffers.lease(*names) as leased:
+            mappings: tuple[Mapping[str, Tensor], ...] = leased if len(names) != 1 else (leased,)
+            leaves = {
+                weight: mapping[weight.name].requires_grad_(weight.requires_grad and requires_grad)
+                for block, mapping in zip(unit.blocks, mappings, strict=True)
+                for weight in block.weights
+            }
+            if not place:
+                yield {weight: leaves[weight] for weight in dict.fromkeys(weight for _, _, weight in unit.places)}
+                return
+            try:
+                for module, attribute, weight in unit.places:
+                    module._parameters[attribute] = leaves[weight]  # type: ignore[assignment]
+                for module in unit.flat:
+                    _refresh_flat_weights(module)
+                with self._local.running(unit):
+                    yield leaves
+            finally:
+                for module, attribute, weight in unit.places:
+                    module._parameters[attribute] = weight.stand_in
+                for module in unit.flat:
+                    _refresh_flat_weights(module)
+
+    def free_of_lease(self, tensor: Tensor) -> Tensor:
+        """The tensor, or a copy where it is a view of leased memory, which is gone when the lease is."""
+        if tensor.device.type == self.device.type and self.store.engine.device.owns(tensor):
+            return tensor.clone()
+        return tensor
+
+    def latest_copy(self, tensor: Tensor) -> Tensor:
+        """What the last unit that used the tensor passed on of it. See `running`, [Note: A unit in the graph]."""
+        entry = self._copies.get(id(tensor))
+        return entry[1] if entry is not None and entry[0]() is tensor else tensor
+
+    def note_copy(self, tensor: Tensor, copy: Tensor) -> None:
+        key = id(tensor)
+        copies = self._copies
+
+        def gone(reference: weakref.ref[Tensor]) -> None:
+            entry = copies.get(key)
+            if entry is not None and entry[0] is reference:
+                del copies[key]
+
+        copies[key] = (weakref.ref(tensor, gone), copy)
+
+    # -- gradients -------------------------------------------------------------------------------------------------------
+
+    def await_backward(self, unit: Unit) -> None:
+        for block in unit.blocks:
+            if block.trainable:
+                self._awaited[block] = self._awaited.get(block, 0) + 1
+
+    def awaited_no_more(self, unit: Unit) -> None:
+        for block in unit.blocks:
+            if block.trainable:
+                self._awaited[block] -= 1
+
+    def sums_so_far(self, unit: Unit) -> Sums:
+        """What this backward pass has come to so far for the unit's parameters."""
+        task = torch._C._current_graph_task_id()
+        sums: Sums = {}
+        for block in unit.blocks:
+            if block.trainable:
+                sums.update(self.gradients.begin(block, task))
+        return sums
+
+    def add_gradients(self, unit: Unit, sums: Sums) -> None:
+        """A unit's contributions are complete: add the sums to the gradients, or hand them on to who is still to come."""
+        task = torch._C._current_graph_task_id()
+        for block in unit.blocks:
+            if not block.trainable:
+                continue
+            mine = {weight: sums[weight] for weight in block.weights if weight in sums}
+            if not mine:
+                continue
+            if self._awaited.get(block, 0) > 1:
+                self.gradients.keep(block, task, mine)
+                if task not in self._tasks:
+                    self._tasks.add(task)
+                    _ENGINE.queue_callback(functools.partial(self._end_backward, task, self.buffers.owner))
+            else:
+                self._join(block, mine)
+
+    def _end_backward(self, task: int, owner: int) -> None:
+        """The backward pass is over: what was handed on and found no one else is added to the gradients."""
+        self._tasks.discard(task)
+        before = self.buffers.acting_for(owner)
+        try:
+            for block in self.gradients.kept(task):
+                self._join(block, self.gradients.begin(block, task))
+        finally:
+            self.buffers.back_to(before)
+
+    def _join(self, block: WeightBlock, sums: Sums) -> None:
+        for optimizer in self.optimizers:
+            if optimizer.takes(block):
+                sums = optimizer.take_gradients(block, sums)
+        if sums:
+            for optimizer in self.optimizers:
+                optimizer.before_adding(block)
+            observers = [seen for optimizer in self.optimizers if (seen := optimizer.observer(block)) is not None]
+
+            def observe(weight: Weight, gradient: Tensor) -> None:
+                for seen in observers:
+                    seen(weight, gradient)
+
+            self.gradients.of[block].add(sums, observe if observers else None)
+
+    def cut_gradients(self, block: WeightBlock, optimizer: TieredOptimizer, pieces: list[list[Piece]]) -> None:
+        """Have the gradients of a block come in the pieces in which an optimizer takes them."""
+        mine = {piece.weight for chunk in pieces for piece in chunk}
+        kept = [part.pieces for part in self.gradients.of[block].parts]
+        others = [[piece for piece in part if piece.weight not in mine] for part in kept]
+        self.gradients.cut(block, [*pieces, *[part for part in others if part]])
+        for each in [*self.optimizers, optimizer]:
+            each.refresh_parts(block)
+
+    def resume(self, **objects: Any) -> Any:
+        """Go on where the store's last commit was made, or begin. Called once, right before the loop.
+
+            done = tiered.resume(scheduler=scheduler, sampler=sampler) or {"step": 0}
+
+        Objects with `state_dict()` and `load_state_dict()` are part of every commit from here on. If the store held a commit when the model
+        was attached, their state comes back, and so do the options of the optimizers' groups and the random numbers of Python, NumPy
+        and torch.
+
+        Args:
+            objects: By names of your own: schedulers, samplers, loaders.
+
+        Returns:
+            The metadata of the commit; None at the beginning.
+
+        Raises:
+            TrainingError: An object that the commit has and is not given, or the other way round; or one without the two methods.
+        """
+        return self.state.resume(objects)
+
+    def gradient(self, name: str) -> Tensor | None:
+        """A copy of the gradient of one parameter, on the device; None where there is none.
+
+        Args:
+            name: The parameter's full name.
+
+        Raises:
+            OptionError: The model has no such parameter, or it is frozen.
+        """
+        weight = next((weight for weight in self.structure.weights if weight.name == name), None)
+        if weight is None or not weight.requires_grad:
+            raise OptionError(f"no trainable parameter {name!r}", remedy="give a name of model.named_parameters()")
+        return self.gradients.of[weight.block].read(weight)
+
+    def _zero_grad(self, set_to_none: bool = True) -> None:
+        """In place of the model's own: have no gradients."""
+        if not set_to_none:
+            raise TrainingError("zero_grad(set_to_none=False) would store zeros", remedy="leave set_to_none out")
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        for total in self.gradients.of.values():
+            total.erase()
+
+    # -- updates put off -------------------------------------------------------------------------------------------------
+
+    def settle(self, blocks: Collection[WeightBlock]) -> None:
+        """Carry out what is pending for these blocks."""
+        for optimizer in self.optimizers:
+            optimizer.settle(blocks)
+
+    def finish(self) -> None:
+        """Carry out all pending updates."""
+        self.settle(self.structure.blocks)
+
+
+def refuse_caches(leaves: Collection[object], unit: Unit) -> None:
+    """Refuse an argument that the unit would change, as computing once more would change it again.
+
+    Raises:
+        TrainingError: A cache of keys and values.
+    """
+    for leaf in leaves:
+        if leaf is not None and hasattr(leaf, "get_seq_length") and hasattr(leaf, "update"):
+            remedy = "call the model with use_cache=False, or under torch.no_grad()"
+            raise TrainingError(f"{unit.name!r} was given a {type(leaf).__name__} in training", remedy=remedy)
+
+
+def _refresh_flat_weights(module: nn.Module) -> None:
+    """Recurrent modules keep a second list of their parameters."""
+    names = module.__dict__.get("_flat_weights_names")
+    if names is not None:
+        module.__dict__["_flat_weights"] = [getattr(module, name, None) for name in names]

@@ -1,0 +1,96 @@
+"""Leases of training: on behalf of one owner, whichever thread acts for it, and with blocks that need no loading or no saving."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Mapping
+
+import torch
+
+from tierstore.catalog import Block, lay_out
+from tierstore.mover import operations
+from tierstore.residency import Tier
+from tierstore.sync import TierStore, Use
+from tierstore.tiers.device import NAMES
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+class Buffers:
+    """The blocks of one attached model.
+
+    Leases belong to the thread that runs the user's loop, also those that autograd's threads take in its stead while it waits for
+    them: what that thread leases itself does not stand in their way.
+    """
+
+    def __init__(self, store: TierStore) -> None:
+        self.store = store
+        self.device = store.device
+        self._owner = threading.local()
+        self._unwanted: set[str] = set()
+
+    def acting_for(self, owner: int) -> int | None:
+        """From here on this thread acts for `owner`. Returns for whom it acted before, to be set again."""
+        before = getattr(self._owner, "ident", None)
+        self._owner.ident = owner
+        return before
+
+    def back_to(self, before: int | None) -> None:
+        self._owner.ident = before
+
+    @property
+    def owner(self) -> int:
+        ident: int | None = getattr(self._owner, "ident", None)
+        return threading.get_ident() if ident is None else ident
+
+    def lease(self, *names: str, write: Collection[str] = (), fresh: Collection[str] = (), spent: Collection[str] = ()) -> Use:
+        """Lease blocks. One yields its mapping of names to tensors, several a tuple of these.
+
+        Args:
+            names: The blocks.
+            write: Those that may be written.
+            fresh: Those of `write` whose content does not matter on entering.
+            spent: Those of `write` whose content does not matter after leaving.
+        """
+        if fresh and self._unwanted:
+            self._unwanted.difference_update(fresh)
+        return Use(self.store.engine, names, write, None, fresh=fresh, spent=spent, owner=self.owner)
+
+    def declare(self, name: str, tensors: Collection[tuple[str, torch.dtype, tuple[int, ...]]], hold: str | None = None) -> None:
+        """Add a block without content, of (name, dtype, shape)s; one of that name and layout that is there already is taken over."""
+        engine = self.store.engine
+        block = lay_out(name, [(tensor, NAMES[dtype], tuple(shape)) for tensor, dtype, shape in tensors])
+        if name in self.store:
+            with engine.lock:
+                present = engine.scheduler.find(name).block
+            if _same(present, block):
+                return
+            self.store.delete(name)
+        self.store._run(operations.declare(engine, block, self.owner))
+        if hold is not None:
+            with engine.lock:
+                record = engine.scheduler.find(name)
+                engine.placement.check_hold(record, Tier(hold))
+                engine.scheduler.set_hold(record, Tier(hold))
+
+    def give_up(self, names: Collection[str] = ()) -> None:
+        """Drop the content of blocks, without waiting: what cannot be dropped now is tried again with the next call."""
+        engine = self.store.engine
+        self._unwanted.update(names)
+        with engine.lock:
+            for name in list(self._unwanted):
+                record = engine.scheduler.names.get(name)
+                if record is None or record.blank or engine.scheduler.try_blank(record):
+                    self._unwanted.discard(name)
+            engine.wanted = True
+
+    def delete(self, name: str) -> None:
+        if name in self.store:
+            self.store.delete(name)
+
+    def bytes_of(self, name: str) -> int:
+        return self.store.info(name).nbytes
+
+
+def _same(present: Block, wanted: Block) -> bool:
+    return present.tensors == wanted.tensors and not present.frozen

@@ -1,0 +1,639 @@
+"""`TieredOptimizer`: any optimizer class over a model in a store, chunk by chunk.
+
+[Note: When weights are updated]
+`step` updates every block when `step()` is called. `deferred` notes there what is to be done, and each block is updated just before its
+next use, while later layers still wait for theirs: the norm is known by then, so clipping stays exact. `backward` updates a block as
+soon as its gradients are complete, so they are never stored; it cannot know a norm over all of them, nor whether another backward pass
+is to follow. All three give the same bits.
+
+[Note: Hyper-parameters of a step]
+A schedule moves on, and `zero_grad()` is called, before a deferred update is carried out. So `step()` takes a snapshot of every option of
+every group, and of the clip coefficients; and `zero_grad()` takes gradients that are still to be used away from the parameters, but does
+not erase them.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tierstore.errors import CapacityError, OptionError, TrainingError
+from tierstore.residency import Tier
+from tierstore.training.chunks import MASTER, PREFIX, Chunk, Factory, Stepper, cut
+from tierstore.training.gradients import Part, Piece, Sums
+from tierstore.training.layers import Tiered
+from tierstore.training.parameters import grouped
+from tierstore.training.rules import Rules, resolved_implementation, rules_of
+from tierstore.training.structure import Weight, WeightBlock
+
+log = logging.getLogger("tierstore")
+
+CHUNK_BYTES = 64_000_000
+"""State moves in chunks of about so many bytes: large enough for a link's full rate, small enough that a few fit anywhere."""
+
+SHARE = 8
+"""On a small device, a chunk takes at most one part in so many of it."""
+
+Scope = Literal["global", "layer"]
+Coefficient = Tensor | dict[WeightBlock, Tensor]
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """An update of one block that is to be carried out.
+
+    Attributes:
+        hyper: The groups' options.
+        coefficients: Clip coefficients, in the order in which to multiply by them.
+        gradients: Which weights have a gradient, by part.
+        detached: `zero_grad()` was called since: the gradients are this job's own, and spent by it.
+    """
+
+    hyper: list[dict[str, Any]]
+    coefficients: list[Coefficient]
+    gradients: dict[Part, set[Weight]]
+    detached: bool = False
+    changed: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+
+class TieredOptimizer(torch.optim.Optimizer):
+    """Drives an optimizer class over the parameters of an attached model.
+
+        optimizer = TieredOptimizer(tiered, torch.optim.AdamW, lr=3e-4)
+
+    It is a `torch.optim.Optimizer`: learning-rate schedulers and `param_groups` work. Weights, gradients and state are leased a chunk at a
+    time; with everything resident, one instance of the class gives the same bits.
+
+    Args:
+        tiered: What `attach` returned.
+        factory: An optimizer class, or a function of (params, **options) that returns an optimizer, that treats parameters separately.
+        params: None: every trainable parameter. Otherwise names, patterns of names or parameters, or group dicts with such as "params".
+        master_dtype: Keep copies of the weights in this dtype: gradients are widened to it, these are updated, and narrowed into the
+            weights.
+        when: "step", "deferred" or "backward"; see [Note: When weights are updated].
+        where: "device".
+        name: Under which its state is kept in the store; by default its number among the model's optimizers.
+        options: Of the factory.
+
+    Raises:
+        OptionError: An argument is not understood, or `factory` cannot work.
+        TrainingError: Gradients are there already, or another optimizer has one of the parameters.
+        CapacityError: A parameter is too large for the device, and the class cannot take it in pieces.
+    """
+
+    def __init__(
+        self,
+        tiered: Tiered,
+        factory: Factory,
+        *,
+        params: Iterable[Any] | None = None,
+        master_dtype: torch.dtype | None = None,
+        when: Literal["step", "deferred", "backward"] = "step",
+        where: Literal["device"] = "device",
+        name: str | None = None,
+        **options: Any,
+    ) -> None:
+        """See the class."""
+        if when not in ("step", "deferred", "backward"):
+            raise OptionError(
+                "when= is not understood", need="'step', 'deferred' or 'backward'", have=repr(when), remedy="give one of these"
+            )
+        if where != "device":
+            raise OptionError(
+                "where= is not understood", need="'device'", have=repr(where), remedy="leave it out: updates run on the device"
+            )
+        tiered._check_attached()
+        self.tiered = tiered
+        self.when = when
+        self.master_dtype = master_dtype
+        self.name = name if name is not None else str(len(tiered.optimizers))
+        if any(other.name == self.name for other in tiered.optimizers):
+            raise OptionError(f"two optimizers named {self.name!r}", remedy="give each a name= of its own")
+        groups, weights = grouped(tiered, params)
+        for weight in weights:
+            other = next((other for other in tiered.optimizers if weight in other._weights), None)
+            if other is not None:
+                raise TrainingError(f"parameter {weight.name!r} belongs to another optimizer", remedy="give each its own params=")
+        dtypes = dict.fromkeys(master_dtype or weight.dtype for weight in weights)
+        self._rules: dict[torch.dtype, Rules] = {dtype: rules_of(factory, options, dtype, tiered.device) for dtype in dtypes}
+        self._writes_gradients = any(rules.writes_gradients for rules in self._rules.values())
+        likes = [torch.empty(0, dtype=master_dtype or weight.dtype, device=tiered.device) for weight in weights]
+        options = {**options, **resolved_implementation(factory, options, likes)}
+        defaults = factory([torch.zeros(1, dtype=next(iter(dtypes)), device=tiered.device)], **options).defaults
+        self._weights: dict[Weight, int] = weights
+        super().__init__(groups, defaults)
+        self._stepper = Stepper(tiered.buffers, factory, options, master_dtype, factory_name(factory))
+        self._coefficients: list[Coefficient] = []
+        self._norms: dict[Weight, Tensor] = {}
+        self._norm_type: float | None = None
+        self._pending: dict[WeightBlock, Job] = {}
+        self._updated: set[WeightBlock] = set()
+        self._changed: list[Job] = []  # whose changes of options hold from the next step() on
+        self._chunks: dict[WeightBlock, list[Chunk]] = {}
+        self._cut()
+        tiered.optimizers.append(self)
+        tiered.state.restore_optimizer(self)
+
+    def __repr__(self) -> str:
+        return f"<TieredOptimizer {self.class_name}: {len(self._weights)} parameters, updated in {self.when!r}>"
+
+    @property
+    def class_name(self) -> str:
+        """Of the optimizer that is driven."""
+        return self._stepper.name
+
+    # -- chunks ----------------------------------------------------------------------------------------------------------
+
+    def _cut(self) -> None:
+        """Decide on chunks, and have gradients come in the same pieces."""
+        device_bytes = self.tiered.store.engine.placement.arenas[Tier.GPU].capacity_bytes
+        limit = min(CHUNK_BYTES, device_bytes // SHARE)
+        blocks = dict.fromkeys(weight.block for weight in self._weights)
+        for block in blocks:
+            if self.tiered.gradients.of[block].present:
+                raise TrainingError("the model has gradients already", remedy="make optimizers before the first backward pass")
+        for block in blocks:
+            chunks: list[Chunk] = []
+            for group in range(len(self.param_groups)):
+                mine = {weight for weight, number in self._weights.items() if number == group and weight.block is block}
+                if not mine:
+                    continue
+                ranges = all(self._rules[self.master_dtype or weight.dtype].elementwise for weight in mine)
+                for pieces in cut(block, mine, self._bytes_per_element, limit, ranges=ranges):
+                    chunks.append(Chunk(f"{PREFIX}{self.name}/{block.name}/{len(chunks)}", block, pieces, group))
+            self._chunks[block] = chunks
+            self._check_fits(block, chunks, device_bytes)
+            self.tiered.cut_gradients(block, self, [chunk.pieces for chunk in chunks])
+
+    def _bytes_per_element(self, weight: Weight) -> float:
+        dtype = self.master_dtype or weight.dtype
+        own = dtype.itemsize if self.master_dtype is not None else 0
+        return max(self._rules[dtype].state_bytes_per_element + own, weight.dtype.itemsize)
+
+    def _check_fits(self, block: WeightBlock, chunks: Collection[Chunk], device_bytes: int) -> None:
+        weights = self.tiered.store.info(block.name).nbytes
+        for chunk in chunks:
+            numel = sum(piece.numel for piece in chunk.pieces)
+            state = sum(piece.numel * self._bytes_per_element(piece.weight) for piece in chunk.pieces)
+            need = weights + int(state) + (numel * chunk.pieces[0].weight.dtype.itemsize if self.when != "backward" else 0)
+            if need > device_bytes:
+                largest = max(chunk.pieces, key=lambda piece: piece.numel).weight
+                raise CapacityError(
+                    f"an update by {self._stepper.name} of {largest.name!r} does not fit the device",
+                    need=f"{need} bytes for the weights of {block.name!r}, and gradient and state of {numel} of them",
+                    have=f"{device_bytes} bytes",
+                    remedy="name smaller modules in layers=, use an optimizer that is elementwise (AdamW is), or raise gpu=",
+                    block=block.name,
+                )
+
+    def refresh_parts(self, block: WeightBlock) -> None:
+        """The gradients of a block were cut anew: find those of each chunk."""
+        for chunk in self._chunks.get(block, ()):
+            chunk.part = next(part for part in self.tiered.gradients.of[block].parts if part.pieces == chunk.pieces)
+
+    # -- what the backward pass asks ---------------------------------------------------------------------------------------
+
+    def takes(self, block: WeightBlock) -> bool:
+        """Whether gradients are used up as soon as they are complete."""
+        return self.when == "backward" and block in self._chunks
+
+    def take_gradients(self, block: WeightBlock, sums: Sums) -> Sums:
+        """Update a block with its gradients. Returns those of others.
+
+        Raises:
+            TrainingError: It was updated already since the last `step()`.
+        """
+        mine = {weight: grad for weight, grad in sums.items() if weight in self._weights}
+        if not mine:
+            return sums
+        if block in self._updated:
+            raise TrainingError(
+                "a second backward pass before step(): with when='backward' the weights are updated already",
+                remedy="use when='deferred' to accumulate gradients over several backward passes",
+            )
+        self._updated.add(block)
+        job = Job(self._snapshot(), [], {})
+        self._update(block, job, mine)
+        self._changed.append(job)
+        return {weight: grad for weight, grad in sums.items() if weight not in mine}
+
+    def before_adding(self, block: WeightBlock) -> None:
+        """Gradients are about to be added to those of a block: what is pending for them comes first, and so does clipping."""
+        if block in self._pending:
+            self.settle([block])
+        if self._coefficients:
+            self._clip_in_place()
+
+    def observer(self, block: WeightBlock) -> Callable[[Weight, Tensor], None] | None:
+        """What is to be shown each total of a block's gradients; None: nothing."""
+        if block not in self._chunks:
+            return None
+        if self._norm_type is None:
+            self._norms.clear()
+            return None
+
+        def observe(weight: Weight, gradient: Tensor) -> None:
+            if weight in self._weights and self._norm_type is not None:
+                self._norms[weight] = self._norm(gradient, self._norm_type)
+
+        return observe
+
+    # -- the loop's calls --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient, now or, with `when="deferred"`, before its next use.
+
+        Raises:
+            OptionError: A closure was given.
+            TierstoreError: An update failed; blocks before it are updated, those behind it are not.
+        """
+        if closure is not None:
+            raise OptionError("step() takes no closure", remedy="compute the loss before it, and use an optimizer that needs no closure")
+        self.tiered._check_attached()
+        self.tiered.state.warn_unless_resumed()
+        self.finish()
+        for job in self._changed:
+            self._note_changed(job)
+        self._changed.clear()
+        hyper = self._snapshot()
+        coefficients, self._coefficients = self._coefficients, []
+        self._norms.clear()
+        self._updated.clear()
+        for block, chunks in self._chunks.items():
+            found: dict[Part, set[Weight]] = {}
+            for chunk in chunks:
+                if chunk.part is not None and chunk.part.present:
+                    found[chunk.part] = set(chunk.part.present)
+            if not found:
+                continue
+            job = Job(hyper, coefficients, found)
+            if self.when == "step":
+                self._run(block, job)
+            else:
+                self._pending[block] = job
+                self.tiered.store.engine.unsettled[block.name] = functools.partial(self.tiered.settle, [block])
+
+    @torch.no_grad()
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Have no gradients. Those that a pending update needs are kept for it alone."""
+        if not set_to_none:
+            raise OptionError("zero_grad(set_to_none=False) would store zeros", remedy="leave set_to_none out")
+        self._coefficients = []
+        self._norms.clear()
+        for block, chunks in self._chunks.items():
+            total = self.tiered.gradients.of[block]
+            job = self._pending.get(block)
+            kept: set[Part] = set()
+            if job is not None and not job.detached:
+                job.detached = True
+            if job is not None:
+                kept = set(job.gradients)
+            for chunk in chunks:
+                if chunk.part in kept:
+                    chunk.part.present = set()
+                elif chunk.part is not None:
+                    total.erase_part(chunk.part)
+
+    @torch.no_grad()
+    def clip_grad_norm_(
+        self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False, *, scope: Scope = "global"
+    ) -> Tensor:
+        """Scale the gradients so that their norm is at most `max_norm`, as `torch.nn.utils.clip_grad_norm_` does.
+
+        The norm is that of the norms of the parameters, in the order of `model.parameters()`; with masters, of widened gradients.
+
+        Args:
+            max_norm: The largest norm.
+            norm_type: Of the p-norm; may be infinite.
+            error_if_nonfinite: Raise if the norm is not finite, and change nothing.
+            scope: "global", or "layer": each block of weights by its own norm.
+
+        Returns:
+            The norm before, on the device; with scope="layer", of each block that has gradients.
+
+        Raises:
+            OptionError: With `when="backward"`, where weights are updated before all gradients are known.
+            RuntimeError: `error_if_nonfinite`.
+        """
+        if self.when == "backward":
+            remedy = "use when='deferred', which overlaps as much"
+            raise OptionError("when='backward' updates weights before any norm over all gradients is known", remedy=remedy)
+        if scope not in ("global", "layer"):
+            raise OptionError("scope= is not understood", need="'global' or 'layer'", have=repr(scope), remedy="give one of these")
+        norm_type = float(norm_type)
+        if self._coefficients:
+            self._clip_in_place()
+        if self._norm_type != norm_type:
+            self._norms.clear()
+            self._norm_type = norm_type
+        norms = {
+            weight: norm for weight in sorted(self._weights, key=lambda weight: weight.index) if (norm := self._norm_of(weight)) is not None
+        }
+        if not norms:
+            return torch.tensor(0.0)
+        if scope == "global":
+            total: Tensor = torch.linalg.vector_norm(torch.stack(list(norms.values())), norm_type)
+            self._refuse_nonfinite(total, norm_type, error_if_nonfinite)
+            self._coefficients.append(_coefficient(total, max_norm))
+            return total
+        blocks: dict[WeightBlock, list[Tensor]] = {}
+        for weight, norm in norms.items():
+            blocks.setdefault(weight.block, []).append(norm)
+        totals = {block: torch.linalg.vector_norm(torch.stack(of_block), norm_type) for block, of_block in blocks.items()}
+        stacked = torch.stack(list(totals.values()))
+        self._refuse_nonfinite(stacked, norm_type, error_if_nonfinite)
+        self._coefficients.append({block: _coefficient(total, max_norm) for block, total in totals.items()})
+        return stacked
+
+    @staticmethod
+    def _refuse_nonfinite(total: Tensor, norm_type: float, wanted: bool) -> None:
+        if wanted and not bool(torch.isfinite(total).all()):
+            raise RuntimeError(f"the {norm_type} norm of the gradients is not finite, so they cannot be clipped")
+
+    # -- carrying out ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def settle(self, blocks: Collection[WeightBlock]) -> None:
+        """Carry out what is pending for these blocks."""
+        if not self._pending:
+            return
+        for block in blocks:
+            job = self._pending.get(block)
+            if job is not None:
+                self._run(block, job)
+                self._pending.pop(block, None)
+                if not any(block in other._pending for other in self.tiered.optimizers):
+                    self.tiered.store.engine.unsettled.pop(block.name, None)
+
+    def finish(self) -> None:
+        """Carry out all that is pending."""
+        self.settle(list(self._pending))
+
+    def _run(self, block: WeightBlock, job: Job) -> None:
+        self._update(block, job, None)
+        if job.changed:
+            self._changed.append(job)
+
+    def _snapshot(self) -> list[dict[str, Any]]:
+        return [
+            {
+                key: value.clone() if isinstance(value, Tensor) else value
+                for key, value in group.items()
+                if key not in ("params", "param_names")
+            }
+            for group in self.param_groups
+        ]
+
+    def _note_changed(self, job: Job) -> None:
+        """Options that steps have changed, a count of steps for one, are the group's from here on."""
+        for index, changed in job.changed.items():
+            for key, value in changed.items():
+                self.param_groups[index][key] = value
+
+    def _update(self, block: WeightBlock, job: Job, given: Sums | None) -> None:
+        """Update one block.
+
+        Args:
+            block: Which.
+            job: With what.
+            given: The gradients, where they are not in the store.
+        """
+        todo: list[tuple[Chunk, set[Weight]]] = []
+        for chunk in self._chunks[block]:
+            if given is not None:
+                weights = {piece.weight for piece in chunk.pieces} & given.keys()
+            else:
+                weights = job.gradients.get(chunk.part, set()) if chunk.part is not None else set()
+            if weights:
+                todo.append((chunk, weights))
+        if not todo:
+            return
+        covered = {piece.weight for chunk, _ in todo for piece in chunk.pieces}
+        overwritten = (
+            self.master_dtype is not None
+            and all(chunk.has_masters for chunk, _ in todo)
+            and covered == set(block.weights)
+            and len(todo) == len(self._chunks[block])
+        )
+        block.version += 1
+        with self.tiered.buffers.lease(block.name, write=[block.name], fresh=[block.name] if overwritten else []) as weights_of_block:
+            done: list[Chunk] = []
+            try:
+                for chunk, weights in todo:
+                    self._update_chunk(chunk, weights, weights_of_block, job, given, rewrite=overwritten)
+                    done.append(chunk)
+            except BaseException:
+                if overwritten:
+                    self._rewrite([chunk for chunk, _ in todo], weights_of_block)
+                raise
+
+    def _update_chunk(
+        self, chunk: Chunk, weights: set[Weight], values: Mapping[str, Tensor], job: Job, given: Sums | None, *, rewrite: bool
+    ) -> None:
+        hyper = job.hyper[chunk.group]
+        with ExitStack() as leases:
+            stored: Mapping[str, Tensor] = {}
+            if given is None:
+                assert chunk.part is not None
+                name = chunk.part.name
+                spent = [name] if job.detached else []
+                stored = leases.enter_context(self.tiered.buffers.lease(name, write=spent, spent=spent))
+
+            def gradient(piece: Piece) -> Tensor:
+                raw = piece.of(given[piece.weight]) if given is not None else stored[piece.key]
+                return self._prepared(raw, chunk.block, job.coefficients)
+
+            changed = self._stepper.step(chunk, values, dict.fromkeys(weights, gradient), hyper)
+            if changed:
+                job.changed.setdefault(chunk.group, {}).update(changed)
+            if rewrite and len(weights) < len({piece.weight for piece in chunk.pieces}):
+                self._rewrite([chunk], values)
+
+    def _rewrite(self, chunks: Iterable[Chunk], values: Mapping[str, Tensor]) -> None:
+        """Narrow masters into weights that no step has written."""
+        for chunk in chunks:
+            with ExitStack() as leases:
+                for piece in chunk.pieces:
+                    where = chunk.tensors[piece].get(MASTER)
+                    if where is None:
+                        master = chunk.values[piece][MASTER]
+                    else:
+                        master = leases.enter_context(self.tiered.buffers.lease(where))[f"{MASTER}.{piece.key}"]
+                    piece.of(values[piece.weight.name]).copy_(master)
+
+    def _prepared(self, gradient: Tensor, block: WeightBlock, coefficients: Iterable[Coefficient]) -> Tensor:
+        """A gradient as the optimizer is to see it. What is in the store stays as it is."""
+        given = gradient
+        if self.master_dtype is not None:
+            gradient = gradient.to(self.master_dtype)
+        for each in coefficients:
+            coefficient = each if isinstance(each, Tensor) else each.get(block)
+            if coefficient is not None:
+                gradient = gradient * coefficient
+        if gradient is given and self._writes_gradients:
+            return gradient.clone()
+        return gradient
+
+    def _norm(self, gradient: Tensor, norm_type: float) -> Tensor:
+        if self.master_dtype is not None:
+            gradient = gradient.to(self.master_dtype)
+        if gradient.is_cuda:  # as torch does there; on the CPU it takes each by itself
+            return torch._foreach_norm([gradient], norm_type)[0]
+        norm: Tensor = torch.linalg.vector_norm(gradient, norm_type)
+        return norm
+
+    def _norm_of(self, weight: Weight) -> Tensor | None:
+        assert self._norm_type is not None
+        total = self.tiered.gradients.of[weight.block]
+        if not any(weight in part.present for part in total.parts):
+            return None
+        known = self._norms.get(weight)
+        if known is None:
+            gradient = total.read(weight)
+            assert gradient is not None
+            known = self._norms[weight] = self._norm(gradient, self._norm_type)
+        return known
+
+    def _clip_in_place(self) -> None:
+        """More is to come on top of clipped gradients: they have to be stored clipped.
+
+        Raises:
+            TrainingError: They are to be clipped widened, which what is stored cannot hold.
+        """
+        if self.master_dtype is not None:
+            raise TrainingError(
+                "gradients were clipped and others are added, or clipped once more, before step()",
+                remedy="clip once, right before step(): with master_dtype= clipped gradients are not stored",
+            )
+        coefficients, self._coefficients = self._coefficients, []
+        self._norms.clear()
+        for block, chunks in self._chunks.items():
+            for chunk in chunks:
+                if chunk.part is None or not chunk.part.present:
+                    continue
+                with self.tiered.buffers.lease(chunk.part.name, write=[chunk.part.name]) as stored:
+                    for piece in chunk.pieces:
+                        if piece.weight in chunk.part.present:
+                            stored[piece.key].copy_(self._prepared(stored[piece.key], block, coefficients))
+
+    # -- state -------------------------------------------------------------------------------------------------------------
+
+    def state_of(self, parameter: str) -> dict[str, Any]:
+        """The optimizer's state of one parameter, as torch has it in `state[parameter]`; its master, if any, as "master". On the CPU.
+
+        Args:
+            parameter: Its full name.
+        """
+        weight = next((weight for weight in self._weights if weight.name == parameter), None)
+        if weight is None:
+            raise OptionError(f"no parameter {parameter!r} in this optimizer", remedy="give a name of model.named_parameters()")
+        self.settle([weight.block])
+        pieces = [(chunk, piece) for chunk in self._chunks[weight.block] for piece in chunk.pieces if piece.weight is weight]
+        found: dict[str, Any] = {}
+        parts: dict[str, list[Tensor]] = {}
+        for chunk, piece in pieces:
+            found.update(chunk.values[piece])
+            blocks: dict[str, Any] = {name: self.tiered.store.read(name) for name in dict.fromkeys(chunk.tensors[piece].values())}
+            for key, name in chunk.tensors[piece].items():
+                parts.setdefault(key, []).append(blocks[name][f"{key}.{piece.key}"])
+        for key, tensors in parts.items():
+            found[key] = tensors[0] if len(pieces) == 1 else torch.cat([tensor.reshape(-1) for tensor in tensors]).view(weight.shape)
+        return {key: value.cpu().clone() if isinstance(value, Tensor) else value for key, value in found.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, of the same optimizer with everything resident: the one can be loaded into the other. On the CPU.
+
+        With masters there is "masters" besides, by the same numbers.
+        """
+        self.finish()
+        numbers: dict[Weight, int] = {}
+        groups: list[dict[str, Any]] = []
+        by_stand_in = {weight.stand_in: weight for weight in self._weights}
+        for group in self.param_groups:
+            weights = [by_stand_in[parameter] for parameter in group["params"]]
+            for weight in weights:
+                numbers[weight] = len(numbers)
+            options = {key: value for key, value in group.items() if key != "params"}
+            groups.append({**options, "params": [numbers[weight] for weight in weights]})
+        state: dict[int, dict[str, Any]] = {}
+        masters: dict[int, Tensor] = {}
+        for weight, number in numbers.items():
+            found = self.state_of(weight.name)
+            master = found.pop(MASTER, None)
+            if master is not None:
+                masters[number] = master
+            if found:
+                state[number] = found
+        return {"state": state, "param_groups": groups, **({"masters": masters} if self.master_dtype is not None else {})}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over what `state_dict()` of this or of torch's optimizer returned.
+
+        Raises:
+            TrainingError: It is of another optimizer.
+        """
+        self.finish()
+        groups = state_dict["param_groups"]
+        sizes = [len(group["params"]) for group in groups]
+        if sizes != [len(group["params"]) for group in self.param_groups]:
+            have = f"groups of {sizes}"
+            need = f"groups of {[len(group['params']) for group in self.param_groups]} parameters"
+            raise TrainingError(
+                "the state is of an optimizer with other groups", need=need, have=have, remedy="load one of the same groups"
+            )
+        by_stand_in = {weight.stand_in: weight for weight in self._weights}
+        weights: dict[Weight, int] = {}
+        for group, loaded in zip(self.param_groups, groups, strict=True):
+            for parameter, number in zip(group["params"], loaded["params"], strict=True):
+                weights[by_stand_in[parameter]] = number
+            group.update({key: value for key, value in loaded.items() if key not in ("params", "param_names")})
+        masters = state_dict.get("masters", {})
+        for chunks in self._chunks.values():
+            for chunk in chunks:
+                new: dict[tuple[Piece, str], Tensor] = {}
+                values: dict[Piece, dict[str, Any]] = {piece: {} for piece in chunk.pieces}
+                for piece in chunk.pieces:
+                    number = weights[piece.weight]
+                    found = dict(state_dict["state"].get(number, {}))
+                    if self.master_dtype is not None and number in masters:
+                        found[MASTER] = masters[number]
+                    for key, value in found.items():
+                        if isinstance(value, Tensor) and value.numel() > 1:
+                            new[piece, key] = self._cast(piece.of(value.contiguous()), piece.weight, key)
+                        else:
+                            values[piece][key] = value.clone() if isinstance(value, Tensor) else value
+                self._stepper.replace(chunk, new, values)
+
+    def _cast(self, value: Tensor, weight: Weight, key: str) -> Tensor:
+        """As torch does with the state it loads: floating-point state has the parameter's dtype."""
+        dtype = self.master_dtype or weight.dtype
+        return value.to(dtype) if dtype.is_floating_point and value.is_floating_point() and key != "step" else value
+
+    def let_go(self) -> None:
+        """The model is detached: state stays in the store, and is of no use to this object any more."""
+        self._pending.clear()
+
+    @property
+    def chunks(self) -> list[Chunk]:
+        """All chunks, in the order of the blocks."""
+        return [chunk for chunks in self._chunks.values() for chunk in chunks]
+
+
+def factory_name(factory: Any) -> str:
+    while isinstance(factory, functools.partial):
+        factory = factory.func
+    return str(getattr(factory, "__name__", type(factory).__name__))
+
+
+def _coefficient(total: Tensor, max_norm: float) -> Tensor:
+    """What to multiply gradients by, as `torch.nn.utils.clip_grads_with_norm_` has it: without looking at it, which would wait."""
+    return torch.clamp(max_norm / (total + 1e-6), max=1.0)

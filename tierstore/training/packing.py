@@ -1,0 +1,99 @@
+"""Python values as JSON and tensors, and back, exactly. No pickle: what comes back is data, never code."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections import Counter, OrderedDict, defaultdict, deque
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tierstore.errors import TrainingError
+
+_CONTAINERS: dict[type, str] = {
+    list: "list",
+    tuple: "tuple",
+    set: "set",
+    frozenset: "frozenset",
+    deque: "deque",
+    torch.Size: "size",
+}
+_MAPPINGS: dict[type, str] = {dict: "dict", OrderedDict: "ordered", Counter: "counter", defaultdict: "dict"}
+
+
+def pack(value: Any, tensors: dict[str, Tensor], what: str = "state") -> Any:
+    """A value as JSON. Tensors in it are put into `tensors` under names of their own.
+
+    Args:
+        value: Numbers, text, bytes, None, tensors, NumPy arrays, and containers of such.
+        tensors: Is filled.
+        what: Where the value comes from, for errors.
+
+    Raises:
+        TrainingError: Something else.
+    """
+    if value is None or isinstance(value, bool | str) or type(value) is int:
+        return value
+    if type(value) is float:
+        return value if math.isfinite(value) else {"float": repr(value)}
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+        number = pack(value.item(), tensors, what)
+        return {"number": number, "dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape), "device": _place(value)}
+    if isinstance(value, Tensor):
+        name = str(len(tensors))
+        tensors[name] = value.detach().cpu().clone()
+        return {"tensor": name, "device": _place(value)}
+    if isinstance(value, np.ndarray | np.generic):
+        array = np.asarray(value)
+        if array.dtype.kind in "biuf" and array.dtype.itemsize <= 8:
+            name = str(len(tensors))
+            tensors[name] = torch.from_numpy(np.ascontiguousarray(array).reshape(-1).view(np.uint8).copy())
+            return {"array": name, "dtype": array.dtype.str, "shape": list(array.shape), "scalar": not isinstance(value, np.ndarray)}
+    if type(value) is bytes:
+        return {"bytes": base64.b64encode(value).decode("ascii")}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    if type(value) in _CONTAINERS:
+        return {_CONTAINERS[type(value)]: [pack(item, tensors, what) for item in value]}
+    if type(value) in _MAPPINGS:
+        items = [[pack(key, tensors, what), pack(item, tensors, f"{what}[{key!r}]")] for key, item in value.items()]
+        return {_MAPPINGS[type(value)]: items}
+    raise TrainingError(
+        f"{what} holds a {type(value).__name__}, which cannot be saved as data",
+        need="numbers, text, tensors, and containers of such",
+        remedy="leave it out of what state_dict() returns",
+    )
+
+
+def _place(value: Tensor) -> str:
+    return "cpu" if value.device.type == "cpu" else "device"
+
+
+def unpack(packed: Any, tensors: dict[str, Tensor], device: torch.device) -> Any:
+    """What `pack` was given. Tensors that were on the compute device come back on `device`."""
+    if not isinstance(packed, dict):
+        return packed
+    kind = next(iter(packed))
+    content = packed[kind]
+    if kind == "float":
+        return float(content)
+    if kind == "number":
+        number = torch.tensor(unpack(content, tensors, device), dtype=getattr(torch, packed["dtype"])).reshape(packed["shape"])
+        return number.to("cpu" if packed["device"] == "cpu" else device)
+    if kind == "tensor":
+        return tensors[content].clone().to("cpu" if packed["device"] == "cpu" else device)
+    if kind == "array":
+        array = tensors[content].numpy().view(np.dtype(packed["dtype"])).reshape(packed["shape"]).copy()
+        return array[()] if packed["scalar"] else array
+    if kind == "bytes":
+        return base64.b64decode(content)
+    if kind == "dtype":
+        return getattr(torch, content)
+    makers: dict[str, Any] = {name: maker for maker, name in _CONTAINERS.items()}
+    if kind in makers:
+        return makers[kind](unpack(item, tensors, device) for item in content)
+    pairs = {unpack(key, tensors, device): unpack(item, tensors, device) for key, item in content}
+    return {"dict": dict, "ordered": OrderedDict, "counter": Counter}[kind](pairs)

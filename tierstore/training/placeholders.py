@@ -1,0 +1,149 @@
+"""What stands in an attached model where a parameter stood.
+
+[Note: Placeholders]
+While a model is attached, its parameters have no values of their own: those are in the store, and on the device only within a lease. A
+bare parameter on the meta device will not do in their place: `F.linear` on the CPU takes one without a word and computes rubbish. A
+placeholder knows shape and dtype and names the store's device as its own, so that code which asks for these goes on; whatever would
+need its values raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from tierstore.errors import PlaceholderError
+
+_TOLD = {
+    "dtype",
+    "shape",
+    "ndim",
+    "layout",
+    "is_leaf",
+    "is_sparse",
+    "is_meta",
+    "is_quantized",
+    "itemsize",
+    "nbytes",
+    "requires_grad",
+    "grad_fn",
+    "_backward_hooks",
+    "names",
+    "output_nr",
+    "is_nested",
+    "retains_grad",
+    "_version",
+}
+"""Attributes that have nothing to do with values."""
+
+_ANSWERED = {
+    torch.Tensor.size,
+    torch.Tensor.dim,
+    torch.Tensor.numel,
+    torch.Tensor.nelement,
+    torch.Tensor.element_size,
+    torch.Tensor.is_floating_point,
+    torch.Tensor.is_complex,
+    torch.Tensor.stride,
+    torch.Tensor.is_contiguous,
+    torch.Tensor.__len__,
+    torch.Tensor.__hash__,
+    torch.is_floating_point,
+    torch.is_complex,
+    torch.numel,
+}
+
+
+def _getters() -> dict[Any, str]:
+    found: dict[Any, str] = {}
+    for name in [*_TOLD, "device", "is_cpu", "is_cuda", "grad", "data"]:
+        attribute: Any = getattr(torch.Tensor, name, None)
+        if hasattr(attribute, "__get__") and not callable(attribute):
+            found[attribute.__get__] = name
+    return found
+
+
+_GETTERS = _getters()
+_SET_GRAD = torch.Tensor.requires_grad.__set__  # type: ignore[attr-defined]
+_SETTERS = {_SET_GRAD: "requires_grad", torch.Tensor.requires_grad_: "requires_grad"}
+
+
+class Placeholder(nn.Parameter):
+    """A parameter whose values are in a store. See [Note: Placeholders].
+
+    Attributes:
+        parameter_name: Its full name in the model.
+        store_device: Where a lease has its values.
+        attached: False once the model is detached: then whoever still has this has a parameter of no model.
+    """
+
+    parameter_name: str
+    store_device: torch.device
+    attached: bool
+
+    @staticmethod
+    def __new__(cls, name: str, shape: tuple[int, ...], dtype: torch.dtype, requires_grad: bool, device: torch.device) -> Placeholder:
+        """A stand-in on the meta device."""
+        empty = torch.empty(shape, dtype=dtype, device="meta")
+        self: Placeholder = torch.Tensor._make_subclass(cls, empty, requires_grad)
+        self.__dict__.update(parameter_name=name, store_device=device, attached=True)
+        return self
+
+    def __init__(self, *_: object) -> None:
+        """All is done by `__new__`."""
+
+    def __repr__(self, **_: object) -> str:  # type: ignore[override]
+        fields = self.__dict__
+        with torch._C.DisableTorchFunctionSubclass():
+            return f"<parameter {fields['parameter_name']} {tuple(self.shape)} {self.dtype}: its values are in the store>"
+
+    __str__ = __repr__
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Placeholder:
+        raise _untouchable(self, "copied")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise _untouchable(self, "pickled")
+
+    @classmethod
+    def __torch_function__(cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = _GETTERS.get(func)
+        if name == "device":
+            return args[0].__dict__["store_device"]
+        if name in ("is_cpu", "is_cuda"):
+            return bool(args[0].__dict__["store_device"].type == name.removeprefix("is_"))
+        if name == "is_meta":
+            return False
+        if (name is not None and name in _TOLD) or func in _ANSWERED:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        me = next((value for value in (*args, *(kwargs or {}).values()) if isinstance(value, cls)), None)
+        if me is None:  # in a list of tensors
+            found = [item for value in args if isinstance(value, list | tuple) for item in value]
+            me = next((value for value in found if isinstance(value, cls)), None)
+        if func in _SETTERS:
+            raise _frozen_at_attach(me)
+        raise _untouchable(me, f"used by {getattr(func, '__name__', func)}" if name is None else f"asked for .{name}")
+
+
+def _name(me: Placeholder | None) -> str:
+    return repr(me.__dict__["parameter_name"]) if me is not None else "of an attached model"
+
+
+def _untouchable(me: Placeholder | None, how: str) -> PlaceholderError:
+    if how == "asked for .grad":
+        remedy = "gradients are in the store: clip with TieredOptimizer.clip_grad_norm_(), erase with TieredOptimizer.zero_grad()"
+    else:
+        remedy = (
+            "only the module that owns it may use it, in its forward; let that module be called, or name it in layers=. For its values: "
+            "store.read(), or detach() the model"
+        )
+    return PlaceholderError(f"parameter {_name(me)} was {how} outside a lease", need="its values", have="a placeholder", remedy=remedy)
+
+
+def _frozen_at_attach(me: Placeholder | None) -> PlaceholderError:
+    remedy = "detach(), change requires_grad, attach() again"
+    return PlaceholderError(f"parameter {_name(me)}: requires_grad is fixed while the model is attached", remedy=remedy)

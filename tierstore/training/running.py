@@ -1,0 +1,444 @@
+"""One call of a unit: its forward pass under a lease, and in the backward pass the same once more, to follow the gradients through it.
+
+[Note: A unit in the graph]
+For autograd a unit is one node. Its inputs are the tensors among the arguments, wherever in the argument tree they are, and an anchor:
+a node none of whose inputs needs a gradient would get no backward pass, though its parameters need one. Its outputs are the tensors among
+the results and, behind them, every input that needs a gradient once more: whoever uses that tensor next is given this copy. So its
+gradient comes by here, and this unit's contributions are added to it one by one, last use first, which is the order in which autograd
+adds them where no unit stands in between. The sums of parameters are handed on in the same way (`gradients`). In a recomputed graph a sum
+goes in as the gradient of the leaf itself, which autograd adds first of all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from tierstore.errors import TrainingError
+from tierstore.training.activations import Kept
+from tierstore.training.gradients import Sums
+from tierstore.training.splitting import Arguments, Outputs, check_alike, join, take_outputs_apart
+from tierstore.training.structure import Kind, Unit, Weight
+from tierstore.training.surroundings import Autocast, RandomState
+
+if TYPE_CHECKING:
+    from tierstore.training.layers import Tiered
+
+Buffer = tuple[nn.Module, str]
+
+
+class Call:
+    """One call of a unit, from its forward pass to the end of its backward pass.
+
+    Attributes:
+        versions: Of the unit's blocks, when it computed.
+        random: Where the generators were before each micro-batch; None where nothing was drawn.
+        buffers: What buffers held before each micro-batch, of those that it changed.
+    """
+
+    def __init__(self, tiered: Tiered, unit: Unit, forward: Callable[..., Any], arguments: Arguments) -> None:
+        self.tiered = tiered
+        self.unit = unit
+        self.arguments = arguments
+        self.outputs: Outputs | None = None
+        self._forward = forward
+        self._autocast = Autocast.now(tiered.device.type)
+        self._random: list[RandomState | None] = []
+        self._buffers: list[dict[Buffer, Tensor]] = []
+        tiered.settle(unit.blocks)  # before the versions are noted with which it computes
+        self._versions = [block.version for block in unit.blocks]
+        self._kept: list[Kept | None] = []
+        self._num_inputs = 0
+        self._awaited = False
+        self._ended = False
+        self._owner = tiered.buffers.owner
+
+    def __del__(self) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        """Nothing is awaited of this call any more."""
+        if self._ended:
+            return
+        self._ended = True
+        if self._awaited:
+            self.tiered.awaited_no_more(self.unit)
+        activations = self.tiered.activations
+        for kept in self._kept:
+            if kept is not None and activations is not None:
+                activations.drop(kept)
+        self._kept = []
+
+    # -- forward ---------------------------------------------------------------------------------------------------------
+
+    def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The forward pass alone, under whatever gradient mode is on; nothing is kept."""
+        with self._placed(requires_grad=torch.is_grad_enabled()):
+            return self._all(tensors, lambda index, chunk: self._once(chunk))
+
+    def first(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The forward pass of training: results without their graph, and what it takes to compute them again."""
+        self._num_inputs = len(tensors)
+        watched = _Buffers(self.unit, self.tiered)
+
+        def compute(index: int, chunk: list[Tensor]) -> Any:
+            random = RandomState.now(self.tiered.device)
+            watched.note()
+            with torch.autograd.graph.saved_tensors_hooks(_forget, _never):
+                result = self._once([tensor.detach().requires_grad_(tensor.requires_grad) for tensor in chunk])
+            self._buffers.append(watched.changed())
+            self._random.append(None if random.is_now(self.tiered.device) else random)
+            return result
+
+        with torch.enable_grad(), self._placed():
+            return self._all(tensors, compute)
+
+    def await_backward(self) -> None:
+        self._awaited = True
+        self.tiered.await_backward(self.unit)
+
+    def _all(self, tensors: Sequence[Tensor], compute: Callable[[int, list[Tensor]], Any]) -> list[Tensor]:
+        """Run every micro-batch. Returns the tensors of the results, free of graph and lease."""
+        pieces: list[list[Tensor]] = []
+        for index in range(self.arguments.count):
+            outputs, found = take_outputs_apart(compute(index, self.arguments.of_micro_batch(tensors, index)))
+            if self.outputs is None:
+                self.outputs = outputs
+            else:
+                check_alike(self.outputs, outputs, self.unit.name)
+            pieces.append([self.tiered.free_of_lease(tensor).detach() for tensor in found])
+        if self.arguments.sizes is None:
+            return pieces[0]
+        with torch.no_grad():
+            return join(pieces, self.arguments.sizes, self.unit.name)
+
+    def _once(self, tensors: Sequence[Tensor]) -> Any:
+        args, kwargs = self.arguments.rebuild(tensors)
+        with self._autocast.again():
+            return self._forward(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _placed(self, requires_grad: bool = True) -> Iterator[dict[Weight, Tensor]]:
+        """Lease the unit's blocks and put the parameters into their places."""
+        with self.tiered.leased(self.unit, requires_grad) as leaves:
+            yield leaves
+
+    # -- between ---------------------------------------------------------------------------------------------------------
+
+    def keep(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Move inputs to the store that are to wait there. Returns those that stay on the device."""
+        activations = self.tiered.activations
+        stay: list[Tensor] = []
+        for tensor in tensors:
+            if activations is not None and activations.suits(tensor):
+                self._kept.append(activations.keep(tensor))
+            else:
+                self._kept.append(None)
+                stay.append(tensor)
+        return stay
+
+    def _inputs(self, stayed: Sequence[Tensor]) -> list[Tensor]:
+        """All inputs, on the device; those in the store are given up there."""
+        rest = iter(stayed)
+        inputs: list[Tensor] = []
+        for position, kept in enumerate(self._kept):
+            if kept is None:
+                inputs.append(next(rest))
+            else:
+                assert self.tiered.activations is not None
+                self._kept[position] = None
+                inputs.append(self.tiered.activations.take(kept))
+        return inputs
+
+    # -- backward --------------------------------------------------------------------------------------------------------
+
+    def backward(self, stayed: Sequence[Tensor], needs: Sequence[bool], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Compute again and follow the gradients.
+
+        Args:
+            stayed: The inputs that `keep` returned.
+            needs: For each input, whether its gradient is wanted.
+            grads: By the outputs, and then by the copies of the inputs that need a gradient.
+
+        Returns:
+            The gradients by the inputs.
+        """
+        self._check()
+        before = self.tiered.buffers.acting_for(self._owner)
+        try:
+            return self._backward(stayed, needs, grads)
+        finally:
+            self._end()
+            self.tiered.buffers.back_to(before)
+
+    def _check(self) -> None:
+        name = self.unit.name
+        if torch.is_grad_enabled():
+            raise TrainingError(f"{name!r}: create_graph=True, a gradient of gradients", remedy="leave create_graph out")
+        if self._ended:
+            raise TrainingError(f"a second backward pass through one forward pass of {name!r}", remedy="run the forward pass again")
+        for block, version in zip(self.unit.blocks, self._versions, strict=True):
+            if block.version != version:
+                remedy = "call step() after the backward passes of all forward passes made before it"
+                raise TrainingError(f"the weights of {name!r} were updated between its forward and its backward pass", remedy=remedy)
+
+    def _backward(self, stayed: Sequence[Tensor], needs: Sequence[bool], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        assert self.outputs is not None
+        arguments, tiered = self.arguments, self.tiered
+        count = len(self.outputs.where)
+        by_outputs, by_copies = grads[:count], iter(grads[count:])
+        passed: list[Tensor | None] = [next(by_copies) if need else None for need in needs]
+        if all(grad is None for grad in by_outputs):
+            return passed
+        inputs = self._inputs(stayed)
+        sums = tiered.sums_so_far(self.unit)
+        found: list[Tensor | None] = [
+            None if split and arguments.sizes else grad for grad, split in zip(passed, arguments.splits, strict=True)
+        ]
+        chunks: list[list[Tensor | None]] = []
+        with torch.enable_grad(), tiered.leased(self.unit) as leaves, self._as_before() as again:
+            for index in reversed(range(arguments.count)):
+                chunk = [
+                    tensor.detach().requires_grad_(need)
+                    for tensor, need in zip(arguments.of_micro_batch(inputs, index), needs, strict=True)
+                ]
+                again(index)
+                outputs, results = take_outputs_apart(self._once(chunk))
+                roots = [
+                    (tensor, grad)
+                    for tensor, grad in zip(results, self._of_micro_batch(by_outputs, index), strict=True)
+                    if grad is not None
+                ]
+                chunks.append(self._follow(roots, leaves, sums, chunk, needs, found))
+                del outputs, results, roots, chunk
+        tiered.add_gradients(self.unit, sums)
+        if arguments.sizes is not None:
+            for position, split in enumerate(arguments.splits):
+                if split and needs[position]:
+                    found[position] = _put_together(
+                        [chunk[position] for chunk in reversed(chunks)], inputs[position], arguments.sizes, passed[position]
+                    )
+        return found
+
+    def _of_micro_batch(self, grads: Sequence[Tensor | None], index: int) -> list[Tensor | None]:
+        sizes = self.arguments.sizes
+        if sizes is None:
+            return list(grads)
+        start = sum(sizes[:index])
+        return [None if grad is None else grad.narrow(0, start, sizes[index]) for grad in grads]
+
+    def _follow(
+        self,
+        roots: list[tuple[Tensor, Tensor]],
+        leaves: dict[Weight, Tensor],
+        sums: Sums,
+        chunk: list[Tensor],
+        needs: Sequence[bool],
+        found: list[Tensor | None],
+    ) -> list[Tensor | None]:
+        """Gradients of one micro-batch. Adds to `sums`, and to `found` for what is not split.
+
+        Returns:
+            The gradients by the rows of this micro-batch, where an input is split.
+        """
+        splits = [split and self.arguments.sizes is not None for split in self.arguments.splits]
+        roots = [(tensor, grad) for tensor, grad in roots if tensor.requires_grad]
+        weights = [weight for weight, leaf in leaves.items() if leaf.requires_grad]
+        wanted = [position for position, need in enumerate(needs) if need]
+        seeds = [(leaves[weight], sums[weight]) for weight in weights if weight in sums]
+        for position in wanted:
+            grad = found[position]
+            if not splits[position] and grad is not None:
+                seeds.append((chunk[position], grad))
+        sources = [leaves[weight] for weight in weights] + [chunk[position] for position in wanted]
+        if not roots or not sources:
+            return [None] * len(chunk)
+        results = torch.autograd.grad(
+            [tensor for tensor, _ in [*seeds, *roots]], sources, [grad for _, grad in [*seeds, *roots]], allow_unused=True
+        )
+        for weight, grad in zip(weights, results, strict=False):
+            if grad is not None:
+                sums[weight] = grad
+        rows: list[Tensor | None] = [None] * len(chunk)
+        for position, grad in zip(wanted, results[len(weights) :], strict=True):
+            if splits[position]:
+                rows[position] = grad
+            else:
+                found[position] = grad
+        return rows
+
+    @contextlib.contextmanager
+    def _as_before(self) -> Iterator[Callable[[int], None]]:
+        """Have random numbers and buffers be as they were before each micro-batch's forward pass; afterwards, as they are now."""
+        device = self.tiered.device
+        drawn = any(random is not None for random in self._random)
+        now = RandomState.now(device) if drawn else None
+        present = {(module, name): module._buffers[name] for changed in self._buffers for module, name in changed}
+
+        def again(index: int) -> None:
+            random = self._random[index]
+            if random is not None:
+                random.set(device)
+            for (module, name), value in self._buffers[index].items():
+                module._buffers[name] = value.clone()
+
+        try:
+            yield again
+        finally:
+            for (module, name), buffer in present.items():
+                module._buffers[name] = buffer
+            if now is not None:
+                now.set(device)
+
+
+def _put_together(chunks: list[Tensor | None], whole: Tensor, sizes: Sequence[int], passed: Tensor | None) -> Tensor | None:
+    """The gradient by an input that was split, from those by its rows; `passed` is what later uses of it came to."""
+    if all(chunk is None for chunk in chunks):
+        return passed
+    rows = [chunk if chunk is not None else whole.new_zeros((size, *whole.shape[1:])) for chunk, size in zip(chunks, sizes, strict=True)]
+    total = torch.cat(rows)
+    return total if passed is None else passed + total
+
+
+def _forget(tensor: Tensor) -> None:
+    return None
+
+
+def _never(_: object) -> Tensor:
+    raise AssertionError("the graph of a unit's forward pass is thrown away")
+
+
+class _Buffers:
+    """Watches the buffers of a unit over its forward pass."""
+
+    LARGE = 1 << 16
+    """Buffers of more bytes that were never seen to change (causal masks) are not copied each time."""
+
+    def __init__(self, unit: Unit, tiered: Tiered) -> None:
+        self._unit = unit
+        self._still = tiered.still_buffers
+        self._noted: dict[Buffer, tuple[Tensor, int, Tensor | None]] = {}
+
+    def note(self) -> None:
+        self._noted = {}
+        for module, name in self._unit.buffers:
+            buffer = module._buffers.get(name)
+            if buffer is not None:
+                copied = buffer.numel() * buffer.element_size() <= self.LARGE or (module, name) not in self._still
+                self._noted[module, name] = (buffer, buffer._version, buffer.detach().clone() if copied else None)
+
+    def changed(self) -> dict[Buffer, Tensor]:
+        """What those buffers held that have changed since."""
+        found: dict[Buffer, Tensor] = {}
+        for (module, name), (buffer, version, copy) in self._noted.items():
+            if module._buffers.get(name) is buffer and buffer._version == version:
+                self._still.add((module, name))
+            elif copy is None:
+                raise TrainingError(f"buffer {name!r} in {self._unit.name!r} changes in some forward passes only", remedy="attach() again")
+            else:
+                found[module, name] = copy
+        return found
+
+
+def check_splittable(unit: Unit) -> None:
+    """Refuse to split what looks at all rows at once.
+
+    Raises:
+        TrainingError: Batch statistics.
+    """
+    for name, module in unit.module.named_modules():
+        if isinstance(module, _BatchNorm) and module.training:
+            raise TrainingError(
+                f"layer {unit.name!r} cannot be split into micro-batches: {name or 'it'} takes statistics over the batch",
+                remedy="leave micro_batch= out, or use a norm that looks at each row by itself",
+            )
+
+
+class _Run(torch.autograd.Function):
+    """See [Note: A unit in the graph]."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, anchor: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        results = call.first(tensors)
+        assert call.outputs is not None
+        ctx.call = call
+        ctx.needs = [tensor.requires_grad for tensor in tensors]
+        ctx.save_for_backward(*call.keep(tensors))
+        flows = call.outputs.differentiable
+        ctx.mark_non_differentiable(*[tensor for tensor, differentiable in zip(results, flows, strict=True) if not differentiable])
+        call.await_backward()
+        return (*results, *[tensor.detach() for tensor in tensors if tensor.requires_grad])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        call: Call = ctx.call
+        call._check()
+        return (None, None, *call.backward(ctx.saved_tensors, ctx.needs, grads))
+
+
+def run_unit(tiered: Tiered, unit: Unit, forward: Callable[..., Any], arguments: Arguments, tensors: list[Tensor]) -> Any:
+    """Run a unit whose arguments have been taken apart."""
+    call = Call(tiered, unit, forward, arguments)
+    needed = torch.is_grad_enabled() and (unit.trainable or any(tensor.requires_grad for tensor in tensors))
+    if not needed:
+        results = call.run(tensors)
+        assert call.outputs is not None
+        return call.outputs.rebuild(results)
+    copies = [tiered.latest_copy(tensor) for tensor in tensors]
+    found = _Run.apply(call, tiered.anchor if unit.trainable else None, *copies)  # type: ignore[no-untyped-call]
+    assert call.outputs is not None
+    count = len(call.outputs.where)
+    needy = [tensor for tensor in tensors if tensor.requires_grad]
+    for tensor, copy in zip(needy, found[count:], strict=True):
+        tiered.note_copy(tensor, copy)
+    return call.outputs.rebuild(found[:count])
+
+
+class _Copies(torch.autograd.Function):
+    """Copies of what a scope owns, for its own forward pass; their gradients are those of the parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, tiered: Tiered, unit: Unit, anchor: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.call = Call(tiered, unit, unit.module.forward, Arguments(None, [], [], []))  # type: ignore[arg-type]
+        with tiered.leased(unit, place=False) as leaves:
+            copies = [leaf.detach().clone() for leaf in leaves.values()]
+        ctx.weights = list(leaves)
+        ctx.mark_non_differentiable(*[copy for copy, weight in zip(copies, ctx.weights, strict=True) if not weight.requires_grad])
+        ctx.call.await_backward()
+        return tuple(copies)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, None, None]:
+        call: Call = ctx.call
+        call._check()
+        tiered, unit = call.tiered, call.unit
+        before = tiered.buffers.acting_for(call._owner)
+        try:
+            sums = tiered.sums_so_far(unit)
+            for weight, grad in zip(ctx.weights, grads, strict=True):
+                if grad is not None:
+                    sums[weight] = sums[weight] + grad if weight in sums else grad
+            tiered.add_gradients(unit, sums)
+        finally:
+            call._end()
+            tiered.buffers.back_to(before)
+        return None, None, None
+
+
+def copies_for(tiered: Tiered, unit: Unit) -> dict[Weight, Tensor]:
+    """Copies of what a scope owns, with a way back for their gradients."""
+    assert unit.kind is Kind.SCOPE
+    weights = list(dict.fromkeys(weight for _, _, weight in unit.places))
+    if torch.is_grad_enabled() and unit.trainable:
+        copies = _Copies.apply(tiered, unit, tiered.anchor)  # type: ignore[no-untyped-call]
+    else:
+        with tiered.leased(unit, place=False) as leaves:
+            copies = tuple(leaves[weight].detach().clone() for weight in weights)
+    return dict(zip(weights, copies, strict=True))

@@ -1,0 +1,193 @@
+"""Micro-batches: which arguments of a layer are split along the batch, and how its outputs are put together again."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from tierstore.errors import TrainingError
+
+PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
+"""Outputs beside tensors that can be compared."""
+
+
+@dataclass(slots=True)
+class Arguments:
+    """The arguments of one call, taken apart.
+
+    Attributes:
+        leaves: All leaves of the argument tree; None where a tensor was.
+        where: Positions of the tensors among the leaves.
+        splits: For each tensor, whether it is split.
+        batch: Length of the first dimension of those that are; -1: nothing is.
+        sizes: Rows of each micro-batch; one entry where nothing is split.
+    """
+
+    spec: TreeSpec
+    leaves: list[Any]
+    where: list[int]
+    splits: list[bool]
+    batch: int = -1
+    sizes: list[int] | None = None
+
+    @property
+    def count(self) -> int:
+        return 1 if self.sizes is None else len(self.sizes)
+
+    def rebuild(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """(args, kwargs) with these tensors in place of those that were taken out."""
+        leaves = list(self.leaves)
+        for position, tensor in zip(self.where, tensors, strict=True):
+            leaves[position] = tensor
+        args, kwargs = tree_unflatten(leaves, self.spec)
+        return args, kwargs
+
+    def of_micro_batch(self, tensors: Sequence[Tensor], index: int) -> list[Tensor]:
+        """The tensors of one micro-batch; those that are not split, whole."""
+        if self.sizes is None:
+            return list(tensors)
+        start = sum(self.sizes[:index])
+        return [tensor.narrow(0, start, self.sizes[index]) if split else tensor for tensor, split in zip(tensors, self.splits, strict=True)]
+
+
+def take_apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Arguments, list[Tensor]]:
+    """Flatten arguments. Returns them, and the tensors among them."""
+    leaves, spec = tree_flatten((args, kwargs))
+    where = [position for position, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    tensors = [leaves[position] for position in where]
+    for position in where:
+        leaves[position] = None
+    return Arguments(spec, leaves, where, [False] * len(where)), tensors
+
+
+def plan_split(
+    arguments: Arguments,
+    tensors: Sequence[Tensor],
+    micro_batch: int,
+    *,
+    forward: Callable[..., Any],
+    split: Collection[str] | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    layer: str,
+) -> None:
+    """Decide which tensors to split into pieces of `micro_batch` rows, and note it in `arguments`.
+
+    Raises:
+        TrainingError: There is nothing to split by, or a tensor of which one cannot tell whether its rows are those of the batch.
+    """
+    first = next((value for value in args if isinstance(value, Tensor) and value.dim()), None)
+    if first is None:
+        first = next((tensor for tensor in tensors if tensor.dim()), None)
+    if first is None:
+        raise TrainingError(f"layer {layer!r} was called without a tensor to split", remedy="leave micro_batch= out")
+    batch = first.shape[0]
+    names = _names_of_tensors(forward, args, kwargs)
+    for index, tensor in enumerate(tensors):
+        if tensor.dim() == 0 or tensor.shape[0] != batch:
+            if split is not None and names[index] in split:
+                raise TrainingError(
+                    f"argument {names[index]!r} of layer {layer!r} cannot be split",
+                    need=f"{batch} rows",
+                    have=str(tuple(tensor.shape)),
+                    remedy="leave it out of split=",
+                )
+            continue
+        if split is not None:
+            arguments.splits[index] = tensor is first or names[index] in split
+            continue
+        if tensor is not first and batch in first.shape[1:] and tensor.shape != first.shape:
+            raise TrainingError(
+                f"argument {names[index]!r} of layer {layer!r}, of shape {tuple(tensor.shape)}, has as many rows as the batch, but the "
+                f"batch has another dimension of that length too: {tuple(first.shape)}",
+                need="to know whether its rows are those of the batch",
+                remedy="name the arguments to split: attach(..., split=[...])",
+            )
+        arguments.splits[index] = True
+    arguments.batch = batch
+    whole, rest = divmod(batch, micro_batch)
+    arguments.sizes = [micro_batch] * whole + ([rest] if rest else [])
+    if not arguments.sizes:
+        arguments.sizes = [0]
+
+
+def _names_of_tensors(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    """For each tensor among the arguments, the name of the parameter of `forward` that has it."""
+    try:
+        parameters = list(inspect.signature(forward).parameters.values())
+    except (TypeError, ValueError):
+        parameters = []
+    positional = [
+        parameter.name for parameter in parameters if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    names: list[str] = []
+    for index, value in enumerate(args):
+        name = positional[index] if index < len(positional) else f"argument {index}"
+        names += [name] * sum(isinstance(leaf, Tensor) for leaf in tree_flatten(value)[0])
+    for name, value in kwargs.items():
+        names += [name] * sum(isinstance(leaf, Tensor) for leaf in tree_flatten(value)[0])
+    return names
+
+
+@dataclass(slots=True)
+class Outputs:
+    """The outputs of one call, taken apart.
+
+    Attributes:
+        leaves: None where a tensor was.
+        where: Positions of the tensors.
+        differentiable: For each tensor, whether gradients flow through it.
+    """
+
+    spec: TreeSpec
+    leaves: list[Any]
+    where: list[int]
+    differentiable: list[bool]
+
+    def rebuild(self, tensors: Sequence[Tensor]) -> Any:
+        leaves = list(self.leaves)
+        for position, tensor in zip(self.where, tensors, strict=True):
+            leaves[position] = tensor
+        return tree_unflatten(leaves, self.spec)
+
+
+def take_outputs_apart(result: Any) -> tuple[Outputs, list[Tensor]]:
+    leaves, spec = tree_flatten(result)
+    where = [position for position, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    tensors = [leaves[position] for position in where]
+    for position in where:
+        leaves[position] = None
+    return Outputs(spec, leaves, where, [tensor.requires_grad for tensor in tensors]), tensors
+
+
+def check_alike(first: Outputs, other: Outputs, layer: str) -> None:
+    """Refuse micro-batches whose outputs differ in more than their rows."""
+    same = first.where == other.where and first.spec == other.spec
+    same = same and all(a is b or (isinstance(a, PLAIN) and a == b) for a, b in zip(first.leaves, other.leaves, strict=True))
+    if not same:
+        remedy = "return what does not depend on the batch, or leave micro_batch= out"
+        raise TrainingError(f"layer {layer!r} returned something else for each micro-batch", remedy=remedy)
+
+
+def join(pieces: Sequence[Sequence[Tensor]], sizes: Sequence[int], layer: str) -> list[Tensor]:
+    """Put the outputs of all micro-batches together, tensor by tensor.
+
+    Raises:
+        TrainingError: A tensor whose rows are not those of the batch.
+    """
+    for tensors, size in zip(pieces, sizes, strict=True):
+        for tensor in tensors:
+            if tensor.dim() == 0 or tensor.shape[0] != size:
+                raise TrainingError(
+                    f"layer {layer!r} returns a tensor whose rows are not those of its micro-batch",
+                    need=f"{size} rows",
+                    have=str(tuple(tensor.shape)),
+                    remedy="leave micro_batch= out",
+                )
+    return [torch.cat(list(of_all)) for of_all in zip(*pieces, strict=True)]

@@ -1,0 +1,214 @@
+"""What a training has beside its large tensors, as one small block: so that a commit has all of it, and one script begins and goes on."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tierstore.errors import TensorError, TrainingError
+from tierstore.training.activations import PREFIX as ACTIVATIONS
+from tierstore.training.gradients import PREFIX as GRADIENTS
+from tierstore.training.packing import pack, unpack
+
+if TYPE_CHECKING:
+    from tierstore.training.chunks import Chunk
+    from tierstore.training.layers import Tiered
+    from tierstore.training.optimizer import TieredOptimizer
+
+log = logging.getLogger("tierstore")
+
+BLOCK = "training/state"
+VERSION = 1
+
+
+class State:
+    """Writes the block before each commit, and reads it when a store is attached that holds one."""
+
+    def __init__(self, tiered: Tiered) -> None:
+        self._tiered = tiered
+        self._objects: dict[str, Any] = {}
+        self._found: dict[str, Any] = {}
+        self._tensors: dict[str, Tensor] = {}
+        self._resumed = False
+        self._warned = False
+        self._versions: dict[tuple[nn.Module, str], tuple[Tensor, int]] = {}
+        self._restored: set[str] = set()
+
+    def open(self) -> None:
+        """The model is attached: take over what the commit has of gradients and buffers."""
+        tiered, store = self._tiered, self._tiered.store
+        if tiered.resumed and BLOCK in store:
+            stored = store.read(BLOCK)
+            assert isinstance(stored, dict)
+            self._found = json.loads(bytes(stored.pop("json").numpy()))
+            self._tensors = {name.removeprefix("tensor "): tensor for name, tensor in stored.items()}
+            if self._found["version"] != VERSION:
+                raise TensorError(f"{BLOCK!r} has version {self._found['version']}", need=VERSION, remedy="use the tierstore that wrote it")
+            self._restore_buffers()
+        for name in list(store):
+            kept = name.startswith(GRADIENTS) and name in self._found.get("gradients", {})
+            if name.startswith(ACTIVATIONS) or (name.startswith(GRADIENTS) and not kept):
+                store.delete(name)
+        self._restore_gradients()
+        for module in tiered.model.modules():
+            for attribute, buffer in module._buffers.items():
+                if buffer is not None:
+                    self._versions[module, attribute] = (buffer, buffer._version)
+        store.engine.before_commit.append(self.write)
+
+    def close(self) -> None:
+        """The model is detached."""
+        self._tiered.store.engine.before_commit.remove(self.write)
+
+    # -- writing -----------------------------------------------------------------------------------------------------------
+
+    def write(self) -> None:
+        """Write the block. Pending updates have been carried out."""
+        tiered = self._tiered
+        if tiered.activations is not None:
+            tiered.activations.settle()
+        tiered.buffers.give_up()
+        tensors: dict[str, Tensor] = {}
+        gradients = [part for total in tiered.gradients.of.values() for part in total.parts if part.present]
+        found = {
+            "version": VERSION,
+            "gradients": {part.name: sorted(weight.name for weight in part.present) for part in gradients},
+            "buffers": {name: pack(buffer, tensors, f"buffer {name!r}") for name, buffer in self._changed_buffers().items()},
+            "optimizers": {optimizer.name: self._describe(optimizer, tensors) for optimizer in tiered.optimizers},
+            "objects": {name: pack(each.state_dict(), tensors, name) for name, each in self._objects.items()},
+            "random": {
+                "python": pack(random.getstate(), tensors),
+                "numpy": pack(np.random.get_state(), tensors),
+                "torch": pack(torch.get_rng_state(), tensors),
+                "cuda": pack(torch.cuda.get_rng_state(tiered.device), tensors) if tiered.device.type == "cuda" else None,
+            },
+        }
+        text = torch.frombuffer(bytearray(json.dumps(found, allow_nan=False).encode()), dtype=torch.uint8)
+        tiered.buffers.delete(BLOCK)
+        tiered.store.put(BLOCK, {"json": text, **{f"tensor {name}": tensor for name, tensor in tensors.items()}})
+
+    def _describe(self, optimizer: TieredOptimizer, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+        return {
+            "class": optimizer.class_name,
+            "master_dtype": pack(optimizer.master_dtype, tensors),
+            "groups": [pack(group, tensors, f"optimizer {optimizer.name!r}") for group in groups],
+            "chunks": {chunk.name: self._describe_chunk(chunk, tensors) for chunk in optimizer.chunks},
+        }
+
+    @staticmethod
+    def _describe_chunk(chunk: Chunk, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        return {
+            "blocks": chunk.blocks,
+            "pieces": {
+                piece.key: {"tensors": chunk.tensors[piece], "values": pack(chunk.values[piece], tensors, f"state of {piece.key!r}")}
+                for piece in chunk.pieces
+            },
+        }
+
+    def _changed_buffers(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for prefix, module in self._tiered.model.named_modules():
+            for attribute, buffer in module._buffers.items():
+                name = f"{prefix}.{attribute}" if prefix else attribute
+                if buffer is None or attribute in module._non_persistent_buffers_set:
+                    continue
+                before = self._versions.get((module, attribute))
+                if name in self._restored or before is None or before[0] is not buffer or before[1] != buffer._version:
+                    found[name] = buffer
+        return found
+
+    # -- reading -----------------------------------------------------------------------------------------------------------
+
+    def _unpack(self, packed: Any) -> Any:
+        return unpack(packed, self._tensors, self._tiered.device)
+
+    def _restore_buffers(self) -> None:
+        modules = dict(self._tiered.model.named_modules())
+        for name, packed in self._found["buffers"].items():
+            prefix, _, attribute = name.rpartition(".")
+            module = modules.get(prefix)
+            if module is None or module._buffers.get(attribute) is None:
+                raise TensorError(f"the commit has a buffer {name!r} that the model has not", remedy="attach the model that was committed")
+            module._buffers[attribute] = self._unpack(packed).to(self._tiered.device)
+            self._restored.add(name)
+
+    def _restore_gradients(self) -> None:
+        """Of a commit in the middle of accumulation."""
+        for total in self._tiered.gradients.of.values():
+            total.restore(self._found.get("gradients", {}))
+
+    def restore_optimizer(self, optimizer: TieredOptimizer) -> None:
+        """Take over the state that the commit has of an optimizer that was just made.
+
+        Raises:
+            TrainingError: It is of another class, or cut in another way.
+        """
+        found = self._found.get("optimizers", {}).get(optimizer.name)
+        if found is None:
+            if self._tiered.resumed:
+                log.warning("the store's commit has no state of an optimizer %r: it begins anew", optimizer.name)
+            return
+        have = (found["class"], self._unpack(found["master_dtype"]))
+        need = (optimizer.class_name, optimizer.master_dtype)
+        if have != need or found["chunks"].keys() != {chunk.name for chunk in optimizer.chunks}:
+            raise TrainingError(
+                f"the commit has the state of another optimizer {optimizer.name!r}",
+                need=f"{need[0]}, masters {need[1]}, {len(optimizer.chunks)} chunks",
+                have=f"{have[0]}, masters {have[1]}, {len(found['chunks'])} chunks",
+                remedy="make it as it was made for the commit, or give it another name= to begin anew",
+            )
+        for chunk in optimizer.chunks:
+            stored = found["chunks"][chunk.name]
+            if stored["pieces"].keys() != {piece.key for piece in chunk.pieces}:
+                remedy = "open the store with the gpu= that it was committed with"
+                raise TrainingError(f"the commit has the optimizer state of {chunk.name!r} in other pieces", remedy=remedy)
+            chunk.blocks = list(stored["blocks"])
+            for piece in chunk.pieces:
+                chunk.tensors[piece] = dict(stored["pieces"][piece.key]["tensors"])
+                chunk.values[piece] = self._unpack(stored["pieces"][piece.key]["values"])
+
+    def resume(self, objects: Mapping[str, Any]) -> Any:
+        """See `Tiered.resume`."""
+        for name, each in objects.items():
+            if not (callable(getattr(each, "state_dict", None)) and callable(getattr(each, "load_state_dict", None))):
+                remedy = "give an object that has both, or keep the value in the commit's metadata"
+                raise TrainingError(f"{name!r} has no state_dict() and load_state_dict()", have=type(each).__name__, remedy=remedy)
+        self._objects.update(objects)
+        self._resumed = True
+        if not self._found:
+            return None
+        stored = self._found["objects"]
+        if stored.keys() != objects.keys():
+            have = ", ".join(sorted(stored)) or "none"
+            need = ", ".join(sorted(objects)) or "none"
+            raise TrainingError("the commit has the state of other objects", need=need, have=have, remedy="give resume() the same objects")
+        for optimizer in self._tiered.optimizers:
+            found = self._found["optimizers"].get(optimizer.name)
+            if found is not None:
+                for group, packed in zip(optimizer.param_groups, found["groups"], strict=True):
+                    group.update(self._unpack(packed))
+        for name, each in objects.items():
+            each.load_state_dict(self._unpack(stored[name]))
+        numbers = self._found["random"]
+        random.setstate(self._unpack(numbers["python"]))
+        np.random.set_state(self._unpack(numbers["numpy"]))
+        torch.set_rng_state(self._unpack(numbers["torch"]))
+        if numbers["cuda"] is not None and self._tiered.device.type == "cuda":
+            torch.cuda.set_rng_state(self._unpack(numbers["cuda"]), self._tiered.device)
+        committed = self._tiered.store.committed
+        log.info("going on from generation %s", committed.generation if committed is not None else "?")
+        return committed.metadata if committed is not None else None
+
+    def warn_unless_resumed(self) -> None:
+        """A step is taken: whoever goes on from a commit has said so by now."""
+        if self._found and not self._resumed and not self._warned:
+            self._warned = True
+            log.warning("the store held a commit, but tiered.resume() was not called: schedules and random numbers begin anew")

@@ -1,0 +1,66 @@
+"""What a computation depends on beside its arguments: the autocast state and the random numbers. Captured and set again.
+
+[Note: The same numbers twice]
+A layer is computed in the forward pass and once more in the backward pass. Both run under the autocast state of the forward pass, with
+its cache off: the cache keeps casts of weights for the whole region, which would outlive the lease and the weights' values. Both draw
+the same random numbers: the generators are put back to where they were, and afterwards to where they had come.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Autocast:
+    """The autocast state of one device type, as the forward pass found it."""
+
+    device_type: str
+    enabled: bool
+    dtype: torch.dtype
+
+    @staticmethod
+    def now(device_type: str) -> Autocast:
+        return Autocast(device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type))
+
+    def again(self) -> contextlib.AbstractContextManager[object]:
+        if not self.enabled and not torch.is_autocast_enabled(self.device_type):
+            return contextlib.nullcontext()
+        return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.enabled, cache_enabled=False)
+
+
+@dataclass(frozen=True, slots=True)
+class RandomState:
+    """Where torch's generators are: the CPU's, and that of the store's device."""
+
+    cpu: Tensor
+    cuda: Tensor | None
+
+    @staticmethod
+    def now(device: torch.device) -> RandomState:
+        return RandomState(torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
+
+    def is_now(self, device: torch.device) -> bool:
+        """Whether nothing was drawn since."""
+        same = torch.equal(self.cpu, torch.get_rng_state())
+        return same and (self.cuda is None or torch.equal(self.cuda, torch.cuda.get_rng_state(device)))
+
+    def set(self, device: torch.device) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda, device)
+
+
+@contextlib.contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """Whatever is drawn within does not count."""
+    before = RandomState.now(device)
+    try:
+        yield
+    finally:
+        before.set(device)
