@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from tierstore.errors import TrainingError
 from tierstore.training.activations import Kept
@@ -329,15 +329,18 @@ class _Buffers:
         for module, name in self._unit.buffers:
             buffer = module._buffers.get(name)
             if buffer is not None:
-                copied = buffer.numel() * buffer.element_size() <= self.LARGE or (module, name) not in self._still
+                small = buffer.numel() * buffer.element_size() <= self.LARGE
+                copied = small or (module, name) not in self._still or isinstance(module, _NormBase)
                 self._noted[module, name] = (buffer, buffer._version, buffer.detach().clone() if copied else None)
 
     def changed(self) -> dict[Buffer, Tensor]:
-        """What those buffers held that have changed since."""
+        """What those buffers held that have changed since, or may have: batch norm updates its statistics behind autograd's back."""
         found: dict[Buffer, Tensor] = {}
         for (module, name), (buffer, version, copy) in self._noted.items():
             if module._buffers.get(name) is buffer and buffer._version == version:
                 self._still.add((module, name))
+                if copy is not None and copy.is_floating_point():
+                    found[module, name] = copy
             elif copy is None:
                 raise TrainingError(f"buffer {name!r} in {self._unit.name!r} changes in some forward passes only", remedy="attach() again")
             else:

@@ -121,7 +121,9 @@ class State:
                 if buffer is None or attribute in module._non_persistent_buffers_set:
                     continue
                 before = self._versions.get((module, attribute))
-                if name in self._restored or before is None or before[0] is not buffer or before[1] != buffer._version:
+                # Batch norm updates its statistics behind autograd's back: of floating-point ones the version does not tell.
+                same = before is not None and before[0] is buffer and before[1] == buffer._version
+                if name in self._restored or not same or buffer.is_floating_point():
                     found[name] = buffer
         return found
 
