@@ -362,6 +362,8 @@ class CudaCopies:
                 event = torch.cuda.Event(blocking=True)
                 event.record(stream)
                 self._ready[target] = (target + nbytes, event)
+                with self._lock:  # whatever fills the place left behind is not always a copy on this stream
+                    self._note_use(source, nbytes, stream, event)
         ordered(order, None)
         done(order, None)
 
