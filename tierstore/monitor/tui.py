@@ -69,7 +69,7 @@ class TierDisplay:
         self._transient = transient
         self._clock = clock or RealClock()
         self._live: Live | None = None
-        self._drawn_s = float("-inf")
+        self._drawn_s = self._counted_s = float("-inf")
         self._link_bytes: dict[str, int] = {}
         self._rates: dict[str, float] = {}
 
@@ -115,14 +115,15 @@ class TierDisplay:
             Whether anything was shown.
         """
         now_s = self._clock.now_ns() / 1e9
-        elapsed_s = now_s - self._drawn_s
-        if elapsed_s < self._every_s and not force:
+        if now_s - self._drawn_s < self._every_s and not force:
             return False
         stats = self._store.stats()
-        if elapsed_s > self._every_s / 2:  # the bytes of a moment tell nothing, as where the last update is a forced one
-            self._rates = {name: (stats.links[name].bytes - before) / elapsed_s for name, before in self._link_bytes.items()}
+        self._drawn_s = now_s
+        counted_s = now_s - self._counted_s
+        if counted_s > self._every_s / 2:  # the bytes of a moment tell nothing, as where the last update is a forced one
+            self._rates = {name: (stats.links[name].bytes - before) / counted_s for name, before in self._link_bytes.items()}
             self._link_bytes = {name: link.bytes for name, link in stats.links.items()}
-            self._drawn_s = now_s
+            self._counted_s = now_s
         if self._live is None:
             # As text and unwrapped: a log wants one line per line, and brackets in it are not markup.
             summary = plain_summary(stats, self._rates if self._plain_rates else {})

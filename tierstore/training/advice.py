@@ -166,8 +166,9 @@ class Diagnosis:
 
     @property
     def level(self) -> int:
-        """How the line is to be logged: as a warning where there is something to gain."""
-        return logging.WARNING if self.remedy and self.share >= WORTH_MENDING else logging.INFO
+        """How the line is to be logged: as a warning where the store, or its use, has something to gain."""
+        known = self.remedy and self.cause is not Cause.OUTSIDE
+        return logging.WARNING if known and self.share >= WORTH_MENDING else logging.INFO
 
     def __str__(self) -> str:
         wait = _PHRASES.get(self.wait, f"waiting for {self.wait!r}")

@@ -15,6 +15,7 @@ import contextlib
 import itertools
 import math
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sized
@@ -215,7 +216,8 @@ class Progress(Generic[T]):
             self._begin_step()
             yield
         finally:
-            if process == os.getpid():  # and not a data loader's worker that was forked meanwhile
+            # Not in a data loader's worker that was forked meanwhile, nor where an abandoned loop ends with the interpreter.
+            if process == os.getpid() and not sys.is_finalizing():
                 self._open = False
                 innermost = open_here[-1] is self
                 open_here.remove(self)
@@ -346,7 +348,7 @@ class _Values:
             need, have = "one element", f"shape {tuple(value.shape)}"
             raise TensorError(f"{name}= cannot be shown", need=need, have=have, remedy="give its mean")
         if not isinstance(value, torch.Tensor) or value.device.type != "cuda":
-            self._shown[name] = float(value)
+            self._shown[name] = float(value.item() if isinstance(value, torch.Tensor) else value)
             self._newest.pop(name, None)
             self._older.pop(name, None)
             return

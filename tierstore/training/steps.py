@@ -31,7 +31,7 @@ LEAST_KNOWN = 3
 """Steps needed to call another one slow."""
 SLOW = 1.5
 """A step that takes so many times the median is slow."""
-LEAST_EXCESS_S = 1e-3
+LEAST_EXCESS_S = 5e-3
 """What is less than this beyond the median is noise, however short the steps."""
 QUIET_STEPS, MOST_QUIET_STEPS = 20, 320
 """Steps for which a cause that was told is not told again; each repetition doubles them, up to the second number."""
