@@ -65,6 +65,16 @@ CASES: dict[str, tuple[StepFacts, str, Cause]] = {
         Cause.PAGE_LOCKING_CAPPED,
     ),
     "copies queued behind computing": (StepFacts(1.0, links={"h2d": LinkUse(GB, 100, 0.95)}, **CUDA), Wait.COMPUTING, Cause.COMPUTING),
+    "copies queued behind computing, on a link far faster than planned for": (
+        StepFacts(1.0, links={"h2d": LinkUse(8 * GB, 100, 0.95, 50e9)}, **CUDA),
+        Wait.COMPUTING,
+        Cause.COMPUTING,
+    ),
+    "link-bound on a link far faster than planned for": (
+        StepFacts(1.0, links={"h2d": LinkUse(40 * GB, 100, 0.95, 50e9)}, **CUDA),
+        Wait.COPY,
+        Cause.SMALL_BATCH,
+    ),
     "copies beside computing": (StepFacts(1.0, links={"h2d": LinkUse(6 * GB, 100, 0.5)}, **CUDA), Wait.COMPUTING, Cause.COMPUTING),
     "links are busy, but the drive is what is waited for": (
         StepFacts(1.0, waits={"nvme": 0.7}, links={"h2d": LinkUse(12 * GB, 100, 0.95), **drive(0.7, 7e9)}, direct_io=True, **CUDA),
@@ -187,13 +197,10 @@ def test_links_of_a_step_against_a_count_by_the_nanosecond(seed: int) -> None:
     for link in (Link.H2D, Link.NVME_READ):
         inside = [event for event in events if event.link is link and event.end_ns > 10 and event.start_ns < 30]
         busy = sum(any(event.start_ns <= ns < event.end_ns for event in inside) for ns in range(10, 30))
-        nbytes = sum(
-            event.nbytes / (event.end_ns - event.start_ns)
-            for event in inside
-            for ns in range(10, 30)
-            if event.start_ns <= ns < event.end_ns
-        )
+        shares = {event: event.nbytes / (event.end_ns - event.start_ns) for event in inside}
+        nbytes = sum(shares[event] for event in inside for ns in range(10, 30) if event.start_ns <= ns < event.end_ns)
         use = found.get(link, LinkUse())
         assert use.transfers == len(inside)
+        assert use.best_bytes_per_s == pytest.approx(1e9 * max(shares.values(), default=0.0))
         assert use.busy_s == pytest.approx(busy / 1e9)
         assert use.bytes == pytest.approx(nbytes)

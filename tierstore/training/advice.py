@@ -14,6 +14,7 @@ A step that took longer than usual is not explained by what every step waits for
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -28,6 +29,8 @@ WORTH_MENDING = 0.2
 """From this share on a line is a warning."""
 LINK_BOUND = 0.8
 """A copy link busy for this share of a step limits it, if nothing else does."""
+BELIEVED = 0.4
+"""A link that was under way so long, and carried less than this share of what it could have, was queued behind something else."""
 PAGEABLE_SHARE = 0.05
 """Less of the RAM tier than this, pageable, is not what makes its copies slow."""
 SMALL_TRANSFER_BYTES = 1 << 20
@@ -74,11 +77,13 @@ class LinkUse:
     Attributes:
         bytes, transfers: Carried within it.
         busy_s: Seconds during which at least one transfer was under way.
+        best_bytes_per_s: Of the fastest transfer.
     """
 
     bytes: float = 0.0
     transfers: int = 0
     busy_s: float = 0.0
+    best_bytes_per_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,8 +227,10 @@ def _limiting_link(step: StepFacts, expected: Expected) -> tuple[str, float]:
     use = step.links.get(link, LinkUse())
     if not step.device_ordered or use.busy_s < LINK_BOUND * step.seconds:
         return link, 0.0
+    # What one transfer has reached, the link can do, whatever was planned for.
+    should_s = min(expected.seconds(link, use.bytes), use.bytes / use.best_bytes_per_s if use.best_bytes_per_s > 0 else math.inf)
     # Pageable copies are slow by their nature: their rate is no reason for doubt.
-    believed = _pageable_share(step) > PAGEABLE_SHARE or expected.seconds(link, use.bytes) >= 0.4 * use.busy_s
+    believed = _pageable_share(step) > PAGEABLE_SHARE or should_s >= BELIEVED * use.busy_s
     return link, min(step.seconds, use.busy_s) if believed else 0.0
 
 

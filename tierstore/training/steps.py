@@ -204,14 +204,16 @@ def _copy(timeline: Timeline) -> list[TransferEvent]:
 
 
 def _use(transfers: list[TransferEvent], start_ns: int, end_ns: int) -> LinkUse:
-    nbytes, busy_ns, covered_ns = 0.0, 0, start_ns
+    nbytes, busy_ns, covered_ns, best_per_ns = 0.0, 0, start_ns, 0.0
     for event in sorted(transfers, key=lambda event: event.start_ns):
         first_ns, last_ns = max(event.start_ns, start_ns), min(event.end_ns, end_ns)
         duration_ns = event.end_ns - event.start_ns
+        if duration_ns:
+            best_per_ns = max(best_per_ns, event.nbytes / duration_ns)
         nbytes += event.nbytes * ((last_ns - first_ns) / duration_ns if duration_ns else 1.0)
         busy_ns += max(0, last_ns - max(first_ns, covered_ns))
         covered_ns = max(covered_ns, last_ns)
-    return LinkUse(nbytes, len(transfers), busy_ns / 1e9)
+    return LinkUse(nbytes, len(transfers), busy_ns / 1e9, best_per_ns * 1e9)
 
 
 def _median(values: Iterable[float]) -> float:
