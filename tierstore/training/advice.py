@@ -342,12 +342,13 @@ def _explain_computing(step: StepFacts, seconds: float, expected: Expected) -> E
     usual = step.usual
     if usual is None:
         return Cause.COMPUTING, f"all waits together take {_share(step.seconds - seconds, step.seconds)} of the step{_queued(step)}", ""
+    more = format_duration(step.seconds - usual.seconds)
+    beyond = f"of {more} more than the median most was spent in no wait that the store counts"
     if step.commits > usual.commits:
-        detail = "a commit was made in it, and no other wait is longer than usual"
+        detail = f"a commit was made in it, and {beyond}"
         return Cause.COMMITS, detail, "commit less often, or commit(wait=False)"
-    detail = f"no wait is longer than usual, but the step took {format_duration(step.seconds - usual.seconds)} more than the median"
     remedy = "see whether its batch was larger, and what else used the machine: other programs, evaluation, garbage collection, heat"
-    return Cause.OUTSIDE, detail, remedy
+    return Cause.OUTSIDE, beyond, remedy
 
 
 def _explain_unknown(step: StepFacts, seconds: float, expected: Expected) -> Explanation:
