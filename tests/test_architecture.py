@@ -18,14 +18,14 @@ PACKAGE = ROOT / "tierstore"
 ORDER = [
     *("errors", "units", "clock", "threads", "hardware", "catalog", "residency", "arena", "monitor.perfetto", "trace", "counters"),
     *("pace", "policies", "requests", "extents", "placement", "fitness", "leases", "waiting", "scheduler", "tiers", "nvme", "mover"),
-    *("inputs", "opening", "store", "sync", "training", "planner", "monitor"),
+    *("inputs", "opening", "store", "sync", "monitor", "training", "planner"),
     *("huggingface", "distributed", "<face>", "testing", "demo", "export", "printing", "cli", "__main__"),
 ]
 
 # Whether directly or through what they import.
 PURE = (
     *("catalog", "residency", "arena", "pace", "policies", "requests", "extents", "placement", "fitness", "leases", "waiting", "scheduler"),
-    *("planner.fit", "planner.simulate"),
+    *("planner.fit", "planner.simulate", "training.advice"),
 )
 NOT_PURE = {"torch", "asyncio"}
 

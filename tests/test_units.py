@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tierstore.errors import SizeError
-from tierstore.units import LinkRates, format_bytes, format_rate, parse_size
+from tierstore.units import LinkRates, format_bytes, format_duration, format_rate, parse_size
 
 UNITS = {
     "": 1,
@@ -189,3 +189,24 @@ def test_link_rates_are_positive() -> None:
     for rate in (0, -1, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="nvme_read_bytes_per_s"):
             LinkRates(nvme_read_bytes_per_s=rate)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.0, "0.00 us"),
+        (0.9994e-6, "1.00 us"),
+        (12.34e-6, "12.3 us"),
+        (0.99951e-3, "1.00 ms"),
+        (0.6404, "640 ms"),
+        (0.9996, "1.00 s"),
+        (9.996, "10.0 s"),
+        (59.94, "59.9 s"),
+        (59.96, "1:00"),
+        (187.4, "3:07"),
+        (3750, "1:02:30"),
+        (360_000, "100:00:00"),
+    ],
+)
+def test_durations_are_written_for_a_person(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text

@@ -106,6 +106,17 @@ def format_rate(bytes_per_s: float) -> str:
     return f"{format_bytes(bytes_per_s)}/s"
 
 
+def format_duration(seconds: float) -> str:
+    """Write a duration for a person: three significant digits below a minute (`"640 ms"`), then `"3:07"` or `"1:02:30"`."""
+    if seconds >= 59.95:
+        minutes, rest = divmod(round(seconds), 60)
+        hours, minutes = divmod(minutes, 60)
+        return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    value, unit = (seconds, "s") if seconds >= 0.9995 else (seconds * 1e3, "ms") if seconds >= 0.9995e-3 else (seconds * 1e6, "us")
+    decimals = 2 if value < 9.995 else 1 if value < 99.95 else 0
+    return f"{value:.{decimals}f} {unit}"
+
+
 @dataclass(frozen=True, slots=True)
 class LinkRates:
     """How fast the links are, in bytes per second.

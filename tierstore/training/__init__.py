@@ -3,5 +3,6 @@
 from tierstore.training.initial import empty_parameters
 from tierstore.training.layers import Tiered, attach
 from tierstore.training.optimizer import TieredOptimizer
+from tierstore.training.progress import progress
 
-__all__ = ["Tiered", "TieredOptimizer", "attach", "empty_parameters"]
+__all__ = ["Tiered", "TieredOptimizer", "attach", "empty_parameters", "progress"]
