@@ -205,8 +205,9 @@ def test_frozen_parameters_get_no_gradient_and_change_no_other(frozen: str) -> N
         getattr(layer, frozen).requires_grad_(False)
     torch.manual_seed(0)
     model(batch_of(8)).square().mean().backward()
+    hand = model_of()
     torch.manual_seed(0)
-    gradients = by_hand(model_of(), batch_of(8), 3)[1]
+    gradients = by_hand(hand, batch_of(8), 3)[1]
     for (name, parameter), gradient in zip(model.named_parameters(), gradients.values(), strict=True):
         if name.endswith(frozen):
             assert parameter.grad is None
@@ -673,7 +674,7 @@ def test_the_global_norm_stacks_in_the_order_of_the_model() -> None:
 
 
 class Nested(nn.Module):
-    """Parameters in layers, beside them, and directly in a module that holds layers; layers share with one another and with the embedding."""
+    """Parameters in layers, beside them, and directly in a module that holds layers. Layers share one with each other, one with the embedding."""
 
     def __init__(self) -> None:
         super().__init__()
