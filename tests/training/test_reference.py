@@ -674,7 +674,7 @@ def test_the_global_norm_stacks_in_the_order_of_the_model() -> None:
 
 
 class Nested(nn.Module):
-    """Parameters in layers, beside them, and directly in a module that holds layers. Layers share one with each other, one with the embedding."""
+    """Parameters in layers, beside them, and directly in what holds layers. Layers share one with each other, one with the embedding."""
 
     def __init__(self) -> None:
         super().__init__()
