@@ -406,7 +406,7 @@ class Scheduler(Leases):
 
     def _bring_all(self, request: Use, protect: set[Record]) -> None:
         nvme = request.cause == "nvme"  # who waited for the drive first did not wait for the last copy only
-        space = False
+        space = request.cause == "space"  # likewise: the copy that the room was for is the end of that wait
         for record in request.records:
             gpu = record.gpu
             if gpu.valid or gpu.loading:

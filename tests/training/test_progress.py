@@ -202,7 +202,6 @@ def test_commits_that_hold_up_writers(tmp_path: Path, caplog: pytest.LogCaptureF
 # -- the device ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=True, reason="a wait for room counts as one for a copy as soon as the copy begins that the room was for")
 def test_no_room_on_the_device(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Leases of others fill it."""
     with opened(tmp_path, gpu_bytes=2 * MB, ram_bytes=8 * MB, nvme=False) as slow:
