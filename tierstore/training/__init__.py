@@ -2,8 +2,9 @@
 
 from tierstore.training.initial import empty_parameters
 from tierstore.training.layers import Tiered, attach
+from tierstore.training.loss import chunked_loss
 from tierstore.training.optimizer import TieredOptimizer
 from tierstore.training.progress import progress
 from tierstore.training.rules import declare_elementwise
 
-__all__ = ["Tiered", "TieredOptimizer", "attach", "declare_elementwise", "empty_parameters", "progress"]
+__all__ = ["Tiered", "TieredOptimizer", "attach", "chunked_loss", "declare_elementwise", "empty_parameters", "progress"]

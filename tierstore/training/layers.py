@@ -20,9 +20,9 @@ from tierstore.training.initial import Fill, Source, check_buffers, filler, give
 from tierstore.training.leasing import Buffers
 from tierstore.training.placeholders import Placeholder
 from tierstore.training.running import check_splittable, copies_for, run_unit
-from tierstore.training.splitting import plan_split, take_apart
+from tierstore.training.splitting import plan_split, sizes_of, take_apart
 from tierstore.training.state import State
-from tierstore.training.structure import Kind, Structure, Unit, Weight, WeightBlock, find_layers, read_structure
+from tierstore.training.structure import Kind, Structure, Unit, Weight, WeightBlock, find_layers, read_structure, together
 from tierstore.training.threads import Local
 
 if TYPE_CHECKING:
@@ -134,6 +134,8 @@ class Tiered:
         self._wrapped: list[tuple[nn.Module, Any]] = []
         self._attached = True
         self._undo: list[Callable[[], None]] = []
+        self._units = {id(each.module): each for unit in structure.units for each in (unit, *unit.inner)}
+        self._together: dict[tuple[int, ...], Unit] = {}
         self.resumed = self._move_in(fill)
         self._wrap()
         self.state.open()
@@ -355,6 +357,19 @@ class Tiered:
             plan_split(arguments, tensors, self.micro_batch, forward=forward, split=self.split, args=args, kwargs=kwargs, layer=unit.name)
         return run_unit(self, unit, forward, arguments, tensors)
 
+    def run_together(self, modules: list[nn.Module], function: Callable[..., Any], args: tuple[Tensor, ...], rows: int) -> Any:
+        """Run a function of several modules as one unit, over `rows` rows of its arguments at a time; each comes to one row of the result."""
+        key = tuple(map(id, modules))
+        unit = self._together.get(key)
+        if unit is None:
+            found = [self._units[id(module)] for module in modules if id(module) in self._units]
+            unit = self._together[key] = together(found)
+        arguments, tensors = take_apart(args, {})
+        arguments.splits = [True] * len(tensors)
+        arguments.sizes = sizes_of(tensors[0].shape[0], rows)
+        arguments.one_row_each = True
+        return run_unit(self, unit, function, arguments, tensors)
+
     @contextlib.contextmanager
     def leased(self, unit: Unit, requires_grad: bool = True, *, place: bool = True) -> Iterator[dict[Weight, Tensor]]:
         """Lease a unit's blocks, as they are to be computed with, and hang their tensors in their places.
@@ -536,6 +551,22 @@ class Tiered:
     def finish(self) -> None:
         """Carry out all pending updates."""
         self.settle(self.structure.blocks)
+
+
+def tiered_of(modules: Collection[nn.Module]) -> Tiered | None:
+    """What the modules are attached to; None: they are ordinary ones.
+
+    Raises:
+        TrainingError: Some are, and others not to the same.
+    """
+    found: dict[Tiered | None, None] = {}
+    for module in modules:
+        if next(module.parameters(), None) is not None:
+            of_module = [tiered for tiered in list(_ATTACHED.values()) if id(module) in tiered._units]
+            found[of_module[0] if of_module else None] = None
+    if len(found) > 1:
+        raise TrainingError("the modules are not attached to the same store", remedy="attach a model that has all of them")
+    return next(iter(found), None)
 
 
 def refuse_caches(leaves: Collection[object], unit: Unit) -> None:

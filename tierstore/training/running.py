@@ -115,7 +115,7 @@ class Call:
         if self.arguments.sizes is None:
             return pieces[0]
         with torch.no_grad():
-            return join(pieces, self.arguments.sizes, self.unit.name)
+            return join(pieces, self.arguments.rows_out, self.unit.name)
 
     def _once(self, tensors: Sequence[Tensor]) -> Any:
         args, kwargs = self.arguments.rebuild(tensors)
@@ -226,9 +226,9 @@ class Call:
         return found
 
     def _of_micro_batch(self, grads: Sequence[Tensor | None], index: int) -> list[Tensor | None]:
-        sizes = self.arguments.sizes
-        if sizes is None:
+        if self.arguments.sizes is None:
             return list(grads)
+        sizes = self.arguments.rows_out
         start = sum(sizes[:index])
         return [None if grad is None else grad.narrow(0, start, sizes[index]) for grad in grads]
 

@@ -26,7 +26,8 @@ class Arguments:
         where: Positions of the tensors among the leaves.
         splits: For each tensor, whether it is split.
         batch: Length of the first dimension of those that are; -1: nothing is.
-        sizes: Rows of each micro-batch; one entry where nothing is split.
+        sizes: Rows of each micro-batch; None: nothing is split.
+        one_row_each: Each micro-batch comes to one row of the result, instead of as many as it has itself.
     """
 
     spec: TreeSpec
@@ -35,10 +36,17 @@ class Arguments:
     splits: list[bool]
     batch: int = -1
     sizes: list[int] | None = None
+    one_row_each: bool = False
 
     @property
     def count(self) -> int:
         return 1 if self.sizes is None else len(self.sizes)
+
+    @property
+    def rows_out(self) -> list[int]:
+        """Rows of the result, by micro-batch."""
+        assert self.sizes is not None
+        return [1] * len(self.sizes) if self.one_row_each else self.sizes
 
     def rebuild(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """(args, kwargs) with these tensors in place of those that were taken out."""
@@ -111,10 +119,13 @@ def plan_split(
             )
         arguments.splits[index] = True
     arguments.batch = batch
+    arguments.sizes = sizes_of(batch, micro_batch)
+
+
+def sizes_of(batch: int, micro_batch: int) -> list[int]:
+    """Rows of each micro-batch, as `torch.split` has them."""
     whole, rest = divmod(batch, micro_batch)
-    arguments.sizes = [micro_batch] * whole + ([rest] if rest else [])
-    if not arguments.sizes:
-        arguments.sizes = [0]
+    return [micro_batch] * whole + ([rest] if rest else []) or [0]
 
 
 def _names_of_tensors(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:

@@ -317,3 +317,17 @@ def _units(model: nn.Module, layers: Sequence[nn.Module], weights: dict[int, Wei
 
     walk("", model)
     return units
+
+
+def together(units: Sequence[Unit]) -> Unit:
+    """Several units as one, that a function runs."""
+    return Unit(
+        name=" + ".join(unit.name for unit in units),
+        module=units[0].module,
+        kind=Kind.OUTER,
+        places=[place for unit in units for place in unit.places],
+        blocks=list(dict.fromkeys(block for unit in units for block in unit.blocks)),
+        buffers=[buffer for unit in units for buffer in unit.buffers],
+        flat=[module for unit in units for module in unit.flat],
+        inside=frozenset().union(*(unit.inside for unit in units)),
+    )
