@@ -59,7 +59,7 @@ class Case:
         return torch.float32 if self.precision == "master" else None
 
     def autocast(self) -> AbstractContextManager[Any]:
-        # The reference's cache keeps one cast of a weight that is used twice, and its gradients are added in bf16: see the table in the README.
+        # With the cache, one cast of a weight that is used twice is kept, and its gradients are added in bf16.
         return torch.autocast(self.device, torch.bfloat16, cache_enabled=False) if self.precision == "autocast" else nullcontext()
 
 

@@ -358,7 +358,7 @@ class Tiered:
         return run_unit(self, unit, forward, arguments, tensors)
 
     def run_together(self, modules: list[nn.Module], function: Callable[..., Any], args: tuple[Tensor, ...], rows: int) -> Any:
-        """Run a function of several modules as one unit, over `rows` rows of its arguments at a time; each comes to one row of the result."""
+        """Run a function of several modules as one unit, over some rows of its arguments at a time, which come to one row of the result."""
         key = tuple(map(id, modules))
         unit = self._together.get(key)
         if unit is None:
