@@ -236,8 +236,8 @@ class Rich(nn.Module):
             x = x + tensor
         if table is not None:
             x = x * table.sum(0)
-        for tensor in rest.get("extra", ()):
-            x = x + tensor
+        for tensor in rest.get("extra", {}).values():
+            x = x * tensor
         return Pair(x, [left * 2, None, "text"]), OrderedDict(inner={"scale": scale, "right": right.sum(1)}, done=True)
 
 
@@ -246,19 +246,21 @@ def test_arguments_and_outputs_of_every_kind() -> None:
     layer = Rich()
     model = nn.ModuleList([layer])
     x, right, added, extra = (batch_of(7, seed=seed) for seed in range(4))
-    table = torch.randn(3, WIDTH)
-    (output, states), named = layer(Pair(x, right), added, scale=0.5, table=table, extra=[extra], other=7)
+    table, factor = torch.randn(3, WIDTH), torch.tensor(0.5)
+    more = {"rows": extra, "factor": factor}
+    (output, states), named = layer(Pair(x, right), added, scale=0.5, table=table, extra=more, other=7)
     layer.seen.clear()
 
     chunks = zip(x.split(3), right.split(3), added.split(3), extra.split(3), strict=True)
-    hand = [layer(Pair(a, b), c, scale=0.5, table=table, extra=[d], other=7) for a, b, c, d in chunks]
+    hand = [layer(Pair(a, b), c, scale=0.5, table=table, extra={"rows": d, "factor": factor}, other=7) for a, b, c, d in chunks]
     seen = list(layer.seen)
     layer.seen.clear()
     reference = resident_reference(model, model, micro_batch=3)
-    result = layer(Pair(x, right), added, scale=0.5, table=table, extra=[extra], other=7)
+    result = layer(Pair(x, right), added, scale=0.5, table=table, extra=more, other=7)
     assert [entry[:3] for entry in layer.seen] == [entry[:3] for entry in seen] == [[3, [3], 3], [3, [3], 3], [1, [1], 3]]
     assert all(entry[3]["other"] == 7 for entry in layer.seen)
     reference.detach()
+    assert more["rows"] is extra, "what the caller owns was changed"
 
     assert type(result) is tuple
     assert type(result[0]) is Pair
@@ -391,8 +393,11 @@ def test_batch_norm_without_micro_batches_is_left_alone() -> None:
 def test_autocast_with_its_cache_is_refused() -> None:
     model = model_of()
     resident_reference(model, model.layers, micro_batch=3)
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="cache_enabled=False"):
-        model(batch_of(8))
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(RuntimeError, match="cache_enabled=False"):
+            model(batch_of(8))
+        with torch.no_grad():  # no gradients to be summed
+            model(batch_of(8))
 
 
 def test_what_cannot_be_meant_is_refused() -> None:
@@ -473,12 +478,13 @@ class Counting(nn.Module):
         self.register_buffer("assigned", torch.zeros(()), persistent=False)
         self.part = nn.Module()
         self.part.register_buffer("shared", self.in_place)
+        self.register_buffer("again", self.in_place)
         self.seen: list[tuple[float, float, float]] = []
 
     def forward(self, x: Tensor) -> Tensor:
         self.in_place += len(x)
         self.assigned = self.assigned + 1
-        self.seen.append((float(self.in_place), float(self.assigned), float(self.part.shared)))
+        self.seen.append((float(self.again), float(self.assigned), float(self.part.shared)))
         return torch.tanh(F.linear(x, self.weight) * self.in_place + self.assigned)
 
 
@@ -494,7 +500,7 @@ def test_buffers_change_once_per_chunk_and_recomputation_sees_them_as_they_were(
         loss.backward(retain_graph=True)
     forward = [(3.0, 1.0, 3.0), (6.0, 2.0, 6.0), (8.0, 3.0, 8.0)]
     assert layer.seen == [*forward, *forward[::-1], *forward[::-1]]
-    assert layer.in_place is layer.part.shared is original
+    assert layer.in_place is layer.again is layer.part.shared is original
     assert layer.assigned is changed
     assert (float(layer.in_place), float(layer.assigned)) == (8.0, 3.0)
     leaves = []
@@ -594,6 +600,7 @@ def test_masters(
         for parameter, master in zip(parameters, masters, strict=True):
             parameter.data = master.detach().bfloat16()
             parameter.grad = None
+        assert all(master.grad is None for group in optimizer.param_groups for master in group["params"])
         optimizer.zero_grad()
         assert same(model.parameters(), parameters)
         for parameter, master in zip(model.parameters(), masters, strict=True):
@@ -601,7 +608,6 @@ def test_masters(
             assert own is not None
             assert torch.equal(own, master)
             assert own.dtype == torch.float32
-            assert own.grad is None
             assert all(
                 torch.equal(torch.as_tensor(value), torch.as_tensor(inner.state[master][key]))
                 for key, value in optimizer.state_of(parameter).items()
@@ -771,7 +777,11 @@ def test_one_instance_for_the_whole_set() -> None:
     assert len(made) == 2
     assert [type(master) for master in made[1]] == [nn.Parameter] * len(expected)
     assert same(made[1], (parameter.double() for parameter in expected))
-    assert not any(one is other for one in made[1] for other in expected)
+    masters = reference.optimizer(factory, master_dtype=torch.float32, lr=0.1)
+    for parameter in expected:
+        master = masters.master_of(parameter)
+        assert master is not None
+        assert master.data_ptr() != parameter.data_ptr(), "a master is a copy also where the dtype is the same"
 
 
 def test_schedulers_work_on_the_inner_optimizer() -> None:
