@@ -172,8 +172,9 @@ def compare(architecture: Architecture, micro_batch: int | None, directory: Path
     torch.manual_seed(0)
     resident = architecture.make()
     streamed = copy.deepcopy(resident)
-    if micro_batch is not None:
-        resident.config.use_cache = False  # micro-batches would all go into one cache; `attach` sees to this by itself
+    for module in resident.modules():
+        if getattr(getattr(module, "config", None), "use_cache", False):
+            module.config.use_cache = False  # keys that went through a cache lie elsewhere in memory; `attach` sees to it by itself
     reference = resident_reference(resident, layers_of(resident, architecture), micro_batch=micro_batch)
     expected = steps(resident, architecture, reference.optimizer(torch.optim.AdamW, lr=1e-2))
     total = sum(parameter.numel() * 4 for parameter in resident.parameters())
