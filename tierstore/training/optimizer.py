@@ -42,7 +42,7 @@ SHARE = 8
 """On a small device, a chunk takes at most one part in so many of it."""
 
 Scope = Literal["global", "layer"]
-Coefficient = Tensor | dict[WeightBlock, Tensor]
+Coefficient = Tensor | dict[Weight, Tensor]
 
 
 @dataclass(eq=False, slots=True)
@@ -314,10 +314,10 @@ class TieredOptimizer(torch.optim.Optimizer):
             max_norm: The largest norm.
             norm_type: Of the p-norm; may be infinite.
             error_if_nonfinite: Raise if the norm is not finite, and change nothing.
-            scope: "global", or "layer": each block of weights by its own norm.
+            scope: "global", or "layer": each layer, each module beside the layers, and what a module above layers owns itself, by its own norm.
 
         Returns:
-            The norm before, on the device; with scope="layer", of each block that has gradients.
+            The norm before, on the device; with scope="layer" that of each group, 0 where it has no gradient, in the order of their parameters.
 
         Raises:
             OptionError: With `when="backward"`, where weights are updated before all gradients are known.
@@ -337,20 +337,20 @@ class TieredOptimizer(torch.optim.Optimizer):
         norms = {
             weight: norm for weight in sorted(self._weights, key=lambda weight: weight.index) if (norm := self._norm_of(weight)) is not None
         }
-        if not norms:
+        if not norms and scope == "global":
             return torch.tensor(0.0)
         if scope == "global":
-            total: Tensor = torch.linalg.vector_norm(torch.stack(list(norms.values())), norm_type)
+            total = _total(list(norms.values()), norm_type)
             self._refuse_nonfinite(total, norm_type, error_if_nonfinite)
             self._coefficients.append(_coefficient(total, max_norm))
             return total
-        blocks: dict[WeightBlock, list[Tensor]] = {}
-        for weight, norm in norms.items():
-            blocks.setdefault(weight.block, []).append(norm)
-        totals = {block: torch.linalg.vector_norm(torch.stack(of_block), norm_type) for block, of_block in blocks.items()}
-        stacked = torch.stack(list(totals.values()))
+        groups = [[weight for weight in group if weight in self._weights] for group in self.tiered.structure.groups]
+        groups = [group for group in groups if group]
+        totals = [_total([norms[weight] for weight in group if weight in norms], norm_type) for group in groups]
+        stacked = torch.stack([total.to(self.tiered.device) for total in totals])
         self._refuse_nonfinite(stacked, norm_type, error_if_nonfinite)
-        self._coefficients.append({block: _coefficient(total, max_norm) for block, total in totals.items()})
+        coefficients = [_coefficient(total, max_norm) for total in totals]
+        self._coefficients.append({weight: each for group, each in zip(groups, coefficients, strict=True) for weight in group})
         return stacked
 
     @staticmethod
@@ -449,7 +449,7 @@ class TieredOptimizer(torch.optim.Optimizer):
 
             def gradient(piece: Piece) -> Tensor:
                 raw = piece.of(given[piece.weight]) if given is not None else stored[piece.key]
-                return self._prepared(raw, chunk.block, job.coefficients)
+                return self._prepared(raw, piece.weight, job.coefficients)
 
             changed = self._stepper.step(chunk, values, dict.fromkeys(weights, gradient), hyper)
             if changed:
@@ -469,13 +469,13 @@ class TieredOptimizer(torch.optim.Optimizer):
                         master = leases.enter_context(self.tiered.buffers.lease(where))[f"{MASTER}.{piece.key}"]
                     piece.of(values[piece.weight.name]).copy_(master)
 
-    def _prepared(self, gradient: Tensor, block: WeightBlock, coefficients: Iterable[Coefficient]) -> Tensor:
+    def _prepared(self, gradient: Tensor, weight: Weight, coefficients: Iterable[Coefficient]) -> Tensor:
         """A gradient as the optimizer is to see it. What is in the store stays as it is."""
         given = gradient
         if self.master_dtype is not None:
             gradient = gradient.to(self.master_dtype)
         for each in coefficients:
-            coefficient = each if isinstance(each, Tensor) else each.get(block)
+            coefficient = each if isinstance(each, Tensor) else each.get(weight)
             if coefficient is not None:
                 gradient = gradient * coefficient
         if gradient is given and self._writes_gradients:
@@ -515,14 +515,14 @@ class TieredOptimizer(torch.optim.Optimizer):
             )
         coefficients, self._coefficients = self._coefficients, []
         self._norms.clear()
-        for block, chunks in self._chunks.items():
+        for chunks in self._chunks.values():
             for chunk in chunks:
                 if chunk.part is None or not chunk.part.present:
                     continue
                 with self.tiered.buffers.lease(chunk.part.name, write=[chunk.part.name]) as stored:
                     for piece in chunk.pieces:
                         if piece.weight in chunk.part.present:
-                            stored[piece.key].copy_(self._prepared(stored[piece.key], block, coefficients))
+                            stored[piece.key].copy_(self._prepared(stored[piece.key], piece.weight, coefficients))
 
     # -- state -------------------------------------------------------------------------------------------------------------
 
@@ -632,6 +632,17 @@ def factory_name(factory: Any) -> str:
     while isinstance(factory, functools.partial):
         factory = factory.func
     return str(getattr(factory, "__name__", type(factory).__name__))
+
+
+def _total(norms: list[Tensor], norm_type: float) -> Tensor:
+    """The norm of norms. As torch, which takes those of one dtype after the other where gradients have several."""
+    if not norms:
+        return torch.tensor(0.0)
+    if len({norm.dtype for norm in norms}) > 1:
+        of_dtypes = torch.utils._foreach_utils._group_tensors_by_device_and_dtype([norms])
+        norms = [norm for (grouped, _) in of_dtypes.values() for norm in grouped[0] if norm is not None]
+    total: Tensor = torch.linalg.vector_norm(torch.stack(norms), norm_type)
+    return total
 
 
 def _coefficient(total: Tensor, max_norm: float) -> Tensor:

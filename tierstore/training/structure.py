@@ -134,6 +134,18 @@ class Structure:
     blocks: list[WeightBlock]
     weights: list[Weight]
 
+    @property
+    def groups(self) -> list[list[Weight]]:
+        """The parameters by the unit that owns them, in the order of their first parameters. What is shared belongs to the first layer."""
+        owners: dict[Weight, Unit] = {}
+        for unit in sorted(self.units, key=lambda unit: unit.kind is not Kind.LAYER):
+            for _, _, weight in unit.places:
+                owners.setdefault(weight, unit)
+        found: dict[Unit, list[Weight]] = {}
+        for weight in self.weights:
+            found.setdefault(owners[weight], []).append(weight)
+        return list(found.values())
+
 
 def find_layers(model: nn.Module, layers: object) -> list[nn.Module]:
     """The modules that `layers=` means: a list, a name pattern, or None for the largest `ModuleList` and its like.
