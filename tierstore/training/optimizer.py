@@ -314,10 +314,12 @@ class TieredOptimizer(torch.optim.Optimizer):
             max_norm: The largest norm.
             norm_type: Of the p-norm; may be infinite.
             error_if_nonfinite: Raise if the norm is not finite, and change nothing.
-            scope: "global", or "layer": each layer, each module beside the layers, and what a module above layers owns itself, by its own norm.
+            scope: "global", or "layer": each layer, each module beside the layers, and what a module above layers owns itself, by its
+                own norm.
 
         Returns:
-            The norm before, on the device; with scope="layer" that of each group, 0 where it has no gradient, in the order of their parameters.
+            The norm before, on the device; with scope="layer" that of each group, 0 where it has no gradient, in the order of their
+            parameters.
 
         Raises:
             OptionError: With `when="backward"`, where weights are updated before all gradients are known.
