@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 MUTANTS = {
     "a lease does not wait for the copy that fills its extent": (
-        "                else:\n                    stream.wait_event(ready)",
+        "                else:\n                    stream.wait_event(ready[1])",
         "                else:\n                    pass",
     ),
     "copies do not wait for earlier uses of their extent": (
