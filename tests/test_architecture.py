@@ -30,7 +30,10 @@ PURE = (
 NOT_PURE = {"torch", "asyncio"}
 
 # They are what tierstore is compared with: they import nothing of it but one another.
-STRANGERS = ("demo.plain", "demo.model", "demo.corpus", "testing.reference")
+STRANGERS = (
+    *("demo.plain", "demo.model", "demo.corpus", "testing.reference"),
+    *(f"demo.smollm2.{name}" for name in ("plain", "model", "recipe", "text", "tokenizer")),
+)
 
 
 def modules() -> dict[str, Path]:

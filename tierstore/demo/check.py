@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tierstore import TierStore
 from tierstore.demo import plain
-from tierstore.demo.record import Record
+from tierstore.demo.record import Ledger, Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,25 +77,27 @@ def compare_blocks(store: TierStore, expected: dict[str, Tensor]) -> list[str]:
         if ours.keys() != tensors.keys():
             differences.append(f"block {block} holds {sorted(ours)} and not {sorted(tensors)}")
             continue
-        apart = [name for name, tensor in tensors.items() if not _same_bits(ours[name], tensor)]
-        differences += [_describe(f"{block}/{name}", ours[name], tensors[name]) for name in apart]
+        apart = [name for name, tensor in tensors.items() if not same_bits(ours[name], tensor)]
+        differences += [describe(f"{block}/{name}", ours[name], tensors[name]) for name in apart]
     return differences
 
 
-def _same_bits(ours: Tensor, theirs: Tensor) -> bool:
+def same_bits(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two fp32 tensors are equal to the bit."""
     # As integers: `torch.equal` on floats takes -0.0 for 0.0.
     same_kind = ours.dtype == theirs.dtype == torch.float32 and ours.shape == theirs.shape
     return same_kind and torch.equal(ours.view(torch.int32), theirs.view(torch.int32))
 
 
-def _describe(name: str, ours: Tensor, theirs: Tensor) -> str:
+def describe(name: str, ours: Tensor, theirs: Tensor) -> str:
+    """How two tensors differ, in one clause."""
     if ours.dtype != theirs.dtype or ours.shape != theirs.shape:
         return f"{name} is {tuple(ours.shape)} {ours.dtype}, in plain torch {tuple(theirs.shape)} {theirs.dtype}"
     apart = (ours - theirs).abs()
     return f"{name} differs in {int((ours != theirs).sum()):,} of {ours.numel():,} numbers, by up to {float(apart.max()):.3g}"
 
 
-def missing_traffic(record: Record) -> list[str]:
+def missing_traffic(record: Ledger) -> list[str]:
     """What should have happened on tiers this small and did not; nothing is asked of budgets that hold the whole state."""
     overfull = {
         tier: f"the state is {record.overflow(tier):.1f} times the {tier} tier" for tier in ("gpu", "ram") if record.overflow(tier) > 1

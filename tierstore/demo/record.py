@@ -48,44 +48,69 @@ class Score:
     num_bytes: int
 
 
-@dataclass(slots=True)
-class Record:
-    """One run, from its first process to its last.
+@dataclass(slots=True, kw_only=True)
+class Ledger:
+    """What the run of any demo counts, from its first process to its last.
 
     Attributes:
-        corpus: Digest of the text.
-        state_bytes: Of all blocks together.
+        state_bytes: Of parameters, gradients and optimizer state together.
         step: Steps taken.
-        position: Training windows consumed: where the data goes on.
-        losses: Training loss of each step, nats per byte.
+        losses: Training loss of each step, in nats per token.
         held_out: (steps taken, held-out loss) now and then.
         seconds: Spent training.
         starts: Processes that worked on it.
+    """
+
+    state_bytes: int = 0
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    held_out: list[tuple[int, float]] = field(default_factory=list)
+    seconds: float = 0.0
+    starts: int = 1
+    tiers: dict[str, TierRecord] = field(default_factory=dict)
+    links: dict[str, LinkRecord] = field(default_factory=dict)
+
+    def overflow(self, tier: str) -> float:
+        """How many times over the whole state fills a tier."""
+        return self.state_bytes / self.tiers[tier].budget_bytes
+
+
+def read_fields(data: Mapping[str, Any], format_: int | str) -> dict[str, Any]:
+    """The fields of a record from its JSON, those of `Ledger` as it has them.
+
+    Raises:
+        ValueError: It was written by something else, or by a demo of another format.
+        KeyError, TypeError: A field is missing, or is of another kind.
+    """
+    fields = dict(data)
+    if fields.pop("format", None) != format_:
+        raise ValueError(f"needs format {format_} of the demo's record, found {data.get('format')!r}")
+    fields["held_out"] = [(step, loss) for step, loss in fields["held_out"]]
+    fields["tiers"] = {name: TierRecord(**tier) for name, tier in fields["tiers"].items()}
+    fields["links"] = {name: LinkRecord(**link) for name, link in fields["links"].items()}
+    return fields
+
+
+@dataclass(slots=True)
+class Record(Ledger):
+    """One run of the demo that trains on bytes; its losses are in nats per byte.
+
+    Attributes:
+        corpus: Digest of the text.
+        position: Training windows consumed: where the data goes on.
         looks: Times the audit looked for tensors kept between leases.
     """
 
     config: Config
     corpus: str
-    state_bytes: int = 0
-    step: int = 0
     position: int = 0
-    losses: list[float] = field(default_factory=list)
-    held_out: list[tuple[int, float]] = field(default_factory=list)
     entropies: tuple[float, float] = (0.0, 0.0)
-    seconds: float = 0.0
-    starts: int = 1
     looks: int = 0
-    tiers: dict[str, TierRecord] = field(default_factory=dict)
-    links: dict[str, LinkRecord] = field(default_factory=dict)
     score: Score | None = None
 
     @property
     def finished(self) -> bool:
         return self.score is not None
-
-    def overflow(self, tier: str) -> float:
-        """How many times over the whole state fills a tier."""
-        return self.state_bytes / self.tiers[tier].budget_bytes
 
     def to_json(self) -> dict[str, Any]:
         return {"format": FORMAT, **dataclasses.asdict(self)}
@@ -97,15 +122,10 @@ class Record:
         Raises:
             ValueError: It was written by something else, or by a demo of another format.
         """
-        fields = dict(data)
-        if fields.pop("format", None) != FORMAT:
-            raise ValueError(f"needs format {FORMAT} of the demo's record, found {data.get('format')!r}")
         try:
+            fields = read_fields(data, FORMAT)
             fields["config"] = Config(**fields["config"])
-            fields["held_out"] = [(step, loss) for step, loss in fields["held_out"]]
             fields["entropies"] = tuple(fields["entropies"])
-            fields["tiers"] = {name: TierRecord(**tier) for name, tier in fields["tiers"].items()}
-            fields["links"] = {name: LinkRecord(**link) for name, link in fields["links"].items()}
             fields["score"] = fields["score"] and Score(**fields["score"])
             return cls(**fields)
         except (KeyError, TypeError) as error:
@@ -115,7 +135,7 @@ class Record:
 class Tally:
     """Adds this process's counters to those that the run brought along."""
 
-    def __init__(self, record: Record) -> None:
+    def __init__(self, record: Ledger) -> None:
         self._record = record
         self._tiers = {name: dataclasses.replace(tier) for name, tier in record.tiers.items()}
         self._links = {name: dataclasses.replace(link) for name, link in record.links.items()}

@@ -6,14 +6,14 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tierstore.demo.record import Record, Score
+from tierstore.demo.record import Ledger, Record, Score
 from tierstore.monitor.tui import LINK_ARROWS
 from tierstore.units import format_bytes
 
 
 def tables(record: Record) -> RenderableType:
     """The run in three small tables."""
-    return Group(Text(), _learning_table(record), Text(), _tier_table(record), Text(), _link_table(record))
+    return Group(Text(), _learning_table(record), Text(), tier_table(record), Text(), link_table(record))
 
 
 def _learning_table(record: Record) -> Table:
@@ -40,7 +40,7 @@ def _verdict(score: Score) -> str:
     return f"{score.held_out:.3f} nats per byte: {'better' if beats_bigram(score) else 'no better'} than counting pairs"
 
 
-def _tier_table(record: Record) -> Table:
+def tier_table(record: Ledger) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     for heading in ("tier", "budget", "peak", "state / budget", "hits", "misses", "hit rate", "evictions"):
         table.add_column(heading, justify="left" if heading == "tier" else "right")
@@ -52,7 +52,7 @@ def _tier_table(record: Record) -> Table:
     return table
 
 
-def _link_table(record: Record) -> Table:
+def link_table(record: Ledger) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     for heading in ("link", "", "bytes", "per step", "transfers"):
         table.add_column(heading, justify="left" if heading in ("link", "") else "right")

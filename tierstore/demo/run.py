@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import subprocess
 import time
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,8 +17,9 @@ from tierstore import TierStore
 from tierstore.demo import corpus, model, report, train
 from tierstore.demo.audit import Audit
 from tierstore.demo.check import compare_with_plain
+from tierstore.demo.directory import Budgets, DemoError, Options, default_device, open_store, read_record, remove_run
 from tierstore.demo.record import Record, Score, Tally
-from tierstore.errors import ShardError
+from tierstore.demo.speed import Speed
 from tierstore.monitor.tui import TierDisplay
 from tierstore.units import format_bytes
 
@@ -36,27 +34,8 @@ EVALUATE_EVERY_STEPS = 20
 PROGRESS_WINDOWS, SCORE_WINDOWS = 64, 256
 """Held-out windows looked at on the way, and for the final score."""
 
-STORE, PICTURE = "store", "demo.png"
-"""What a run's directory holds: the store's NVMe tier, and the picture."""
-
-
-class DemoError(Exception):
-    """The demo cannot go on; the message says what to do."""
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What the command line asks for. None leaves the choice to the demo, or to the run that is continued."""
-
-    directory: Path
-    device: str | None = None
-    policy: str = "lookahead"
-    gpu: str | None = None
-    ram: str | None = None
-    steps: int | None = None
-    seed: int | None = None
-    fresh: bool = False
-    check: bool = False
+PICTURE = "demo.png"
+"""What a run's directory holds beside the store."""
 
 
 def run(options: Options, console: Console) -> int:
@@ -73,9 +52,9 @@ def run(options: Options, console: Console) -> int:
     try:
         audit = Audit()
         if options.fresh:
-            _remove_run(options)
+            remove_run(options, _budgets(), _read_record, [PICTURE])
         text = corpus.load()
-        with _open(options) as store:
+        with open_store(options, _budgets(), _began_on) as store:
             this = Run(store, options, text, console, audit)
             return this.carry_out()
     except KeyboardInterrupt:
@@ -89,54 +68,16 @@ def run(options: Options, console: Console) -> int:
 # -- the directory ------------------------------------------------------------------------------------------------------
 
 
-def _open(options: Options) -> TierStore:
-    """Open the store of a run, on the device that it began on unless another is asked for."""
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    store = _open_on(options, device)
-    try:
-        began_on = _read_record(store).config.device if store.committed is not None else device
-    except BaseException:
-        store.close()
-        raise
-    if options.device is None and began_on != device:
-        store.close()
-        store = _open_on(options, began_on)
-    return store
-
-
-def _open_on(options: Options, device: str) -> TierStore:
-    options.directory.mkdir(parents=True, exist_ok=True)
-    return TierStore(
-        gpu=options.gpu or GPU,
-        ram=options.ram or RAM,
-        nvme=options.directory / STORE,
-        nvme_limit=NVME_LIMIT,
-        device=device,
-        policy=options.policy,
-    )
+def _budgets() -> Budgets:
+    return Budgets(GPU, RAM, NVME_LIMIT)
 
 
 def _read_record(store: TierStore) -> Record:
-    assert store.committed is not None
-    try:
-        return Record.from_json(store.committed.metadata or {})
-    except ValueError as error:
-        raise DemoError(f"the directory holds a store that this demo did not write ({error}): choose another --dir") from error
+    return read_record(store, Record.from_json)
 
 
-def _remove_run(options: Options) -> None:
-    """Delete what an earlier run left, and nothing else."""
-    directory = options.directory / STORE
-    if directory.exists():
-        try:
-            # Opening it proves that it is a store, that the demo wrote it, and that no other process is at work in it.
-            with _open_on(options, options.device or "cpu") as store:
-                if store.committed is not None:
-                    _read_record(store)
-        except ShardError:
-            pass  # a damaged store is a reason to want a fresh one
-        shutil.rmtree(directory)
-    (options.directory / PICTURE).unlink(missing_ok=True)
+def _began_on(store: TierStore) -> str:
+    return _read_record(store).config.device
 
 
 # -- the run ------------------------------------------------------------------------------------------------------------
@@ -193,7 +134,7 @@ class Run:
     def _begin(self) -> Record:
         options = self._options
         asked: dict[str, Any] = {name: value for name in ("steps", "seed") if (value := getattr(options, name)) is not None}
-        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = options.device or default_device()
         config = dataclasses.replace(DEFAULTS, device=device, **asked)
         train.initialise(self._store, config)
         record = Record(config, self._text.digest, state_bytes=sum(self._store.info(name).nbytes for name in self._store))
@@ -325,29 +266,6 @@ class Run:
 
 
 # -- progress -----------------------------------------------------------------------------------------------------------
-
-
-class Speed:
-    """Bytes learnt per second, over the last few steps; evaluations and commits between steps do not count."""
-
-    def __init__(self, tokens_per_step: int) -> None:
-        self._tokens_per_step = tokens_per_step
-        self._seconds_per_step = 0.0
-        self._entered_s = 0.0
-
-    def __enter__(self) -> None:
-        self._entered_s = time.monotonic()
-
-    def __exit__(self, *_: object) -> None:
-        last = time.monotonic() - self._entered_s
-        self._seconds_per_step = 0.8 * self._seconds_per_step + 0.2 * last if self._seconds_per_step else last
-
-    @property
-    def tokens_per_s(self) -> float:
-        return self._tokens_per_step / self._seconds_per_step if self._seconds_per_step else 0.0
-
-    def left_s(self, steps: int) -> float:
-        return steps * self._seconds_per_step
 
 
 def _plain_headline(record: Record, speed: Speed) -> str:
