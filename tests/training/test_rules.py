@@ -144,7 +144,7 @@ def train(
     dtypes: Sequence[torch.dtype],
     device: str,
 ) -> list[Any]:
-    """Parameters and state after each step, with an instance for each group."""
+    """Parameters after each step and state at the end, with an instance for each group."""
     parameters = [value.requires_grad_() for value in values(shapes, dtypes, device, 0)]
     instances = [make(cls, [parameters[number] for number in group], options) for group in groups]
     history = []
@@ -153,9 +153,9 @@ def train(
             parameters[number].grad = gradient if has_gradient(number, step) else None
         for instance in instances:
             instance.step()
-        owner = {number: instance for group, instance in zip(groups, instances, strict=True) for number in group}
-        history.append([(bits(one), state_bits(owner[number].state.get(one, {}))) for number, one in enumerate(parameters)])
-    return history
+        history.append([bits(parameter) for parameter in parameters])
+    owner = {number: instance for group, instance in zip(groups, instances, strict=True) for number in group}
+    return [*history, [state_bits(owner[number].state.get(parameter, {})) for number, parameter in enumerate(parameters)]]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -167,12 +167,10 @@ def test_instances_for_a_few_parameters_give_the_bits_of_one_for_all(
         refused(cls, options, dtype)
         return
     shapes = shapes_for(cls)
-    everything = range(len(shapes))
-    dtypes = [dtype for _ in everything]
-    one = train(cls, options, [list(everything)], shapes, dtypes, device)
-    assert one[0] != one[-1]
-    assert train(cls, options, [[number] for number in everything], shapes, dtypes, device) == one
-    assert train(cls, options, [list(everything[start : start + 2]) for start in everything[::2]], shapes, dtypes, device) == one
+    dtypes = [dtype for _ in shapes]
+    one = train(cls, options, [list(range(len(shapes)))], shapes, dtypes, device)
+    assert one[0] != one[NUM_STEPS - 1]
+    assert train(cls, options, [[0], [2, 1], list(range(3, len(shapes)))], shapes, dtypes, device) == one
 
 
 @pytest.mark.parametrize("how", [{}, {"foreach": True}], ids=str)
@@ -195,7 +193,7 @@ def test_adafactor_takes_its_epsilon_from_the_first_dtype_of_a_group(how: dict[s
     assert rules_of(cls, given, torch.float32, torch.device(device)).mixed_dtypes
 
 
-@pytest.mark.parametrize(("cls", "options"), ELEMENTWISE)
+@pytest.mark.parametrize(("cls", "options"), [case for case in ELEMENTWISE if len(case.values[1]) < 2])
 def test_mixed_dtypes_may_be_spread_over_instances(cls: type[Optimizer], options: dict[str, Any], device: str) -> None:
     if loses_updates(cls, options, torch.bfloat16, device):
         refused(cls, options, torch.bfloat16)
@@ -208,9 +206,9 @@ def test_mixed_dtypes_may_be_spread_over_instances(cls: type[Optimizer], options
 
 # -- ranges -------------------------------------------------------------------------------------------------------------
 
-# Beyond the 32,768 elements that torch gives a thread at least, and for neither of two threads a whole number of vectors.
-LENGTH = 70_001
-RAGGED = [0, 64, 4_096, 32_768 + 64, 69_952]
+# More than the 32,768 elements that torch gives a thread at least, as has one of the ranges, and no whole number of vectors for each thread.
+LENGTH = 37_001
+RAGGED = [0, 64, 36_992]
 
 
 def slices(length: int, starts: Sequence[int]) -> list[slice]:
@@ -228,14 +226,14 @@ def awkward(length: int, dtype: torch.dtype, device: str, seed: int) -> torch.Te
 
 
 def in_ranges(
-    cls: Callable[..., Optimizer], options: Mapping[str, Any], cuts: Sequence[slice], length: int, dtype: torch.dtype, device: str
+    cls: type[Optimizer], options: Mapping[str, Any], cuts: Sequence[slice], length: int, dtype: torch.dtype, device: str
 ) -> list[torch.Tensor]:
     """Bits of a parameter after each step, and of its state at the end, with an instance for each range."""
     whole = awkward(length, dtype, device, 0).clone()
     parameters = [whole[cut].detach().requires_grad_() for cut in cuts]
     instances = [make(cls, [parameter], options) for parameter in parameters]
     history = []
-    for step in range(NUM_STEPS):
+    for step in range(4 if cls.__name__ in ("ASGD", "RAdam") else 2):  # these begin to average and to rectify late
         gradient = awkward(length, dtype, device, 1 + step).clone()
         for parameter, cut, instance in zip(parameters, cuts, instances, strict=True):
             parameter.grad = gradient[cut]
@@ -268,7 +266,7 @@ def test_ranges_give_the_bits_of_whole_parameters(cls: type[Optimizer], options:
     assert elementwise == (cls.__name__ not in ("Adafactor", "Muon") and not sixteen_on_cpu)
     if elementwise:
         whole = in_ranges(cls, options, [slice(0, LENGTH)], LENGTH, dtype, device)
-        assert not torch.equal(whole[0], whole[NUM_STEPS - 1])
+        assert not torch.equal(whole[0], whole[1])
         assert equal(in_ranges(cls, options, slices(LENGTH, RAGGED), LENGTH, dtype, device), whole)
 
 
@@ -391,7 +389,7 @@ def test_what_is_found_of_a_class(name: str, dtype: torch.dtype, device: str) ->
     assert where <= {device if name == "ASGD" else "cpu"}
 
 
-@pytest.mark.parametrize(("cls", "options"), SETTINGS)
+@pytest.mark.parametrize(("cls", "options"), [case for case in SETTINGS if not {"foreach", "fused"} & set(case.values[1])])
 def test_the_size_of_state_is_told_beforehand(cls: type[Optimizer], options: dict[str, Any], device: str) -> None:
     found = rules_of(cls, options, torch.float32, torch.device(device))
     for shape in ((6, 10), (70,), (), (3, 4, 5), (3, 4, 5, 6), (2, 2, 2, 2, 3)):
