@@ -701,6 +701,7 @@ def test_a_false_declaration_is_refused() -> None:
 @pytest.mark.parametrize("first", ["parent", "child"])
 def test_subclasses_of_torchs_classes(first: str) -> None:
     """Torch wraps step() where the first instance of a family is made: in the subclass, if that comes first."""
+    torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # from here on, `functools.wraps` copies torch's mark
 
     class Parent(torch.optim.AdamW):
         pass
