@@ -253,7 +253,8 @@ def in_ranges(
         else:
             assert len({bits(tensor) for tensor in tensors}) == 1
             history.append(tensors[0].view(1))
-    return [tensor.view(torch.uint8) for tensor in history]
+    # A NaN is a NaN: on CPUs its sign depends on whether it came out of a vector, which nothing that compares numbers can see.
+    return [tensor.masked_fill(tensor.isnan(), float("nan")).view(torch.uint8) for tensor in history]
 
 
 def equal(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> bool:
