@@ -465,10 +465,7 @@ def _check_state(run: _Run, name: str) -> None:
 
 
 def _check_updates_are_not_lost(instance: Optimizer, dtype: torch.dtype, device: torch.device, name: str) -> None:
-    """Refuse what torch up to 2.13 gets wrong: the fused SGD for CPUs changes no whole vector of 16-bit weights.
-
-    Into their momentum it puts what lies about in memory.
-    """
+    """Torch up to 2.13: the fused SGD for CPUs changes no whole vector of 16-bit weights, and its momentum is what lies about in memory."""
     fused = isinstance(instance, torch.optim.SGD) and instance.param_groups[0].get("fused")
     if not fused or device.type != "cpu" or dtype.itemsize >= torch.float32.itemsize:
         return

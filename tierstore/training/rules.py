@@ -8,9 +8,9 @@ whole vectors of every kernel of torch, in every dtype, so that an element is co
 0-d tensors in the state (`step`, say) are the parameter's, and the same in each of its ranges.
 
 There is one exception. On CPUs torch shares out a tensor of more than 32,768 elements among its threads wherever that falls, and computes
-what is less than a vector at the end of each share one by one. In float32 and float64 that gives the same bits; 16-bit dtypes are
-rounded at other points then, so that a range, which is shared out differently, gets other bits. The fused kernels share out whole cache
-lines, and are not affected.
+what is less than a vector at the end of each share one by one. In float32 and float64 that gives the same numbers (the sign of a NaN may
+differ). 16-bit dtypes are rounded at other points then, so that a range, which is shared out differently, gets other numbers. The fused
+kernels share out whole cache lines, and are not affected.
 """
 
 from __future__ import annotations
