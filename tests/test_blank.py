@@ -13,6 +13,7 @@ from tierstore import TierStore
 from tierstore.catalog import lay_out
 from tierstore.errors import BlockNotFoundError, CapacityError, LeaseError
 from tierstore.mover import operations
+from tierstore.mover.calls import Ticket
 from tierstore.sync import Use
 
 KIB = 1 << 10
@@ -205,3 +206,40 @@ def test_what_was_put_off_is_done_when_asked_for(store: TierStore) -> None:
         assert done == ["w"]
         done.clear()
     assert store.read("w").eq(1).all()
+
+
+@pytest.mark.parametrize("tiers", ["store", "two_tiers"])
+def test_a_lease_that_comes_too_late_uses_nothing_up(tiers: str, request: pytest.FixtureRequest) -> None:
+    """It was granted as its owner stopped waiting: nobody has read what was to be spent."""
+    store: TierStore = request.getfixturevalue(tiers)
+    declare(store, "g")
+    filled(store, "g", 3.0)
+    ticket = Ticket("late")
+    with store.use("g"):
+        future = store.engine.begin_use(ticket, ("g",), frozenset({"g"}), spent=("g",))
+        assert future is not None
+    future.result(20)
+    store.engine.abandon(ticket)
+    assert store.read("g").eq(3).all()
+
+
+@pytest.mark.parametrize("evicted", [False, True])
+@pytest.mark.parametrize("tiers", ["store", "two_tiers"])
+def test_a_fresh_lease_that_comes_too_late_leaves_no_garbage(tiers: str, evicted: bool, request: pytest.FixtureRequest) -> None:
+    store: TierStore = request.getfixturevalue(tiers)
+    declare(store, "g")
+    for number in range(4):
+        store.put(f"w{number}", torch.full((PAYLOAD // 4,), float(number)))
+    if evicted:
+        filled(store, "g", 3.0)
+        store.evict("g")
+    ticket = Ticket("late")
+    with store.use("w0", "w1", "w2", "w3"):
+        future = store.engine.begin_use(ticket, ("g",), frozenset({"g"}), fresh=("g",))
+        assert future is not None
+    future.result(20)
+    store.engine.abandon(ticket)
+    with pytest.raises(LeaseError, match="has no content"):
+        store.read("g")
+    filled(store, "g", 4.0)
+    assert store.read("g").eq(4).all()

@@ -271,12 +271,17 @@ class Save(Request):
 
 @dataclass(eq=False, slots=True)
 class Lease:
-    """What a granted `Use` gave."""
+    """What a granted `Use` gave.
+
+    Attributes:
+        begun: Blocks that are to be written whole, since nothing was loaded, and the version that is.
+    """
 
     owner: Owner
     records: tuple[Record, ...]
     writes: frozenset[int]
     spent: frozenset[int] = frozenset()
+    begun: tuple[tuple[Record, int], ...] = ()
 
 
 def names_of(records: tuple[Record, ...]) -> str:

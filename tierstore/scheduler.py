@@ -256,6 +256,11 @@ class Scheduler(Leases):
             f"block {name!r} was deleted, or its put() given up, before the call's turn", remedy="put() it again", block=name
         )
 
+    def give_back(self, lease: Lease) -> None:
+        """End a lease whose tensors nobody was handed: nothing is used up, and what was to be written whole has no content."""
+        lease.spent = frozenset(record.id for record, version in lease.begun if record.version == version)
+        self.release(lease)
+
     def set_hold(self, record: Record, tier: Tier | None) -> None:
         self._tried.clear()
         self.waiting.doubt()
@@ -592,12 +597,16 @@ class Scheduler(Leases):
         fresh: frozenset[int] = frozenset(),
         spent: frozenset[int] = frozenset(),
     ) -> Lease:
+        begun: list[tuple[Record, int]] = []
         for record in records:
             self._hinted.pop(record, None)
             self.placement.arrived(record, _GPU)
             if record.id in fresh and not record.gpu.valid:
                 self.placement.begin_fresh(record)
-        return self._begin_lease(owner, records, writes, spent)
+                begun.append((record, record.version))
+        lease = self._begin_lease(owner, records, writes)
+        lease.spent, lease.begun = spent, tuple(begun)
+        return lease
 
     def _blank_and_free(self, record: Record, fresh: frozenset[int]) -> bool:
         """Whether the fast path may look for room: nobody else waits who could have a claim to it."""

@@ -244,7 +244,9 @@ class Engine:
         if lease is not None:
             if ticket.used:  # kernels that read the extents may still be queued on the stream that took the lease
                 self.copies.note_use([(record.gpu.offset, record.nbytes) for record in lease.records], ticket.stream)
-            self.scheduler.release(lease)
+                self.scheduler.release(lease)
+            else:
+                self.scheduler.give_back(lease)
 
     def abandon_dropped(self, ticket: Ticket) -> None:
         """As `abandon`, from a finaliser: at once, so that the thread that dropped it can go on, or later if it runs under the lock."""
