@@ -243,3 +243,24 @@ def test_a_fresh_lease_that_comes_too_late_leaves_no_garbage(tiers: str, evicted
         store.read("g")
     filled(store, "g", 4.0)
     assert store.read("g").eq(4).all()
+
+
+def test_a_fresh_lease_is_not_blamed_for_the_one_before(store: TierStore) -> None:
+    """Block and extent are the same, and the engine's thread has not looked since: what autograd saves now stays good, and only that."""
+    declare(store, "g")
+    filled(store, "g", 2.0)
+    weight = torch.ones(PAYLOAD // 4, requires_grad=True)
+    go_on = threading.Event()
+    store.engine.loop.call_soon_threadsafe(go_on.wait, 20)
+    with lease(store, "g", spent=["g"]) as tensor:
+        before = (weight * tensor).sum()
+    with lease(store, "g", fresh=["g"]) as tensor:
+        tensor.fill_(3.0)
+        after = (weight * tensor).sum()
+    go_on.set()
+    store.read("g")  # by now it has looked
+    after.backward()
+    assert weight.grad is not None
+    assert weight.grad.eq(3).all()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        before.backward()

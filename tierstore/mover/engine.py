@@ -186,6 +186,8 @@ class Engine:
                 request = Use(ticket.owner, ticket.records, writes=ticket.writes, fresh=ticket.fresh, spent=ticket.spent)
                 future = self.submit(request)
                 ticket.request = request
+            elif fresh:  # extents may be in other hands already, which no `_pump` has seen
+                self.device.invalidate(self.placement.left_device)
             scheduler.note_use(ticket.records, ticket.writes)
             self.wanted |= future is not None or self._has_work()
         return future
