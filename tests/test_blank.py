@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from tierstore import TierStore
 from tierstore.catalog import lay_out
-from tierstore.errors import BlockNotFoundError, CapacityError, LeaseError
+from tierstore.errors import BlockNotFoundError, CapacityError, DeadlockError, LeaseError
 from tierstore.mover import operations
 from tierstore.mover.calls import Ticket
 from tierstore.sync import Use
@@ -264,3 +265,48 @@ def test_a_fresh_lease_is_not_blamed_for_the_one_before(store: TierStore) -> Non
     assert weight.grad.eq(3).all()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         before.backward()
+
+
+def soon(store: TierStore, steps: int, function: Callable[[], object]) -> None:
+    """Call it on the engine's loop, so many turns from now."""
+    loop = store.engine.loop
+    loop.call_soon_threadsafe(function if steps == 0 else lambda: soon(store, steps - 1, function))
+
+
+def test_a_deadlock_is_seen_although_a_block_is_declared_meanwhile(store: TierStore) -> None:
+    """Nobody is refused while a block is made, and nobody looked again when it was."""
+    engine = store.engine
+    for name in ("a", "b"):
+        store.put(name, torch.zeros(4), tier="gpu")
+    for owner, name in (("one", "a"), ("two", "b")):
+        assert engine.begin_use(Ticket(owner), (name,), True) is None
+    first = engine.begin_use(Ticket("one"), ("b",), True)
+    second: Future[Future[None] | None] = Future()
+    go_on = threading.Event()
+    engine.loop.call_soon_threadsafe(go_on.wait, 20)
+    block = lay_out("g", [("g", "F32", (4,))], single=True)
+    declared = engine.call(operations.declare(engine, block, "three"))
+    soon(store, 1, lambda: second.set_result(engine.begin_use(Ticket("two"), ("a",), True)))  # in between its request and the look at it
+    go_on.set()
+    declared.result.result(20)
+    futures = [future for future in (first, second.result(20)) if future is not None]
+    assert len(futures) == 2
+    with pytest.raises(DeadlockError):
+        next(iter(wait(futures, 20, FIRST_COMPLETED).done)).result(0)
+
+
+def test_a_cancelled_declaration_leaves_no_block(store: TierStore) -> None:
+    """Whenever it is cancelled: either it is there, and the caller knows, or it is not."""
+    for turns in range(8):
+        block = lay_out("g", [("g", "F32", (4,))], single=True)
+        go_on = threading.Event()
+        store.engine.loop.call_soon_threadsafe(go_on.wait, 20)
+        call = store.engine.call(operations.declare(store.engine, block, "main"))
+        soon(store, turns, call._cancel)
+        go_on.set()
+        call.ended.result(20)
+        told = not call.result.cancelled() and call.result.exception() is None
+        assert told == ("g" in store), f"cancelled after {turns} turns"
+        if told:
+            store.delete("g")
+    assert store.stats().tiers["ram"].used_bytes == store.engine.transfer.nbytes
