@@ -624,13 +624,13 @@ class Scheduler(Leases):
         """Whether the block has the extent that a fresh lease writes."""
         return record.id in fresh and record.gpu.state is State.RESERVED and record.gpu.settled and not record.locked
 
-    def note_use(self, records: tuple[Record, ...], writes: frozenset[int]) -> None:
+    def note_use(self, records: tuple[Record, ...], writes: frozenset[int], fresh: frozenset[int] = frozenset()) -> None:
         """Record the accesses of a lease that is being asked for, and where its blocks were found."""
         if records:
             self.placement.pace.asked(self._clock.now_ns(), len(records))
         for record in records:
-            if record.blank:
-                found = _GPU  # nothing is to be found anywhere, and nothing has to be
+            if record.id in fresh:
+                found = _GPU  # nothing has to be found anywhere: neither a hit nor a miss
             elif record.gpu.valid or record.gpu.loading:
                 found = _GPU
                 self.hits += 1

@@ -188,7 +188,7 @@ class Engine:
                 ticket.request = request
             elif fresh:  # extents may be in other hands already, which no `_pump` has seen
                 self.device.invalidate(self.placement.left_device)
-            scheduler.note_use(ticket.records, ticket.writes)
+            scheduler.note_use(ticket.records, ticket.writes, ticket.fresh)
             self.wanted |= future is not None or self._has_work()
         return future
 
