@@ -310,3 +310,29 @@ def test_a_cancelled_declaration_leaves_no_block(store: TierStore) -> None:
         if told:
             store.delete("g")
     assert store.stats().tiers["ram"].used_bytes == store.engine.transfer.nbytes
+
+
+def test_a_commit_holds_what_a_fresh_lease_replaces_right_behind_it(tmp_path: Path) -> None:
+    """The lease was granted in the same look that fixed the commit's state, which then lacked the block: it was nowhere any more."""
+    with TierStore(gpu=4 * PAYLOAD, ram=8 * PAYLOAD, nvme=tmp_path / "swap", device="cpu") as store:
+        store.put("w", torch.ones(4))
+        declare(store, "g")
+        filled(store, "g", 2.0)
+        store.commit()
+        store.evict("g")
+        ticket = Ticket("eager")
+        with store.use("w", write=True) as weight:
+            weight.add_(1)
+            commit = operations.start_commit(store.engine, "other", None, wait=True)
+            future = store.engine.begin_use(ticket, ("g",), frozenset({"g"}), fresh=("g",))
+            assert future is not None, "nobody begins to write while a commit waits for writers"
+        future.result(20)
+        store.engine.finish_wait(ticket)
+        for tensors in store.engine.tensors(ticket).values():
+            tensors[0].fill_(3.0)
+        commit.result.result(20)
+        store.engine.end_use(ticket)
+    with TierStore(gpu=4 * PAYLOAD, ram=8 * PAYLOAD, nvme=tmp_path / "swap", device="cpu") as store:
+        assert sorted(store) == ["g", "w"]
+        assert store.read("g").eq(2).all()
+        assert store.read("w").eq(2).all()

@@ -84,7 +84,7 @@ class Sim:
             orders, again = self.scheduler.advance()
             resolved, self.scheduler.resolved = self.scheduler.resolved, []
             found += resolved
-            self._capture()
+            self._capture(resolved)
             for order in orders:
                 self._start(order)
             check_scheduler(self.scheduler)
@@ -93,14 +93,17 @@ class Sim:
         self.results += found
         return found
 
-    def _capture(self) -> None:
-        """As `Engine._capture`: a commit is of the versions of one instant."""
-        for request in self.scheduler.waiting.values():
+    def _capture(self, resolved: list[Request]) -> None:
+        """As `Engine._capture`: a commit is of the versions of one instant. Who was granted a lease right behind it does no harm."""
+        granted = {record for request in resolved if isinstance(request, Use) for record in request.records}
+        for request in [*self.scheduler.waiting.values(), *resolved]:
             if isinstance(request, Save) and request.commit and request.started and request not in self.commits:
-                assert not any(record.writer for record in self.placement.records.values()), "a commit in the middle of a write"
-                records = [record for record in self.placement.records.values() if request.covers(record)]
-                assert not any(record.blank for record in records), "a commit of what has no content"
-                self.commits[request] = {record: record.version for record in records if self.shards.get(record) != record.version}
+                writing = {record for record in self.placement.records.values() if record.writer}
+                assert writing <= granted, "a commit in the middle of a write"
+                assert not any(record.blank for record in request.versions), "a commit of what has no content"
+                self.commits[request] = {
+                    record: version for record, version in request.versions.items() if self.shards.get(record) != version
+                }
 
     def _start(self, order: Order) -> None:
         self.flying.append(order)

@@ -252,12 +252,15 @@ class Save(Request):
         commit: It is a commit: the blocks are those of one instant at which nobody held a write lease.
         waited: The owner does nothing else until it has ended.
         started: That instant has come.
+        versions: Of a commit: every block it covers, and its version at that instant. Who is granted a fresh lease right behind it has
+            another.
         pending: Blocks still to be saved, and the version of each.
     """
 
     commit: bool = False
     waited: bool = True
     started: bool = False
+    versions: dict[Record, int] = field(default_factory=dict)
     pending: dict[Record, int] = field(default_factory=dict)
 
     def covers(self, record: Record) -> bool:

@@ -470,7 +470,11 @@ class Scheduler(Leases):
                 return
             self.waiting.begin(request)
             for record in self.placement.records.values():
-                if request.covers(record) and not self._saved(record):
+                if not request.covers(record):
+                    continue
+                if request.commit:
+                    request.versions[record] = record.version
+                if not self._saved(record):
                     request.pending[record] = record.version
                     record.commit_pending += request.commit
         self._strike_off(request)

@@ -587,15 +587,13 @@ class Engine:
                 continue
             assert self.directory is not None
             capture.taken = True
-            for record in self.placement.records.values():
-                if not capture.request.covers(record):
-                    continue
-                capture.versions[record] = record.version
-                if record.nvme_version == record.version:
+            capture.versions = capture.request.versions
+            for record, version in capture.versions.items():
+                if record.nvme_version == version:
                     self.directory.retain(self.shards[record])
                     capture.shards[record] = self.shards[record]
                 else:
-                    capture.needs[record] = record.version
+                    capture.needs[record] = version
 
     def _count(self, order: Order, error: BaseException | None) -> None:
         end_ns = self.clock.now_ns()
