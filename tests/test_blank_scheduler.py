@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.test_scheduler import Sim
-from tierstore.requests import Action, Lease, Order, Save, Use, Vacate
+from tierstore.requests import Action, Lease, Order, Record, Save, Use, Vacate
 from tierstore.residency import State, Tier
 
 
@@ -32,3 +32,63 @@ def test_what_is_not_looked_for_is_neither_found_nor_missed(busy: bool) -> None:
     sim.use(block, spent=True)
     sim.use(block, fresh=True)
     assert (sim.scheduler.hits, sim.scheduler.misses) == (before[0] + 1, before[1]), "only the lease that reads is counted"
+
+
+def spilling(sim: Sim, name: str = "g") -> tuple[Record, Order]:
+    """A block with content that is just being written to the drive from RAM, and the order."""
+    block = sim.declare(name, 1)
+    sim.use(block, fresh=True)
+    flush = Save("main", ())
+    sim.scheduler.submit(flush)
+    sim.pump()
+    sim.complete(only(sim, Action.D2H))
+    sim.pump()
+    sim.scheduler.cancel(flush)
+    return block, only(sim, Action.WRITE)
+
+
+def lease_at_once(sim: Sim, *records: Record, fresh: bool = False, spent: bool = False) -> Lease:
+    lease = sim.ask("main", records, fresh=records if fresh else (), spent=records if spent else ())
+    assert isinstance(lease, Lease)
+    sim.check_lease(lease)
+    return lease
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_a_transfer_still_reads_leaves_ram_with_it(fails: bool) -> None:
+    """Only a demand would have taken it else: whatever is fetched ahead had that much less room."""
+    sim = Sim(gpu=2, ram=2)
+    block, write = spilling(sim)
+    sim.release(lease_at_once(sim, block, spent=True))
+    assert (block.blank, block.ram.state, block.ram.readers) == (True, State.STALE, 1)
+    (sim.fail if fails else sim.complete)(write)
+    sim.pump()
+    assert block.ram.state is State.ABSENT
+    assert sim.placement.arenas[Tier.RAM].used_bytes == 0
+    assert block.nvme_version < block.version
+
+
+def test_a_failed_write_of_what_nobody_wants_any_more_is_no_failure() -> None:
+    """evict() of the blank block, and whoever lacked room when nothing else could be done, were told of it."""
+    sim = Sim(gpu=2, ram=2)
+    block, write = spilling(sim)
+    sim.release(lease_at_once(sim, block, spent=True))
+    sim.fail(write)
+    assert block.save_error is None
+    assert not sim.placement.save_failed
+
+
+def test_a_failure_to_save_is_forgotten_with_what_was_to_be_saved() -> None:
+    sim = Sim(gpu=2, ram=2)
+    block, write = spilling(sim)
+    lease = lease_at_once(sim, block, spent=True)
+    sim.placement.failed(write, OSError("full"))
+    sim.flying.remove(write)
+    assert block.save_error is not None
+    sim.release(lease)
+    assert not sim.placement.save_failed
+    evict = Vacate("main", (block,))
+    sim.scheduler.submit(evict)
+    sim.settle()
+    assert evict.resolved
+    assert evict.error is None

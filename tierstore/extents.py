@@ -172,7 +172,11 @@ class Extents:
         if record.gpu.state is not State.ABSENT:
             self.discard(record, Tier.GPU)
         self.supersede_ram(record)
-        if self.has_nvme and record.ram.state is not State.ABSENT and record.ram.settled:
+        self.clear_blank(record)
+
+    def clear_blank(self, record: Record) -> None:
+        """Give back what RAM still has of a block without content, once no transfer touches it any more."""
+        if record.blank and self.has_nvme and record.ram.state is not State.ABSENT and record.ram.settled:
             self.discard(record, Tier.RAM)
 
     def declare(self, record: Record) -> None:
