@@ -160,19 +160,27 @@ class Extents:
         if record.blank:
             record.blank = False
             self.blank_bytes -= record.nbytes
+        self._forget_failure(record)
         self.supersede_ram(record)
         record.gpu.apply(Event.WRITE)
         self.policy.admitted(record.id, Tier.GPU)
 
     def make_blank(self, record: Record) -> None:
-        """Nobody wants the content of a block on which nothing is under way. Without NVMe its home in RAM stays."""
+        """Nobody wants the content of a block that nobody leases or saves. Without NVMe its home in RAM stays."""
         record.version += 1
-        record.blank = True
-        self.blank_bytes += record.nbytes
+        if not record.blank:
+            record.blank = True
+            self.blank_bytes += record.nbytes
+        self._forget_failure(record)
         if record.gpu.state is not State.ABSENT:
             self.discard(record, Tier.GPU)
         self.supersede_ram(record)
         self.clear_blank(record)
+
+    def _forget_failure(self, record: Record) -> None:
+        """What could not be saved nobody wants any more."""
+        record.save_error = None
+        self.save_failed.pop(record.id, None)
 
     def clear_blank(self, record: Record) -> None:
         """Give back what RAM still has of a block without content, once no transfer touches it any more."""

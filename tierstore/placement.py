@@ -523,7 +523,7 @@ class Placement(Extents):
         self._stale[record.id] = record
 
     def _save_failed(self, order: Order, record: Record, error: BaseException, hung: bool) -> None:
-        if hung or order.number >= self._asked:
+        if (hung or order.number >= self._asked) and not record.blank:
             record.save_error = error
             self.save_failed[record.id] = record
 
