@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.test_scheduler import Sim
-from tierstore.requests import Action, Lease, Order, Record, Save, Use, Vacate
+from tierstore.requests import Action, Lease, Order, Place, Record, Save, Use, Vacate
 from tierstore.residency import State, Tier
 
 
@@ -92,3 +92,45 @@ def test_a_failure_to_save_is_forgotten_with_what_was_to_be_saved() -> None:
     sim.settle()
     assert evict.resolved
     assert evict.error is None
+
+
+def on_the_drive(sim: Sim) -> Record:
+    """A block with content that only the drive has."""
+    block = sim.declare("g", 1)
+    sim.use(block, fresh=True)
+    evict = Vacate("main", (block,))
+    sim.scheduler.submit(evict)
+    sim.settle()
+    assert block.tiers == (Tier.NVME,)
+    return block
+
+
+def test_a_read_ahead_of_need_that_hangs_does_not_fail_who_needs_no_bytes() -> None:
+    sim = Sim(gpu=2, ram=4)
+    other, block = sim.put("other", 2), on_the_drive(sim)
+    lease = sim.leased(sim.ask("one", (other,)))
+    hold = Place("two", (block,), tier=Tier.RAM)
+    sim.scheduler.submit(hold)
+    sim.pump()
+    read = only(sim, Action.READ)
+    sim.scheduler.cancel(hold)
+    wanted = sim.ask("main", (block,), fresh=(block,))
+    assert isinstance(wanted, Use)
+    sim.flying.remove(read)
+    sim.placement.failed(read, OSError("gave up"), hung=True)
+    sim.pump()
+    assert not wanted.resolved
+    sim.release(lease)
+    sim.check_lease(sim.leased(wanted))
+
+
+def test_nothing_is_fetched_ahead_into_an_extent_that_is_to_be_written_whole() -> None:
+    sim = Sim(gpu=2, ram=4)
+    block, weight = on_the_drive(sim), sim.put("w", 1, tier=Tier.NVME)
+    wanted = sim.ask("main", (block, weight), fresh=(block,))
+    sim.pump()
+    assert block.gpu.state is State.RESERVED
+    sim.scheduler.hint([block])
+    sim.pump()
+    assert [order.record for order in sim.flying] == [weight]
+    sim.check_lease(sim.leased(wanted))

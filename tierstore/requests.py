@@ -291,9 +291,11 @@ def names_of(records: tuple[Record, ...]) -> str:
     return ", ".join(repr(record.block.name) for record in records[:3]) + (" and more" if len(records) > 3 else "")
 
 
-def alone(request: Request) -> bool:
-    """Whether it waits until no transfer touches its block: none may start ahead of need."""
-    return isinstance(request, Vacate) or (isinstance(request, HostAccess) and request.write)
+def alone(request: Request) -> tuple[Record, ...]:
+    """The blocks of which no transfer may start ahead of need: it waits until none touches them, or writes all of them."""
+    if isinstance(request, Use):
+        return tuple(record for record in request.records if record.id in request.fresh) if request.fresh else ()
+    return request.records if isinstance(request, Vacate) or (isinstance(request, HostAccess) and request.write) else ()
 
 
 def claim(request: Request) -> tuple[frozenset[int], frozenset[int]]:

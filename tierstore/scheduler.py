@@ -282,7 +282,7 @@ class Scheduler(Leases):
         self._learn()
         self._clear_left()
         protect = self._serve_all()
-        claimed = {record for request in self.waiting.values() if alone(request) for record in request.records}
+        claimed = {record for request in self.waiting.values() for record in alone(request)}
         again = self._serve_hints(protect, claimed) if not self.closing else False
         if not self._starved and not self.closing:
             again |= self.placement.look_ahead(self._now, protect, claimed)
@@ -357,7 +357,7 @@ class Scheduler(Leases):
     def _failure_of(self, request: Request) -> BaseException | None:
         """What keeps the request from ever being served: a failed transfer that it depends on."""
         for record in request.records:
-            if record.load_error is not None and isinstance(request, Use | Place):
+            if record.load_error is not None and isinstance(request, Use | Place) and not _may_be_blank(request, record):
                 return record.load_error
             if record.blank and isinstance(request, Use | Place | HostAccess) and not _may_be_blank(request, record):
                 return no_content(record)
@@ -810,7 +810,7 @@ class Scheduler(Leases):
 
 
 def _may_be_blank(request: Request, record: Record) -> bool:
-    """Whether the request does without the block's content."""
+    """Whether the request does without the block's content, and without the transfers that would bring it."""
     return record.id in request.fresh if isinstance(request, Use) else isinstance(request, HostAccess) and request.write
 
 
