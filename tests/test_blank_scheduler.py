@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.test_scheduler import Sim
+from tierstore.catalog import BlockId
+from tierstore.policies import Lookahead
 from tierstore.requests import Action, Lease, Order, Place, Record, Save, Use, Vacate
 from tierstore.residency import State, Tier
 
@@ -134,3 +136,37 @@ def test_nothing_is_fetched_ahead_into_an_extent_that_is_to_be_written_whole() -
     sim.pump()
     assert [order.record for order in sim.flying] == [weight]
     sim.check_lease(sim.leased(wanted))
+
+
+class Counting(Lookahead):
+    """Counts how often it is asked what comes."""
+
+    num_asked = 0
+
+    def expected(self, position: int) -> BlockId | None:
+        self.num_asked += 1
+        return super().expected(position)
+
+
+def test_what_is_used_up_is_not_looked_for_again() -> None:
+    """It has no content, so nothing has to come before its next use: looking there each time took a period."""
+    policy = Counting()
+    sim = Sim(gpu=200, ram=200, policy=policy)
+    weights = [sim.put(f"w{index}", 1, tier=Tier.GPU) for index in range(60)]
+    gradients = [sim.declare(f"g{index}", 1) for index in range(60)]
+
+    def step() -> None:
+        for gradient in gradients:
+            sim.use(gradient, fresh=True)
+        for weight, gradient in zip(weights, gradients, strict=True):
+            sim.use(weight, write=True)
+            sim.use(gradient, spent=True)
+
+    for _ in range(8):
+        step()
+    assert policy.forecast.period == 180
+    while sim.scheduler.advance()[1]:
+        pass
+    before = policy.num_asked
+    step()
+    assert policy.num_asked - before < 8 * 180, "it was the square of the number of accesses"

@@ -232,8 +232,10 @@ class Extents:
         record.ram.apply(event)
 
     def _forget_prefetched(self, record: Record, tier: Tier) -> None:
-        """A block that left must be looked at again before its next use."""
+        """A block that left must be looked at again before its next use, unless it is to be written whole then."""
         self.arrived(record, tier)
+        if record.blank:
+            return
         next_use = self.policy.next_use(record.id)
         if next_use < self._cursor[tier]:
             self._cursor[tier] = int(max(0, next_use))
