@@ -336,3 +336,21 @@ def test_a_commit_holds_what_a_fresh_lease_replaces_right_behind_it(tmp_path: Pa
         assert sorted(store) == ["g", "w"]
         assert store.read("g").eq(2).all()
         assert store.read("w").eq(2).all()
+
+
+@pytest.mark.parametrize("tiers", ["store", "two_tiers"])
+def test_an_exception_uses_nothing_up_and_leaves_no_garbage(tiers: str, request: pytest.FixtureRequest) -> None:
+    """What it was to be used for has not happened, and of what was to be written whole nobody knows how much was."""
+    store: TierStore = request.getfixturevalue(tiers)
+    declare(store, "used")
+    declare(store, "written")
+    filled(store, "used", 3.0)
+    with pytest.raises(ZeroDivisionError), lease(store, "used", "written", fresh=["written"], spent=["used"]) as (used, written):
+        written[:100].fill_(1 / int(used.sub(3).sum()))
+    assert store.read("used").eq(3).all()
+    with pytest.raises(LeaseError, match="has no content"):
+        store.read("written")
+    with lease(store, "used", spent=["used"]):
+        pass
+    with pytest.raises(LeaseError, match="has no content"):
+        store.read("used")

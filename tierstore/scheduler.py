@@ -18,7 +18,9 @@ or writing inside writing. Writing inside one's own read lease raises, as two ow
 Gradients are written whole, read once and then worth nothing. To load what is to be overwritten, to write back what is used up, or to
 save either for a commit would move twice the bytes for nobody. So a lease may be `fresh` in a block: it gets an extent, and no content;
 and a block may be `spent` by a lease: at its end the content is dropped on every tier and the block is blank until its next fresh
-lease. What was blank has no version that anybody could ask for: commits pass it by, reading it raises.
+lease. Where another lease of the same owner is still out, it stays; likewise when an exception leaves the lease, which then
+leaves blank what was to be written whole and perhaps was not. What is blank has no version that anybody could ask for: commits pass it
+by, reading it raises.
 """
 
 from __future__ import annotations
@@ -257,7 +259,11 @@ class Scheduler(Leases):
         )
 
     def give_back(self, lease: Lease) -> None:
-        """End a lease whose tensors nobody was handed: nothing is used up, and what was to be written whole has no content."""
+        """End a lease that came too late, or that an exception left.
+
+        Nothing of it is used up: what that was for has not happened. Of what was to be written whole nobody knows how much was, so
+        it has no content.
+        """
         lease.spent = frozenset(record.id for record, version in lease.begun if record.version == version)
         self.release(lease)
 
