@@ -722,8 +722,8 @@ class Interleaving:
 
 
 WEIGHTS = {
-    "put": 10, "declare": 6, "use": 20, "fill": 24, "release": 14, "cancel": 2, "host": 6, "end_work": 10, "hold": 3, "unhold": 2, "evict": 4, "save": 3,
-    "prefetch": 3, "land": 30, "fail": 3,
+    "put": 10, "declare": 6, "use": 20, "fill": 24, "release": 14, "cancel": 2, "host": 6, "end_work": 10, "hold": 3, "unhold": 2,
+    "evict": 4, "save": 3, "prefetch": 3, "land": 30, "fail": 3,
 }  # fmt: skip
 
 
