@@ -149,6 +149,7 @@ def check_placement(placement: Placement) -> None:
         ahead = placement._ahead[tier]
         assert sum(ahead.values()) == placement._ahead_bytes[tier]
         assert all(placement.records[number].copy(tier).state in ADMITTED for number in ahead), f"fetched ahead, and not on {tier}"
+    assert placement.blank_bytes == sum(record.nbytes for record in records if record.blank)
     given = placement.policy._given
     assert placement.policy._policy is given, "the policy failed, and was replaced"
     if isinstance(given, Watched):
@@ -179,8 +180,11 @@ def _check_record(placement: Placement, record: Record) -> None:
         assert nvme == record.version, f"{_of(record)} is clean in RAM, and not on NVMe"
     if placement.has_nvme and ram is State.DIRTY:
         assert nvme != record.version, f"{_of(record)} is dirty in RAM, though NVMe has it"
-    if record.born is not None and not record.locked:
+    if record.blank:
+        _check_blank(placement, record)
+    elif record.born is not None and not record.locked:
         assert record.tiers or any(order.version == record.version for order in to_ram), f"{_of(record)}: the newest version is nowhere"
+    if record.born is not None and not record.locked:
         assert placement.has_nvme or ram is not State.ABSENT, f"{_of(record)} has no home"
     for tier in MEMORY:
         copy = record.copy(tier)
@@ -188,6 +192,18 @@ def _check_record(placement: Placement, record: Record) -> None:
         if copy.state is State.LOADING:
             once = len(filling) == 1 or (len(filling) > 1 and tier is Tier.GPU)  # with events, an earlier one may not have landed yet
             assert once or (record.locked and not filling), f"{_of(record)}: {len(filling)} transfers fill {tier}"
+
+
+def _check_blank(placement: Placement, record: Record) -> None:
+    """No tier serves a block without content, nobody leases it, saves it or complains of it, and it takes no space that it need not."""
+    assert not record.tiers, _of(record)
+    assert not record.leased, _of(record)
+    assert not record.commit_pending, _of(record)
+    assert record.gpu.state in (State.ABSENT, State.RESERVED), _of(record)
+    assert record.save_error is None, _of(record)
+    assert record.id not in placement.save_failed, _of(record)
+    if placement.has_nvme and record.ram.settled:
+        assert record.ram.state is State.ABSENT, f"{_of(record)} keeps RAM that nobody needs"
 
 
 def _check_flying(placement: Placement) -> None:
@@ -284,7 +300,7 @@ def _of(record: Record) -> str:
         + (" moving" if copy.moving else "")
         for tier, copy in ((tier, record.copy(tier)) for tier in MEMORY)
     )
-    flags = [name for name in ("born", "locked", "nvme_writing", "vacating") if getattr(record, name)]
+    flags = [name for name in ("born", "blank", "locked", "nvme_writing", "vacating") if getattr(record, name)]
     return (
         f"<{record.block.name!r} #{record.id} {record.nbytes} B v{record.version} nvme=v{record.nvme_version} {copies} "
         f"readers={record.readers} writer={record.writer} hold={record.hold} {' '.join(flags)}>"

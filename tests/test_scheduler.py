@@ -84,7 +84,7 @@ class Sim:
             orders, again = self.scheduler.advance()
             resolved, self.scheduler.resolved = self.scheduler.resolved, []
             found += resolved
-            self._capture()
+            self._capture(resolved)
             for order in orders:
                 self._start(order)
             check_scheduler(self.scheduler)
@@ -93,13 +93,17 @@ class Sim:
         self.results += found
         return found
 
-    def _capture(self) -> None:
-        """As `Engine._capture`: a commit is of the versions of one instant."""
-        for request in self.scheduler.waiting.values():
+    def _capture(self, resolved: list[Request]) -> None:
+        """As `Engine._capture`: a commit is of the versions of one instant. Who was granted a lease right behind it does no harm."""
+        granted = {record for request in resolved if isinstance(request, Use) for record in request.records}
+        for request in [*self.scheduler.waiting.values(), *resolved]:
             if isinstance(request, Save) and request.commit and request.started and request not in self.commits:
-                assert not any(record.writer for record in self.placement.records.values()), "a commit in the middle of a write"
-                records = [record for record in self.placement.records.values() if request.covers(record)]
-                self.commits[request] = {record: record.version for record in records if self.shards.get(record) != record.version}
+                writing = {record for record in self.placement.records.values() if record.writer}
+                assert writing <= granted, "a commit in the middle of a write"
+                assert not any(record.blank for record in request.versions), "a commit of what has no content"
+                self.commits[request] = {
+                    record: version for record, version in request.versions.items() if self.shards.get(record) != version
+                }
 
     def _start(self, order: Order) -> None:
         self.flying.append(order)
@@ -209,44 +213,76 @@ class Sim:
         self.settle()
         return request.records[0]
 
-    def ask(self, owner: Owner, records: tuple[Record, ...], writes: tuple[Record, ...] = ()) -> Use | Lease:
+    def declare(self, name: str, pages: int) -> Record:
+        """A block without content, with nobody else about."""
+        request = self.make(name, pages, tier=Tier.NVME if self.placement.has_nvme else Tier.RAM)
+        self.settle()
+        assert request.resolved
+        assert request.error is None
+        self.scheduler.make_ended(request.records[0], filled=True, blank=True)
+        return request.records[0]
+
+    def ask(
+        self,
+        owner: Owner,
+        records: tuple[Record, ...],
+        writes: tuple[Record, ...] = (),
+        *,
+        fresh: tuple[Record, ...] = (),
+        spent: tuple[Record, ...] = (),
+    ) -> Use | Lease:
         """As `Engine.begin_use`."""
-        numbers = frozenset(record.id for record in writes)
-        lease = self.scheduler.try_use(owner, records, numbers)
+        numbers = frozenset(record.id for record in (*writes, *fresh, *spent))
+        new, used_up = frozenset(record.id for record in fresh), frozenset(record.id for record in spent)
+        lease = self.scheduler.try_use(owner, records, numbers, new, used_up)
         answer: Use | Lease
         if lease is None:
-            answer = Use(owner, records, writes=numbers)
+            answer = Use(owner, records, writes=numbers, fresh=new, spent=used_up)
             self.scheduler.submit(answer)
         else:
             answer = lease
-        self.scheduler.note_use(records, numbers)
+        self.scheduler.note_use(records, numbers, new)
         return answer
 
-    def use(self, *records: Record, write: bool = False, owner: Owner = "main") -> None:
+    def leased(self, answer: Use | Lease) -> Lease:
+        """What an `ask` was given, with nobody else about."""
+        if isinstance(answer, Lease):
+            return answer
+        self.settle()
+        assert answer.resolved, f"{answer} hangs"
+        if answer.error is not None:
+            raise answer.error
+        assert answer.lease is not None
+        return answer.lease
+
+    def use(self, *records: Record, write: bool = False, fresh: bool = False, spent: bool = False, owner: Owner = "main") -> None:
         """A whole `use`, with nobody else about."""
-        answer = self.ask(owner, records, records if write else ())
-        if isinstance(answer, Use):
-            self.settle()
-            assert answer.resolved, f"{answer} hangs"
-            if answer.error is not None:
-                raise answer.error
-            assert answer.lease is not None
-            answer = answer.lease
-        self.check_lease(answer)
-        self.release(answer)
+        answer = self.ask(owner, records, records if write else (), fresh=records if fresh else (), spent=records if spent else ())
+        lease = self.leased(answer)
+        self.check_lease(lease)
+        self.release(lease)
         self.settle()
 
     def release(self, lease: Lease) -> None:
         self.scheduler.release(lease)
         for record in lease.records:
-            if record.id in lease.writes:
+            if record.id in lease.writes and not record.blank:
+                self.contents[Tier.GPU][record.gpu.offset] = (record.id, record.version)
+
+    def give_back(self, lease: Lease) -> None:
+        """As `Engine.abandon` of what nobody had in hand yet."""
+        self.scheduler.give_back(lease)
+        for record in lease.records:
+            if record.id in lease.writes and record.gpu.valid:  # they count as written
                 self.contents[Tier.GPU][record.gpu.offset] = (record.id, record.version)
 
     def check_lease(self, lease: Lease) -> None:
-        """Leased blocks have their newest bytes on the device."""
+        """Leased blocks have their newest bytes on the device; what was nowhere, since it is to be written whole, is written now."""
         for record in lease.records:
             assert record.gpu.valid, describe(record)
             assert not record.gpu.moving, describe(record)
+            if (record, record.version) in lease.begun:
+                self.contents[Tier.GPU][record.gpu.offset] = (record.id, record.version)
             assert self.contents[Tier.GPU][record.gpu.offset] == (record.id, record.version), f"{describe(record)} serves other bytes"
 
     def check_tiers(self) -> None:
@@ -256,9 +292,11 @@ class Sim:
                 continue
             for tier in (Tier.GPU, Tier.RAM):
                 copy = record.copy(tier)
+                assert not (copy.valid and record.blank), f"{describe(record)}: {tier} has what nobody has written"
                 if copy.valid and not copy.moving:
                     assert self.contents[tier].get(copy.offset) == (record.id, record.version), f"{describe(record)}: other bytes on {tier}"
             assert record.nvme_version < 0 or self.shards[record] == record.nvme_version
+            assert not record.blank or record.nvme_version < record.version, f"{describe(record)}: the drive has what nobody has written"
 
 
 @dataclass(eq=False)
@@ -279,6 +317,9 @@ class Actor:
     request: Request | None = None
     work: Reading | HostAccess | Make | None = None
     deleting: bool = False
+    declaring: bool = False
+    gives_up: bool = False
+    is_brief: bool = False
     hold_before: Tier | None = None
 
     @property
@@ -310,17 +351,26 @@ class Interleaving:
         )
         self.may_hold = choose.random() < 0.5
         self.may_fail = choose.random() < 0.3
+        self.spent = self.let_go = False
+        self.empty: dict[Record, bool] = {}  # those declared, and whether they are blank as far as the actors know
 
     def run(self, steps: list[Step]) -> None:
         for name, *numbers in steps:
             getattr(self, name)(*numbers)
             check_scheduler(self.sim.scheduler)
             self.sim.check_tiers()
+            self._check_empty()
         self.finish()
+
+    def _check_empty(self) -> None:
+        """A block has content from when somebody had a fresh lease of it until it was spent."""
+        for record in self.sim.placement.records.values():
+            assert record.blank == self.empty.get(record, False), describe(record)
 
     # -- what happens to requests ----------------------------------------------------------------------------------------
 
     def pump(self) -> None:
+        self.let_go = False
         for request in self.sim.pump():
             if request.error is not None:
                 self._refused(request)
@@ -330,6 +380,8 @@ class Interleaving:
             if actor is not None:
                 actor.request = None
                 self._answered(actor, request)
+        if self.let_go:
+            self.pump()
         self._no_standstill()
 
     def _answered(self, actor: Actor, request: Request) -> None:
@@ -338,13 +390,39 @@ class Interleaving:
                 self._restore_hold(actor, request)
         elif isinstance(request, Use):
             assert request.lease is not None
-            self.sim.check_lease(request.lease)
-            actor.leases.append(request.lease)
+            self._granted(actor, request.lease, request.fresh)
         elif isinstance(request, Make) or (isinstance(request, HostAccess) and request.write):
             actor.work = request
         elif isinstance(request, HostAccess):
             assert request.tier is not None
             actor.work = Reading(request, request.tier, request.records[0].version)
+
+    def _granted(self, actor: Actor, lease: Lease, fresh: frozenset[int]) -> None:
+        """An actor has a lease; or it comes too late, as `Engine.abandon` finds it."""
+        if actor.gives_up:
+            self.let_go = True
+            begun = [record for record, _ in lease.begun]
+            self.sim.give_back(lease)
+            for record in begun:  # what it had before may be gone, and no garbage has taken its place
+                self.empty[record] = record.blank
+                assert record.blank, describe(record)
+            return
+        self.sim.check_lease(lease)
+        for record in lease.records:
+            assert record.id in fresh or not self.empty.get(record, False), f"{describe(record)} is leased without content"
+            if record.id in fresh:
+                self.empty[record] = False
+        if actor.is_brief:
+            self._let_go(lease)
+            self.let_go = True
+        else:
+            actor.leases.append(lease)
+
+    def _let_go(self, lease: Lease) -> None:
+        self.sim.release(lease)
+        for record in lease.records:
+            if record.id in lease.spent and not any(record in other.records for each in self.actors.values() for other in each.leases):
+                self.empty[record] = self.spent = True
 
     def _restore_hold(self, actor: Actor, request: Place | Vacate) -> None:
         if request.records[0].id in self.sim.placement.records:
@@ -359,6 +437,13 @@ class Interleaving:
             assert self.held_ever or not self.sim.placement.has_nvme, f"{request} was refused although it fits: {error}"
         elif isinstance(error, OSError):
             assert self.failed
+            if isinstance(request, Use) and all(record.id in request.fresh for record in request.records):
+                assert "read" not in str(error), f"{request} fails for want of bytes that it does not want"
+                assert "h2d" not in str(error), f"{request} fails for want of bytes that it does not want"
+        elif isinstance(error, LeaseError):
+            lacking = [record for record in request.records if self.empty.get(record, False)]
+            assert "no content" in str(error), error
+            assert lacking or self.spent, f"{request} was refused though there is content: {error}"
         else:
             assert isinstance(error, TierstoreError), error
 
@@ -389,6 +474,7 @@ class Interleaving:
         if not actor.free or (tier is Tier.NVME and not self.sim.placement.has_nvme):
             return
         self.count += 1
+        actor.declaring = False
         try:
             actor.request = self.sim.make(f"block {self.count}", nbytes, tier=tier, owner=actor.name, frozen=kind % 10 == 0)
         except CapacityError:
@@ -396,8 +482,56 @@ class Interleaving:
             return
         self.pump()
 
+    def declare(self, who: int, pages: int, _: int) -> None:
+        actor, nbytes = self._who(who), 1 + pages % 4
+        if not actor.free:
+            return
+        self.count += 1
+        tier = Tier.NVME if self.sim.placement.has_nvme else Tier.RAM
+        try:
+            actor.request = self.sim.make(f"blank {self.count}", nbytes, tier=tier, owner=actor.name)
+        except CapacityError:
+            assert nbytes > min(self.gpu, self.ram) or self.held_ever
+            return
+        actor.declaring = True
+        self.pump()
+        if actor.work is not None and pages & 7:  # nothing keeps the caller, as nothing is copied
+            self.end_work(who, 1, 0)
+
+    def fill(self, who: int, picks: int, kinds: int) -> None:
+        """Leases that write some blocks whole, use some up, or both; and read others. Blocks that were declared come first."""
+        actor, known = self._who(who), [record for record in self.empty if record.id in self.sim.placement.records]
+        if len(known) <= kinds % 3:
+            self.declare(who, picks, 0)
+        chosen = [known[(picks >> 4 * index) % len(known)] if known else None for index in range(1 + picks % 2)]
+        chosen += [self._pick(picks >> 8)] if kinds & 1 else []
+        records = tuple(dict.fromkeys(record for record in chosen if record is not None))
+        if not actor.free or not records:
+            return
+        wants = [(record, kinds >> 1 + 2 * index & 3) for index, record in enumerate(records)]
+        fresh = tuple(record for record, want in wants if (record.blank and kinds >> 7 & 3) or (want == 3 and not record.block.frozen))
+        spent = tuple(record for record, want in wants if want in (1, 2) and record in self.empty)
+        for record in fresh:
+            self.empty.setdefault(record, False)
+        actor.gives_up, actor.is_brief = kinds >> 9 == 7, kinds >> 9 in (1, 2, 3, 4)
+        try:
+            answer = self.sim.ask(actor.name, records, fresh=fresh, spent=spent)
+        except CapacityError:
+            assert sum(record.nbytes for record in records) > self.gpu * PAGE or actor.leases or self.held_ever
+            return
+        except LeaseError:
+            writes = {*fresh, *spent}
+            assert any(record.blank and record not in fresh for record in records) or any(actor.name in record.readers for record in writes)
+            return
+        if isinstance(answer, Lease):
+            self._granted(actor, answer, frozenset(record.id for record in fresh))
+        else:
+            actor.request = answer
+        self.pump()
+
     def use(self, who: int, picks: int, writes: int) -> None:
         actor = self._who(who)
+        actor.gives_up = actor.is_brief = False
         chosen = [self._pick(picks >> 4 * index) for index in range(1 + picks % 3)]
         records = tuple(dict.fromkeys(record for record in chosen if record is not None))
         if not actor.free or not records:
@@ -411,8 +545,7 @@ class Interleaving:
         except (LeaseError, FrozenError):
             return
         if isinstance(answer, Lease):
-            self.sim.check_lease(answer)
-            actor.leases.append(answer)
+            self._granted(actor, answer, frozenset())
         else:
             actor.request = answer
         self.pump()
@@ -420,7 +553,7 @@ class Interleaving:
     def release(self, who: int, index: int, _: int) -> None:
         actor = self._who(who)
         if actor.free and actor.leases:
-            self.sim.release(actor.leases.pop(index % len(actor.leases)))
+            self._let_go(actor.leases.pop(index % len(actor.leases)))
             self.pump()
 
     def cancel(self, who: int, _: int, __: int) -> None:
@@ -428,6 +561,7 @@ class Interleaving:
         if actor.request is None:
             return
         request, actor.request = actor.request, None
+        actor.declaring = False
         self.sim.scheduler.cancel(request)
         if isinstance(request, Place | Vacate):
             self._restore_hold(actor, request)
@@ -445,7 +579,11 @@ class Interleaving:
     def end_work(self, who: int, kind: int, _: int) -> None:
         actor = self._who(who)
         work, actor.work = actor.work, None
-        if isinstance(work, Make):
+        if isinstance(work, Make) and actor.declaring:
+            actor.declaring = False
+            self.sim.scheduler.make_ended(work.records[0], filled=kind % 4 > 0, blank=True)
+            self.empty[work.records[0]] = kind % 4 > 0
+        elif isinstance(work, Make):
             self.sim.made(work, filled=kind % 4 > 0)
         elif isinstance(work, Reading):
             self._end_read(work)
@@ -470,6 +608,10 @@ class Interleaving:
             sim.scheduler.host_write_ended(record)
             sim.scheduler.forget(record)
             sim.shards.pop(record, None)
+            self.empty.pop(record, None)
+            return
+        if record.blank:
+            sim.scheduler.host_write_ended(record)
             return
         assert not any(record in needs for commit, needs in sim.commits.items() if not commit.resolved and record.commit_pending), (
             f"{describe(record)} is written before its commit"
@@ -574,19 +716,22 @@ class Interleaving:
         for record in list(self.sim.scheduler.names.values()):
             assert record.born is not None
             if all(other is record for other in self.sim.placement.held.values()):
-                self.sim.use(record)
+                self.sim.use(record, fresh=record.blank)
+                assert not record.blank
+        assert not self.sim.placement.blank_bytes or self.sim.placement.held
 
 
 WEIGHTS = {
-    "put": 10, "use": 24, "release": 14, "cancel": 2, "host": 6, "end_work": 10, "hold": 3, "unhold": 2, "evict": 3, "save": 3,
-    "prefetch": 3, "land": 30, "fail": 3,
+    "put": 10, "declare": 6, "use": 20, "fill": 24, "release": 14, "cancel": 2, "host": 6, "end_work": 10, "hold": 3, "unhold": 2,
+    "evict": 4, "save": 3, "prefetch": 3, "land": 30, "fail": 3,
 }  # fmt: skip
 
 
 def plan(seed: int) -> list[Step]:
     """The calls of one run. Which of them are frequent differs from seed to seed, so that rare ones meet one another."""
     choose = random.Random(seed)
-    weights = [weight * choose.choice([0.2, 1, 1, 4]) for weight in WEIGHTS.values()]
+    often = ("declare", "fill", "land", "evict") if choose.random() < 0.3 else ()
+    weights = [weight * choose.choice([1, 4] if name in often else [0.2, 1, 1, 4]) for name, weight in WEIGHTS.items()]
     names = choose.choices(list(WEIGHTS), weights=weights, k=choose.randint(10, 120))
     return [(name, choose.randrange(1 << 12), choose.randrange(1 << 12), choose.randrange(1 << 12)) for name in names]
 

@@ -160,19 +160,31 @@ class Extents:
         if record.blank:
             record.blank = False
             self.blank_bytes -= record.nbytes
+        self._forget_failure(record)
         self.supersede_ram(record)
         record.gpu.apply(Event.WRITE)
         self.policy.admitted(record.id, Tier.GPU)
 
     def make_blank(self, record: Record) -> None:
-        """Nobody wants the content of a block on which nothing is under way. Without NVMe its home in RAM stays."""
+        """Nobody wants the content of a block that nobody leases or saves. Without NVMe its home in RAM stays."""
         record.version += 1
-        record.blank = True
-        self.blank_bytes += record.nbytes
+        if not record.blank:
+            record.blank = True
+            self.blank_bytes += record.nbytes
+        self._forget_failure(record)
         if record.gpu.state is not State.ABSENT:
             self.discard(record, Tier.GPU)
         self.supersede_ram(record)
-        if self.has_nvme and record.ram.state is not State.ABSENT and record.ram.settled:
+        self.clear_blank(record)
+
+    def _forget_failure(self, record: Record) -> None:
+        """What could not be saved nobody wants any more."""
+        record.save_error = None
+        self.save_failed.pop(record.id, None)
+
+    def clear_blank(self, record: Record) -> None:
+        """Give back what RAM still has of a block without content, once no transfer touches it any more."""
+        if record.blank and self.has_nvme and record.ram.state is not State.ABSENT and record.ram.settled:
             self.discard(record, Tier.RAM)
 
     def declare(self, record: Record) -> None:
@@ -220,8 +232,10 @@ class Extents:
         record.ram.apply(event)
 
     def _forget_prefetched(self, record: Record, tier: Tier) -> None:
-        """A block that left must be looked at again before its next use."""
+        """A block that left must be looked at again before its next use, unless it is to be written whole then."""
         self.arrived(record, tier)
+        if record.blank:
+            return
         next_use = self.policy.next_use(record.id)
         if next_use < self._cursor[tier]:
             self._cursor[tier] = int(max(0, next_use))

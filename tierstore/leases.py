@@ -42,7 +42,7 @@ class Leases:
         owned = self._owned.get(owner)
         return owned is not None and all(self.placement.records[BlockId(number)] in owned for number in numbers)
 
-    def _begin_lease(self, owner: Owner, records: tuple[Record, ...], writes: frozenset[int], spent: frozenset[int] = frozenset()) -> Lease:
+    def _begin_lease(self, owner: Owner, records: tuple[Record, ...], writes: frozenset[int]) -> Lease:
         owned = self._owned.setdefault(owner, {})
         for record in records:
             if record.id in writes:
@@ -53,7 +53,7 @@ class Leases:
                 record.readers[owner] = record.readers.get(owner, 0) + 1
             self.placement.leased[record.id] = record
             owned[record] = owned.get(record, 0) + 1
-        return Lease(owner, records, writes, spent)
+        return Lease(owner, records, writes)
 
     def _end_lease(self, lease: Lease) -> list[Record]:
         """End a lease. Returns the records that nobody leases any more."""

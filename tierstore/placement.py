@@ -479,6 +479,8 @@ class Placement(Extents):
                 record.ram.apply(Event.SAVED)
         elif order.tier is Tier.RAM:
             self._settle_moves(order)
+        if record is not None:
+            self.clear_blank(record)
 
     def failed(self, order: Order, error: BaseException, *, hung: bool = False) -> None:
         """The order was not carried out; the newest copy is where it was. `ordered` was not called.
@@ -512,6 +514,7 @@ class Placement(Extents):
             self._save_failed(order, record, error, hung)
             if record.ram.state is State.SAVING:
                 record.ram.apply(Event.SAVE_FAILED)
+        self.clear_blank(record)
 
     def _outdated(self, record: Record) -> None:
         record.ram.apply(Event.OUTDATED)
@@ -520,7 +523,7 @@ class Placement(Extents):
         self._stale[record.id] = record
 
     def _save_failed(self, order: Order, record: Record, error: BaseException, hung: bool) -> None:
-        if hung or order.number >= self._asked:
+        if (hung or order.number >= self._asked) and not record.blank:
             record.save_error = error
             self.save_failed[record.id] = record
 
@@ -561,6 +564,7 @@ class Placement(Extents):
             return
         for record, _, _ in order.moves:
             record.copy(order.tier).moving = False
+            self.clear_blank(record)
         self.arenas[order.tier].release(order.hole)
         order.hole = -1
 

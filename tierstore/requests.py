@@ -252,12 +252,15 @@ class Save(Request):
         commit: It is a commit: the blocks are those of one instant at which nobody held a write lease.
         waited: The owner does nothing else until it has ended.
         started: That instant has come.
+        versions: Of a commit: every block it covers, and its version at that instant. Who is granted a fresh lease right behind it has
+            another.
         pending: Blocks still to be saved, and the version of each.
     """
 
     commit: bool = False
     waited: bool = True
     started: bool = False
+    versions: dict[Record, int] = field(default_factory=dict)
     pending: dict[Record, int] = field(default_factory=dict)
 
     def covers(self, record: Record) -> bool:
@@ -271,21 +274,28 @@ class Save(Request):
 
 @dataclass(eq=False, slots=True)
 class Lease:
-    """What a granted `Use` gave."""
+    """What a granted `Use` gave.
+
+    Attributes:
+        begun: Blocks that are to be written whole, since nothing was loaded, and the version that is.
+    """
 
     owner: Owner
     records: tuple[Record, ...]
     writes: frozenset[int]
     spent: frozenset[int] = frozenset()
+    begun: tuple[tuple[Record, int], ...] = ()
 
 
 def names_of(records: tuple[Record, ...]) -> str:
     return ", ".join(repr(record.block.name) for record in records[:3]) + (" and more" if len(records) > 3 else "")
 
 
-def alone(request: Request) -> bool:
-    """Whether it waits until no transfer touches its block: none may start ahead of need."""
-    return isinstance(request, Vacate) or (isinstance(request, HostAccess) and request.write)
+def alone(request: Request) -> tuple[Record, ...]:
+    """The blocks of which no transfer may start ahead of need: it waits until none touches them, or writes all of them."""
+    if isinstance(request, Use):
+        return tuple(record for record in request.records if record.id in request.fresh) if request.fresh else ()
+    return request.records if isinstance(request, Vacate) or (isinstance(request, HostAccess) and request.write) else ()
 
 
 def claim(request: Request) -> tuple[frozenset[int], frozenset[int]]:

@@ -18,7 +18,9 @@ or writing inside writing. Writing inside one's own read lease raises, as two ow
 Gradients are written whole, read once and then worth nothing. To load what is to be overwritten, to write back what is used up, or to
 save either for a commit would move twice the bytes for nobody. So a lease may be `fresh` in a block: it gets an extent, and no content;
 and a block may be `spent` by a lease: at its end the content is dropped on every tier and the block is blank until its next fresh
-lease. What was blank has no version that anybody could ask for: commits pass it by, reading it raises.
+lease. Where another lease of the same owner is still out, it stays; likewise when an exception leaves the lease, which then
+leaves blank what was to be written whole and perhaps was not. What is blank has no version that anybody could ask for: commits pass it
+by, reading it raises.
 """
 
 from __future__ import annotations
@@ -265,6 +267,15 @@ class Scheduler(Leases):
             f"block {name!r} was deleted, or its put() given up, before the call's turn", remedy="put() it again", block=name
         )
 
+    def give_back(self, lease: Lease) -> None:
+        """End a lease that came too late, or that an exception left.
+
+        Nothing of it is used up: what that was for has not happened. Of what was to be written whole nobody knows how much was, so
+        it has no content.
+        """
+        lease.spent = frozenset(record.id for record, version in lease.begun if record.version == version)
+        self.release(lease)
+
     def set_hold(self, record: Record, tier: Tier | None) -> None:
         self._tried.clear()
         self.waiting.doubt()
@@ -286,7 +297,7 @@ class Scheduler(Leases):
         self._learn()
         self._clear_left()
         protect = self._serve_all()
-        claimed = {record for request in self.waiting.values() if alone(request) for record in request.records}
+        claimed = {record for request in self.waiting.values() for record in alone(request)}
         again = self._serve_hints(protect, claimed) if not self.closing else False
         if not self._starved and not self.closing:
             again |= self.placement.look_ahead(self._now, protect, claimed)
@@ -361,7 +372,7 @@ class Scheduler(Leases):
     def _failure_of(self, request: Request) -> BaseException | None:
         """What keeps the request from ever being served: a failed transfer that it depends on."""
         for record in request.records:
-            if record.load_error is not None and isinstance(request, Use | Place):
+            if record.load_error is not None and isinstance(request, Use | Place) and not _may_be_blank(request, record):
                 return record.load_error
             if record.blank and isinstance(request, Use | Place | HostAccess) and not _may_be_blank(request, record):
                 return no_content(record)
@@ -474,7 +485,11 @@ class Scheduler(Leases):
                 return
             self.waiting.begin(request)
             for record in self.placement.records.values():
-                if request.covers(record) and not self._saved(record):
+                if not request.covers(record):
+                    continue
+                if request.commit:
+                    request.versions[record] = record.version
+                if not self._saved(record):
                     request.pending[record] = record.version
                     record.commit_pending += request.commit
         self._strike_off(request)
@@ -601,12 +616,16 @@ class Scheduler(Leases):
         fresh: frozenset[int] = frozenset(),
         spent: frozenset[int] = frozenset(),
     ) -> Lease:
+        begun: list[tuple[Record, int]] = []
         for record in records:
             self._hinted.pop(record, None)
             self.placement.arrived(record, _GPU)
             if record.id in fresh and not record.gpu.valid:
                 self.placement.begin_fresh(record)
-        return self._begin_lease(owner, records, writes, spent)
+                begun.append((record, record.version))
+        lease = self._begin_lease(owner, records, writes)
+        lease.spent, lease.begun = spent, tuple(begun)
+        return lease
 
     def _blank_and_free(self, record: Record, fresh: frozenset[int]) -> bool:
         """Whether the fast path may look for room: nobody else waits who could have a claim to it."""
@@ -624,13 +643,13 @@ class Scheduler(Leases):
         """Whether the block has the extent that a fresh lease writes."""
         return record.id in fresh and record.gpu.state is State.RESERVED and record.gpu.settled and not record.locked
 
-    def note_use(self, records: tuple[Record, ...], writes: frozenset[int]) -> None:
+    def note_use(self, records: tuple[Record, ...], writes: frozenset[int], fresh: frozenset[int] = frozenset()) -> None:
         """Record the accesses of a lease that is being asked for, and where its blocks were found."""
         if records:
             self.placement.pace.asked(self._clock.now_ns(), len(records))
         for record in records:
-            if record.blank:
-                found = _GPU  # nothing is to be found anywhere, and nothing has to be
+            if record.id in fresh:
+                found = _GPU  # nothing has to be found anywhere: neither a hit nor a miss
             elif record.gpu.valid or record.gpu.loading:
                 found = _GPU
                 self.hits += 1
@@ -806,7 +825,7 @@ class Scheduler(Leases):
 
 
 def _may_be_blank(request: Request, record: Record) -> bool:
-    """Whether the request does without the block's content."""
+    """Whether the request does without the block's content, and without the transfers that would bring it."""
     return record.id in request.fresh if isinstance(request, Use) else isinstance(request, HostAccess) and request.write
 
 

@@ -302,7 +302,7 @@ class UseBase:
         # Before the lease ends: the next writer's changes count on the same counter.
         changed = [name for name, tensor, version in self._watched if tensor._version != version]
         self._watched = []
-        self._engine.end_use(ticket)
+        self._engine.end_use(ticket, failed=failed)
         self._ticket = None  # only now, see `_drop`
         if changed and not failed:
             name = changed[0]

@@ -45,6 +45,27 @@ MUTANTS = {
         "                    if key != stream.cuda_stream and not event.query():\n                        stream.wait_event(event)",
         "                    if key != stream.cuda_stream and not event.query():\n                        pass",
     ),
+    "a lease that writes all of its extent does not wait for what used it before": (
+        "        stream = self._callers_stream()\n        for offset, nbytes in offsets:\n",
+        "        return\n        for offset, nbytes in offsets:\n",
+    ),
+    "a lease that writes all of its extent does not wait for what nobody came to use": (
+        "                if start < end and offset < stop and not ready.query():",
+        "                if False and not ready.query():",
+    ),
+    "a move is no use of where it comes from": (
+        "                    self._note_use(source, nbytes, stream, event)",
+        "                    pass",
+    ),
+    "a use is forgotten behind a later one of a smaller extent": (
+        "        here[stream.cuda_stream, offset + nbytes] = event\n",
+        "        here = {key: use for key, use in here.items() if key[0] != stream.cuda_stream}\n"
+        "        here[stream.cuda_stream, offset + nbytes] = event\n        self._uses[offset] = here\n",
+    ),
+    "a copy in is forgotten behind a later one of a smaller extent": (
+        "                self._note_use(offset, earlier[0] - offset, self._h2d, earlier[1])",
+        "                pass",
+    ),
     "a copy is reported done before it has landed": (
         "        self._waiters[order.action].wait_for(event, lambda error: done(order, error))",
         "        done(order, None)",

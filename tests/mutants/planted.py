@@ -185,7 +185,7 @@ MUTANTS = (
     Mutant(
         "a commit misses what is dirty",
         ENGINE,
-        "                    capture.needs[record] = record.version\n",
+        "                    capture.needs[record] = version\n",
         "                    pass\n",
     ),
     Mutant("a commit takes whatever is written next", ENGINE, "if capture.needs.get(record) == version:", "if record in capture.needs:"),

@@ -312,7 +312,7 @@ class SimulatedCuda(CudaCopies):
     ) -> None:
         self.under_way: dict[int, Order] = {}
         self.machine = machine
-        segment = max(plan.pages for plan in (*scenario.blocks, *scenario.extra))
+        segment = max(plan.pages for plan in scenario.plans)
         gpu: Any = SimpleNamespace(device=SimpleNamespace(index=0), tensor=Memory(machine, device.tensor, on_device=True))
         ram: Any = _Host(machine, host, scenario.locked_pages * PAGE, segment * PAGE)
         ring_space: Any = SimpleNamespace(tensor=Memory(machine, transfer.tensor, on_device=False))

@@ -105,6 +105,12 @@ class Model:
         for value in values.values():
             value.end, value.certain = self.tick(), certain
 
+    def never(self, values: Mapping[str, Value], block: str) -> None:
+        """What might have happened did not."""
+        for tensor, value in values.items():
+            register = self.register(block, tensor)
+            register.values = {stamp: other for stamp, other in register.values.items() if other is not value}
+
     def observe(self, block: str, tensor: str, stamp: int, since: int, until: int | None = None) -> None:
         """A call that began at tick `since` saw this value, not after tick `until`; None: just now.
 

@@ -20,9 +20,10 @@ from tests.simulation.model import Model, stamp_of
 from tests.simulation.opened import Opened, open_simulated
 from tests.simulation.runtime import SimulatedLoop
 from tests.simulation.scenario import Calls, Scenario, count_calls
-from tests.simulation.users import Blocking, Stage, User, Waiting, drive, names_in, parts, tensors_of
+from tests.simulation.users import Blocking, Stage, User, Waiting, block_of, drive, names_in, parts, tensors_of
 from tests.simulation.world import BrokenPromiseError, World
 from tierstore import AsyncTierStore, TierStore
+from tierstore.mover import operations
 from tierstore.store import face_over
 
 
@@ -127,6 +128,8 @@ class Play:
             values = self.model.begin(plan.name, names_in(plan))
             store.put(plan.name, tensors_of(plan, values), tier=plan.tier, frozen=plan.frozen)
             self.model.end(values, certain=True)
+        for plan in self.scenario.blanks:
+            store._run(operations.declare(store.engine, block_of(plan), "main"))
 
     def _thread(self, stage: Stage, store: TierStore, name: str, calls: Calls) -> None:
         drive(User(name, stage, Blocking(store, self.world)).run(calls))

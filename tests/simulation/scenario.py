@@ -3,7 +3,8 @@
 A call is a tuple: its name and its arguments, times in microseconds.
 
     ("use", (("b0", True), ("b1", False)), timeout or None, pause, (calls made inside the lease ...))
-    ("prefetch" | "hold" | "put" | "read" | "write" | "evict" | "delete" | "unhold" | "flush" | "commit" | "sleep", ...)
+                                                             instead of True: FRESH, SPENT or SCRATCH, which is both
+    ("prefetch" | "hold" | "put" | "declare" | "read" | "write" | "evict" | "delete" | "unhold" | "flush" | "commit" | "sleep", ...)
     ("cancel", after, call)                                  tasks only: the call is cancelled if it takes longer
 """
 
@@ -11,11 +12,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 Call = tuple[Any, ...]
 Calls = tuple[Call, ...]
+How = bool | str
+"""What a lease is to a block: for reading, for writing, or one of these."""
+FRESH, SPENT, SCRATCH = "fresh", "spent", "scratch"
 
 POLICIES = (*("lookahead",) * 8, *("static",) * 3, *("hostile",) * 3, "lru", "lru", "fifo", "clock", "sieve", "s3fifo", "arc")
 
@@ -38,6 +42,7 @@ class Scenario:
     Attributes:
         blocks: Those that are there from the beginning.
         extra: Those that `put` calls may add.
+        blanks: Those that are declared at the beginning, without content.
         gpu_pages, ram_pages: Budgets for blocks, in pages.
         nvme_pages: Limit of the directory; None: no limit. `nvme` False: two tiers.
         threads, tasks: What each of them calls.
@@ -69,9 +74,14 @@ class Scenario:
     cuda: bool = False
     locked_pages: int = 1 << 20
     close_after: int | None = None
+    blanks: tuple[BlockPlan, ...] = ()
+
+    @property
+    def plans(self) -> tuple[BlockPlan, ...]:
+        return (*self.blocks, *self.extra, *self.blanks)
 
     def plan(self, name: str) -> BlockPlan:
-        return next(plan for plan in (*self.blocks, *self.extra) if plan.name == name)
+        return next(plan for plan in self.plans if plan.name == name)
 
     @property
     def num_calls(self) -> int:
@@ -89,6 +99,7 @@ class _Draw:
         self.random = random.Random(f"scenario {seed}")
         self.blocks: list[BlockPlan] = []
         self.extra: list[BlockPlan] = []
+        self.blanks: list[BlockPlan] = []
         self.gpu_pages = 0
         self.nvme = True
         self.only_nesting = False
@@ -137,6 +148,43 @@ class _Draw:
             if self.nvme and self.random.random() < 0.5:
                 calls.append(("commit", self.random.random() < 0.5))
         return calls
+
+    def gradients(self) -> list[Call]:
+        """Forward; backward, which writes gradients whole, or adds to them; a step that uses them up. All by one user, or by several."""
+        pairs = [(plan, self.blanks[index % len(self.blanks)]) for index, plan in enumerate(self.blocks) if not plan.frozen]
+        calls: list[Call] = []
+        for _ in range(self.random.randint(1, 3)):
+            calls += [self.use(plan.name, write=False) for plan in self.blocks[: self.random.randint(0, 4)]]
+            for layer, gradient in reversed(pairs):
+                calls.append(self.train((layer, False), (gradient, FRESH)))
+                if self.random.random() < 0.2:
+                    calls.append(self.train((gradient, self.random.choice((True, False, FRESH, SCRATCH)))))
+            if self.random.random() < 0.3:
+                calls.append(self.random.choice([("prefetch", self.blanks[0].name), ("evict", self.blanks[0].name), ("flush",)]))
+            if self.nvme and self.random.random() < 0.4:
+                calls.append(("commit", self.random.random() < 0.5))
+            for layer, gradient in pairs:
+                calls.append(self.train((layer, True), (gradient, SPENT)))
+        return calls
+
+    def train(self, *wants: tuple[BlockPlan, How], inside: Calls = ()) -> Call:
+        """A lease of a layer beside its gradient; of the gradient alone where both do not fit."""
+        fitting = wants if sum(plan.pages for plan, _ in wants) <= self.gpu_pages else wants[-1:]
+        return ("use", tuple((plan.name, how) for plan, how in fitting), self.timeout(), self.pause(), inside)
+
+    def with_a_blank(self) -> Call:
+        """Any call on a block that has content now and then."""
+        plan = self.random.choice(self.blanks)
+        draw = self.random.random()
+        if draw < 0.6:
+            how = self.random.choice((FRESH, FRESH, FRESH, SPENT, SPENT, SCRATCH, True, False))
+            inner = self.random.choice(self.blanks) if draw < 0.1 else None
+            inside = (self.train((inner, self.random.choice((FRESH, SPENT, False)))),) if inner is not None else ()
+            other = self.random.choice(self.blocks)
+            return self.train((other, False), (plan, how), inside=inside) if draw < 0.3 else self.train((plan, how), inside=inside)
+        calls: list[Call] = [("read", plan.name), ("evict", plan.name), ("prefetch", plan.name), ("write", plan.name, 9)]
+        calls += [("delete", plan.name), ("declare", plan.name), ("declare", plan.name)]
+        return self.random.choices(calls, [4, 6, 3, 2, 1, 2, 2])[0]
 
     def cyclic(self) -> list[Call]:
         return [self.use(plan.name, write=False) for _ in range(self.random.randint(2, 4)) for plan in self.blocks]
@@ -190,6 +238,8 @@ class _Draw:
         for _ in range(self.random.randint(3, 8)):
             name = self.name()
             given_up: list[Call] = [("write", name, 9), ("write", name, 0), ("evict", name), ("read", name), ("flush",), self.use(name)]
+            if self.blanks:
+                given_up += [self.with_a_blank() for _ in range(6)]
             if self.extra:
                 given_up += [("put", self.extra[0].name), ("delete", self.extra[0].name)]
             calls.append(("cancel", self.random.choice((0, 1, 5, 20, 50, 100)), self.random.choice(given_up)))
@@ -203,6 +253,8 @@ class _Draw:
 
     def any_call(self, depth: int) -> Call:
         draw = self.random.random()
+        if self.blanks and self.random.random() < 0.4:
+            return self.with_a_blank()
         name = self.name()
         if draw < 0.35:
             chosen = self.fitting(self.random.choice((1, 1, 2, 3))) or [self.blocks[0].name]
@@ -230,6 +282,8 @@ class _Draw:
 
     def calls(self, *, task: bool = False) -> Calls:
         shapes = [self.training, self.cyclic, self.adapters, self.experts, self.crowd, self.crowd, *(self.anything,) * 4]
+        if self.blanks:
+            shapes += [self.gradients] * 8
         shape = self.random.choice(shapes + [self.impatient] * 4 if task else shapes)
         if self.only_nesting:
             shape = self.nesting
@@ -263,7 +317,9 @@ def draw(seed: int) -> Scenario:
 
     parts.blocks = [plan(f"b{index}") for index in range(rng.randint(2, 8))]
     parts.extra = [plan(f"x{index}") for index in range(rng.choice((0, 0, 1, 2)))]
-    everything = [*parts.blocks, *parts.extra]
+    if rng.random() < 0.4:
+        parts.blanks = [replace(plan(f"g{index}"), tier="ram", frozen=False) for index in range(rng.randint(1, 4))]
+    everything = [*parts.blocks, *parts.extra, *parts.blanks]
     total, most = sum(each.pages for each in everything), max(each.pages for each in everything)
     parts.gpu_pages = rng.randint(most, max(most, total + 1))
     ram_pages = rng.randint(most, total + 1) if parts.nvme else total + rng.randint(0, 3)
@@ -290,4 +346,5 @@ def draw(seed: int) -> Scenario:
         cuda=rng.random() < 0.4,
         locked_pages=rng.choice((1 << 20, 1 << 20, ram_pages // 2)),
         close_after=rng.choice((None,) * 14 + (500,)),
+        blanks=tuple(parts.blanks),
     )

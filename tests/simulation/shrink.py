@@ -41,7 +41,7 @@ class Case:
             scenario.nvme_pages is not None,
             scenario.policy != "lru",
         )
-        return (scenario.num_calls, len(scenario.blocks) + len(scenario.extra), sum(map(bool, dull)), decisions)
+        return (scenario.num_calls, len(scenario.plans), sum(map(bool, dull)), decisions)
 
 
 @dataclass(frozen=True)
@@ -144,10 +144,10 @@ def _cut(scenario: Scenario) -> Iterator[Scenario]:
         if changed != scenario:
             yield changed
     named = repr((scenario.threads, scenario.tasks))
-    for field in ("blocks", "extra"):
+    for field in ("blocks", "extra", "blanks"):
         plans = getattr(scenario, field)
         for plan in plans:
-            if repr(plan.name) not in named and (field == "extra" or len(plans) > 1):
+            if repr(plan.name) not in named and (field != "blocks" or len(plans) > 1):
                 yield replace(scenario, **{field: tuple(other for other in plans if other is not plan)})
 
 

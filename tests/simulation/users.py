@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections import Counter
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
@@ -14,10 +15,10 @@ import torch
 from tests.simulation.commits import Commits, Committed
 from tests.simulation.model import ABSENT, Model, Value, pattern, stamp_of
 from tests.simulation.opened import Opened
-from tests.simulation.scenario import BlockPlan, Call, Calls, Scenario
+from tests.simulation.scenario import FRESH, SCRATCH, SPENT, BlockPlan, Call, Calls, How, Scenario
 from tests.simulation.world import BrokenPromiseError, World
 from tierstore import AsyncTierStore, TierStore
-from tierstore.catalog import PAGE
+from tierstore.catalog import PAGE, Block, lay_out
 from tierstore.errors import (
     BlockExistsError,
     BlockNotFoundError,
@@ -29,8 +30,12 @@ from tierstore.errors import (
     TierFullError,
     TransferError,
 )
+from tierstore.mover import operations
+from tierstore.store import AsyncUse
+from tierstore.sync import Use
 
 T = TypeVar("T")
+Wants = tuple[tuple[str, How], ...]
 
 
 @dataclass
@@ -80,6 +85,13 @@ class Blocking:
     def use(self, *names: str, write: Any, timeout: float | None) -> Any:
         return _BlockingUse(self._store.use(*names, write=write, timeout=timeout))
 
+    def train(self, names: tuple[str, ...], write: list[str], timeout: float | None, **details: Any) -> Any:
+        """As `use`, of some blocks `fresh` or `spent`."""
+        return _BlockingUse(Use(self._store.engine, names, write, timeout, **details))
+
+    async def declare(self, block: Block) -> None:
+        self._store._run(operations.declare(self._store.engine, block, threading.get_ident()))
+
     async def sleep(self, seconds: float) -> None:
         self._world.sleep(int(seconds * 1e9))
 
@@ -104,6 +116,12 @@ class Waiting:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
 
+    def train(self, names: tuple[str, ...], write: list[str], timeout: float | None, **details: Any) -> Any:
+        return AsyncUse(self._store.engine, names, write, timeout, **details)
+
+    async def declare(self, block: Block) -> None:
+        await self._store._run(operations.declare(self._store.engine, block, asyncio.current_task()))
+
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
 
@@ -121,6 +139,13 @@ def tensors_of(plan: BlockPlan, values: dict[str, Value]) -> torch.Tensor | dict
     numel = plan.pages * PAGE // 8 // plan.tensors
     tensors = {name: pattern(value.stamp, numel) for name, value in values.items()}
     return next(iter(tensors.values())) if plan.tensors == 1 else tensors
+
+
+def block_of(plan: BlockPlan) -> Block:
+    """The block that `put` of its tensors would make."""
+    numel = plan.pages * PAGE // 8 // plan.tensors
+    single = plan.tensors == 1
+    return lay_out(plan.name, [(plan.name if single else tensor, "I64", (numel,)) for tensor in names_in(plan)], single=single)
 
 
 def names_in(plan: BlockPlan) -> list[str]:
@@ -186,13 +211,15 @@ class User:
     def _fits(self, call: Call) -> bool:
         """Whether what is wanted and what is leased surely fit on the device together: pages of one size leave no gaps."""
         scenario = self.stage.scenario
-        if call[0] != "use" or any(plan.pages > 1 for plan in (*scenario.blocks, *scenario.extra)):
+        if call[0] != "use" or any(plan.pages > 1 for plan in scenario.plans):
             return False
         wanted = {name for name, _ in call[1]} | set(+self.reads) | set(+self.writes)
         return len(wanted) <= scenario.gpu_pages
 
     def _expected(self, call: Call, error: Exception, since: int) -> bool:
         stage = self.stage
+        if _lacks_content(error):
+            return True  # checked where it was caught first
         if stage.calm:
             return isinstance(error, TierFullError) and stage.scenario.nvme_pages is not None
         leasing = bool(+self.reads) or bool(+self.writes)
@@ -226,35 +253,63 @@ class User:
 
     # -- calls -------------------------------------------------------------------------------------------------------------------
 
-    async def _use(self, wants: tuple[tuple[str, bool], ...], timeout: int | None, pause: int, inside: Calls) -> None:
+    async def _use(self, wants: Wants, timeout: int | None, pause: int, inside: Calls) -> None:
         since = self.model.tick()
-        names = [name for name, _ in wants]
-        seconds = None if timeout is None else timeout / 1e6
+        names = tuple(name for name, _ in wants)
+        fresh = [name for name, how in wants if how in (FRESH, SCRATCH)]
+        lost = {name: self.model.begin_delete(name, names_in(self._plan(name))) for name in fresh}  # perhaps, if it comes too late
+        spent: dict[str, dict[str, Value]] = {}
+        doubtful: dict[str, dict[str, Value]] = {}
         try:
-            async with self.face.use(*names, write=[name for name, write in wants if write], timeout=seconds) as given:
+            async with self._asking(names, wants, fresh, None if timeout is None else timeout / 1e6) as given:
+                for name in fresh:
+                    self.model.never(lost.pop(name), name)
                 leased = dict(zip(names, (given,) if len(names) == 1 else given, strict=True))
-                await self._leased(wants, leased, since, pause, inside)
-        except BlockNotFoundError as error:
-            self._missing(str(error.block), since)
+                try:
+                    await self._leased(wants, leased, since, pause, inside)
+                except BaseException:  # nothing is used up, and what was to be written whole may be nowhere
+                    doubtful = {name: self.model.begin_delete(name, names_in(self._plan(name))) for name in fresh}
+                    raise
+                else:
+                    used_up = [name for name, how in wants if how in (SPENT, SCRATCH) and not self.reads[name] + self.writes[name]]
+                    spent = {name: self.model.begin_delete(name, names_in(self._plan(name))) for name in used_up}
+        except (BlockNotFoundError, LeaseError) as error:
+            if isinstance(error, BlockNotFoundError) or _lacks_content(error):
+                self._missing(str(error.block), since)
             raise
+        finally:
+            for values in (*lost.values(), *doubtful.values()):
+                self.model.end(values, certain=False)
+            for values in spent.values():
+                self.model.end(values, certain=True)
 
-    async def _leased(self, wants: tuple[tuple[str, bool], ...], leased: dict[str, Any], since: int, pause: int, inside: Calls) -> None:
+    def _asking(self, names: tuple[str, ...], wants: Wants, fresh: list[str], seconds: float | None) -> Any:
+        write = [name for name, how in wants if how]
+        spent = [name for name, how in wants if how in (SPENT, SCRATCH)]
+        if fresh or spent:
+            return self.face.train(names, write, seconds, fresh=fresh, spent=spent)
+        return self.face.use(*names, write=write, timeout=seconds)
+
+    async def _leased(self, wants: Wants, leased: dict[str, Any], since: int, pause: int, inside: Calls) -> None:
         model, owner = self.model, self._owner()
         scheduler = self.stage.opened.engine.scheduler
         places = {name: scheduler.find(name).gpu.offset for name, _ in wants}
         model.lease(owner, dict(wants), places)
         self.world.note(f"{self.name}: has {', '.join(f'{name}@{places[name]}' for name, _ in wants)}")
         views = {name: parts(self._plan(name), given) for name, given in leased.items()}
-        for name, write in wants:
-            (self.writes if write else self.reads)[name] += 1
+        for name, how in wants:
+            (self.writes if how else self.reads)[name] += 1
+            if self.writes[name] == bool(how):  # an outermost lease: what he wrote in an earlier one may be gone
+                for tensor in views[name]:
+                    self.newest.pop((name, tensor), None)
         seen: dict[tuple[str, str], int] = {}
         try:
-            for name, write in wants:
-                for tensor, view in views[name].items():
-                    self._see(name, tensor, view, since, seen, nested=self.writes[name] > write)
+            for name, how in wants:
+                for tensor, view in views[name].items() if how not in (FRESH, SCRATCH) else ():
+                    self._see(name, tensor, view, since, seen, nested=self.writes[name] > bool(how))
             await self._pause(pause)
-            for name, write in wants:
-                if write:
+            for name, how in wants:
+                if how not in (False, SPENT):
                     await self._overwrite(name, views[name], pause)
             for call in inside:
                 await self.call(call)
@@ -263,8 +318,8 @@ class User:
                 for tensor, view in views[name].items():
                     self._see_again(name, tensor, view, seen)
         finally:
-            for name, write in wants:
-                (self.writes if write else self.reads)[name] -= 1
+            for name, how in wants:
+                (self.writes if how else self.reads)[name] -= 1
             model.release(owner, dict(wants), places)
 
     def _see(self, name: str, tensor: str, view: torch.Tensor, since: int, seen: dict[tuple[str, str], int], *, nested: bool) -> None:
@@ -318,8 +373,9 @@ class User:
         since = self.model.tick()
         try:
             given = await self.face.read(name)
-        except BlockNotFoundError:
-            self._missing(name, since)
+        except (BlockNotFoundError, LeaseError) as error:
+            if isinstance(error, BlockNotFoundError) or _lacks_content(error):
+                self._missing(name, since)
             raise
         for tensor, copy in parts(self._plan(name), given).items():
             self.model.observe(name, tensor, stamp_of(copy, f"{name}/{tensor}, read by {self.name},"), since)
@@ -345,6 +401,9 @@ class User:
                 raise BrokenPromiseError(f"put() finds {name} there, which it cannot be") from None
             raise
 
+    async def _declare(self, name: str) -> None:
+        await self.face.declare(block_of(self._plan(name)))
+
     async def _delete(self, name: str) -> None:
         values = self.model.begin_delete(name, names_in(self._plan(name)))
         await self._change(name, values, lambda _: self.face.delete(name))
@@ -355,8 +414,9 @@ class User:
         try:
             await change(values)
             certain = True
-        except BlockNotFoundError:
-            self._missing(name, since)
+        except (BlockNotFoundError, LeaseError) as error:
+            if isinstance(error, BlockNotFoundError) or _lacks_content(error):
+                self._missing(name, since)
             raise
         finally:
             self.model.end(values, certain=certain)
@@ -417,9 +477,13 @@ class User:
         return self.model.register(name, "t0").last_moment(value) >= since
 
 
+def _lacks_content(error: Exception) -> bool:
+    return isinstance(error, LeaseError) and "has no content" in str(error)
+
+
 def describe(call: Call) -> str:
     """A call in the history."""
     if call[0] != "use":
         return " ".join(map(str, call))
-    names = ", ".join(f"{name}{' for writing' if write else ''}" for name, write in call[1])
+    names = ", ".join(name + (f" {how}" if isinstance(how, str) else " for writing" if how else "") for name, how in call[1])
     return f"use {names}" + (f" within {call[2]} µs" if call[2] is not None else "")

@@ -186,7 +186,9 @@ class Engine:
                 request = Use(ticket.owner, ticket.records, writes=ticket.writes, fresh=ticket.fresh, spent=ticket.spent)
                 future = self.submit(request)
                 ticket.request = request
-            scheduler.note_use(ticket.records, ticket.writes)
+            elif fresh:  # extents may be in other hands already, which no `_pump` has seen
+                self.device.invalidate(self.placement.left_device)
+            scheduler.note_use(ticket.records, ticket.writes, ticket.fresh)
             self.wanted |= future is not None or self._has_work()
         return future
 
@@ -209,8 +211,12 @@ class Engine:
         ticket.used = True
         return {record: self.device.tensors(record.id, record.block, record.gpu.offset) for record in records}
 
-    def end_use(self, ticket: Ticket) -> None:
-        """Release the lease. What was queued on the caller's current stream counts as part of it."""
+    def end_use(self, ticket: Ticket, *, failed: bool = False) -> None:
+        """Release the lease. What was queued on the caller's current stream counts as part of it.
+
+        Args:
+            failed: An exception leaves it; see `Scheduler.give_back`.
+        """
         if ticket.lease is None or self.forked:
             return
         start_ns = self.clock.now_ns()
@@ -219,7 +225,10 @@ class Engine:
             lease, ticket.lease = ticket.lease, None
             if lease is None:
                 return
-            self.scheduler.release(lease)
+            if failed:
+                self.scheduler.give_back(lease)
+            else:
+                self.scheduler.release(lease)
             self.wanted |= self._has_work()
             if waited:
                 self.note_wait("run-ahead", start_ns, start_ns + waited, tuple(record.block.name for record in ticket.records))
@@ -244,7 +253,7 @@ class Engine:
         if lease is not None:
             if ticket.used:  # kernels that read the extents may still be queued on the stream that took the lease
                 self.copies.note_use([(record.gpu.offset, record.nbytes) for record in lease.records], ticket.stream)
-            self.scheduler.release(lease)
+            self.scheduler.give_back(lease)
 
     def abandon_dropped(self, ticket: Ticket) -> None:
         """As `abandon`, from a finaliser: at once, so that the thread that dropped it can go on, or later if it runs under the lock."""
@@ -583,15 +592,13 @@ class Engine:
                 continue
             assert self.directory is not None
             capture.taken = True
-            for record in self.placement.records.values():
-                if not capture.request.covers(record):
-                    continue
-                capture.versions[record] = record.version
-                if record.nvme_version == record.version:
+            capture.versions = capture.request.versions
+            for record, version in capture.versions.items():
+                if record.nvme_version == version:
                     self.directory.retain(self.shards[record])
                     capture.shards[record] = self.shards[record]
                 else:
-                    capture.needs[record] = record.version
+                    capture.needs[record] = version
 
     def _count(self, order: Order, error: BaseException | None) -> None:
         end_ns = self.clock.now_ns()

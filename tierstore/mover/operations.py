@@ -6,6 +6,7 @@ back what it took and leaves the block as it was.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
@@ -119,9 +120,16 @@ async def declare(engine: Engine, block: Block, owner: Owner) -> None:
         with engine.lock:
             engine.scheduler.forget(record)
         raise
-    with engine.lock:
-        engine.scheduler.make_ended(record, filled=True, blank=True)
-        engine.total_bytes += record.nbytes
+    made = False
+    try:
+        await asyncio.sleep(0)  # a cancellation that came when the request had been served strikes here
+        made = True
+    finally:
+        with engine.lock:
+            engine.scheduler.make_ended(record, filled=made, blank=True)
+            if made:
+                engine.total_bytes += record.nbytes
+        engine.wake()
 
 
 async def _make_on_nvme(engine: Engine, record: Record, source: Source) -> None:

@@ -6,11 +6,15 @@ host may reuse the source. On the CPU both come together.
 
 [Note: Reusing an extent]
 A copy out of an extent, or a kernel that reads it, may still be queued when Python returns. Behind each such use an event is
-recorded and kept by the range it concerns (`_uses`); whoever writes into the range later has its stream wait for all events that
+recorded and kept by the range it concerns and the stream (`_uses`), the latest of each; whoever writes into the range later has its stream wait for all events that
 overlap it. Nothing waits on the host. `_ready` holds, by offset, the event behind the copy that filled an extent: a lease has
-the compute stream wait for it, and the copy back waits for both. An extent that no copy fills, since a lease writes all of it, may
-still be read for the block that was there before, or filled for one that nobody came to use: `take` waits for both. An event is never
-recorded twice, so it cannot be reused while somebody may still wait for it.
+the compute stream wait for it, and the copy back waits for both.
+
+Copies in and moves follow one another on one stream, so what fills an extent there is behind all that it did before. A lease that
+writes all of its extent itself is not: there, a block may still be read that has been evicted or moved away, or filled that nobody came
+to use, each of a length of its own. So moves are noted as uses of where they come from, and a copy in as one when the next begins at
+the same place and ends sooner; `take` waits for all of them. An event is never recorded twice, so it cannot be reused while somebody
+may still wait for it.
 """
 
 from __future__ import annotations
@@ -42,6 +46,9 @@ RUN_AHEAD = 256
 
 PRUNE_AT = 256
 """Extents with noted uses above which finished ones are looked for."""
+
+FEW_USES = 4
+"""Of different streams or lengths, noted for extents that begin at one place, above which finished ones are looked for."""
 
 
 class Copies(Protocol):
@@ -208,7 +215,7 @@ class CudaCopies:
         self._transfer = transfer
         self._ring = ring
         self._ready: dict[int, tuple[int, torch.cuda.Event]] = {}  # offset -> (end, event)
-        self._uses: dict[int, dict[int, tuple[int, torch.cuda.Event]]] = {}  # offset -> stream -> (end, event)
+        self._uses: dict[int, dict[tuple[int, int], torch.cuda.Event]] = {}  # offset -> (stream, end) -> event
         self._pruned_to = 0
         self._lock = threading.Lock()
         self._run_ahead: deque[torch.cuda.Event] = deque()
@@ -252,7 +259,7 @@ class CudaCopies:
             if len(self._ready) > PRUNE_AT:
                 for offset in [offset for offset, (_, ready) in list(self._ready.items()) if ready.query()]:
                     self._ready.pop(offset, None)
-            self._ready[order.offset_gpu] = (order.offset_gpu + order.nbytes, event)
+            self._note_ready(order.offset_gpu, order.nbytes, event)
         else:
             with self._lock:
                 self._note_use(order.offset_gpu, order.nbytes, stream, event)
@@ -276,26 +283,41 @@ class CudaCopies:
             for offset, uses in list(self._uses.items()):
                 if offset >= end:
                     continue
-                for key, (stop, event) in list(uses.items()):
+                for (key, stop), event in list(uses.items()):
                     if start < stop:
                         if not event.query():
                             stream.wait_event(event)
                         if writes and start <= offset and stop <= end:
-                            del uses[key]
+                            del uses[key, stop]
                 if not uses:
                     del self._uses[offset]
 
     def _note_use(self, offset: int, nbytes: int, stream: torch.cuda.Stream, event: torch.cuda.Event) -> None:
         """Under `_lock`."""
-        self._uses.setdefault(offset, {})[stream.cuda_stream] = (offset + nbytes, event)
+        here = self._uses.setdefault(offset, {})
+        here[stream.cuda_stream, offset + nbytes] = event
+        if len(here) > FEW_USES:
+            for use in [use for use, other in here.items() if other.query() and other is not event]:
+                del here[use]
         if len(self._uses) > PRUNE_AT and len(self._uses) > 2 * self._pruned_to:
             for other, uses in list(self._uses.items()):
-                for key, (_, use) in list(uses.items()):
+                for key, use in list(uses.items()):
                     if use.query():
                         del uses[key]
                 if not uses:
                     del self._uses[other]
             self._pruned_to = len(self._uses)
+
+    def _note_ready(self, offset: int, nbytes: int, event: torch.cuda.Event) -> None:
+        earlier = self._ready.get(offset)
+        self._ready[offset] = (offset + nbytes, event)
+        self._note_fill_beyond(earlier, offset, nbytes)
+
+    def _note_fill_beyond(self, earlier: tuple[int, torch.cuda.Event] | None, offset: int, nbytes: int) -> None:
+        """What filled more than the extent at `offset`, and is no longer `_ready` there."""
+        if earlier is not None and earlier[0] > offset + nbytes and not earlier[1].query():
+            with self._lock:
+                self._note_use(offset, earlier[0] - offset, self._h2d, earlier[1])
 
     # -- extents that are not page-locked -----------------------------------------------------------------------------------
 
@@ -353,7 +375,7 @@ class CudaCopies:
                 nbytes = record.nbytes
                 self._wait_for_uses(stream, source, source + nbytes, writes=False)
                 self._wait_for_uses(stream, target, target + nbytes, writes=True)
-                self._ready.pop(source, None)  # filled on this same stream
+                earlier = self._ready.pop(source, None)  # filled on this same stream
                 step = min(nbytes, abs(source - target))
                 starts = range(0, nbytes, step) if target < source else reversed(range(0, nbytes, step))
                 for start in starts:
@@ -361,8 +383,9 @@ class CudaCopies:
                     arena[target + start : target + start + length].copy_(arena[source + start : source + start + length])
                 event = torch.cuda.Event(blocking=True)
                 event.record(stream)
-                self._ready[target] = (target + nbytes, event)
-                with self._lock:  # whatever fills the place left behind is not always a copy on this stream
+                self._note_ready(target, nbytes, event)
+                self._note_fill_beyond(earlier, source, nbytes)
+                with self._lock:
                     self._note_use(source, nbytes, stream, event)
         ordered(order, None)
         done(order, None)
@@ -388,7 +411,7 @@ class CudaCopies:
                 else:
                     stream.wait_event(ready[1])
             with self._lock:
-                for key, (_, event) in self._uses.get(offset, {}).items():
+                for (key, _), event in self._uses.get(offset, {}).items():
                     if key != stream.cuda_stream and not event.query():
                         stream.wait_event(event)
         return stream
