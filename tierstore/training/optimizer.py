@@ -641,7 +641,8 @@ def _total(norms: list[Tensor], norm_type: float) -> Tensor:
     if not norms:
         return torch.tensor(0.0)
     if len({norm.dtype for norm in norms}) > 1:
-        of_dtypes = torch.utils._foreach_utils._group_tensors_by_device_and_dtype([norms])
+        lists: list[list[Tensor | None]] = [list(norms)]
+        of_dtypes = torch.utils._foreach_utils._group_tensors_by_device_and_dtype(lists)
         norms = [norm for (grouped, _) in of_dtypes.values() for norm in grouped[0] if norm is not None]
     total: Tensor = torch.linalg.vector_norm(torch.stack(norms), norm_type)
     return total
