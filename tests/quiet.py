@@ -63,7 +63,7 @@ def check_rest(engine: Engine) -> None:
         assert sorted(held) == list(engine.placement.arenas[tier].extents()), f"extents of {tier} that belong to nobody"
         assert not any(record.copy(tier).state is State.LOADING for record in records)
     for record in records:
-        assert record.tiers, f"nobody has the newest values of {record.block.name!r}"
+        assert record.tiers or record.blank, f"nobody has the newest values of {record.block.name!r}"
     directory = engine.directory
     if directory is not None:
         kept = [shard for shards in directory._generations.values() for shard in shards]
