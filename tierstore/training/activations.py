@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from tierstore.tiers.device import NAMES
 from tierstore.training.leasing import Buffers
@@ -28,6 +29,7 @@ class Kept:
         name: The block.
         shape, stride: Of the tensor; the block has the same elements in the order in which they lie in memory.
         here: Where it lay on the device, and with which content.
+        memory: Tells whether that memory is still its own, or may have been given to another tensor since.
         uses: How many calls still need it.
     """
 
@@ -36,6 +38,7 @@ class Kept:
     shape: torch.Size
     stride: tuple[int, ...]
     here: Place
+    memory: StorageWeakRef
     uses: int = 1
 
 
@@ -61,7 +64,7 @@ class Activations:
         self._collect()
         here = (tensor.data_ptr(), tensor._version, tensor.dtype, tensor.shape, tensor.stride())
         kept = self._here.get(here)
-        if kept is not None:
+        if kept is not None and not kept.memory.expired():
             kept.uses += 1
             return kept
         flat = _in_memory_order(tensor)
@@ -76,8 +79,14 @@ class Activations:
             self._buffers.declare(name, [("x", tensor.dtype, tuple(flat.shape))], hold=self._tier)
         with self._buffers.lease(name, write=[name], fresh=[name]) as block:
             block["x"].copy_(flat)
-        self._here[here] = kept = Kept(name, key, tensor.shape, tensor.stride(), here)
+        self._here[here] = kept = Kept(name, key, tensor.shape, tensor.stride(), here, StorageWeakRef(tensor.untyped_storage()))
         return kept
+
+    def look_at(self, kept: Kept) -> Tensor:
+        """A copy on the device, which will be needed again."""
+        with self._buffers.lease(kept.name) as block:
+            flat: Tensor = block["x"].clone()
+        return flat.as_strided(kept.shape, kept.stride)
 
     def take(self, kept: Kept) -> Tensor:
         """A copy on the device, and no more need for this use of it."""
@@ -97,7 +106,8 @@ class Activations:
             kept = self._dropped.popleft()
             kept.uses -= 1
             if not kept.uses:
-                self._here.pop(kept.here, None)
+                if self._here.get(kept.here) is kept:
+                    del self._here[kept.here]
                 self._free[kept.key].append(kept.name)
                 unneeded.append(kept.name)
         if unneeded:

@@ -110,36 +110,30 @@ class Stepper:
         self._master_dtype = master_dtype
         self.name = name
 
+    @torch.no_grad()
     def step(
-        self, chunk: Chunk, weights: Mapping[str, Tensor], gradients: Mapping[Weight, Callable[[Piece], Tensor]], hyper: dict[str, Any]
+        self,
+        chunk: Chunk,
+        weights: Mapping[str, Tensor],
+        gradients: Mapping[Weight, Callable[[Piece], Tensor]],
+        state: Mapping[str, Mapping[str, Tensor]],
+        hyper: dict[str, Any],
+        begin: Callable[[], None],
     ) -> dict[str, Any]:
-        """One step on one chunk. Inside a lease of its weights (to be written) and of its gradients.
+        """One step on one chunk. Inside a lease of its weights and state (to be written) and of its gradients.
 
         Args:
             chunk: Which.
             weights: The block's tensors.
             gradients: For each weight that has one, what gives the gradient of a piece, clipped and, with masters, widened.
+            state: The tensors of the chunk's blocks.
             hyper: The group's options of this step.
+            begin: Called when values are about to change: until then a step that failed may be taken again.
 
         Returns:
             Options that the step has changed.
         """
-        names = list(chunk.blocks)
-        if not names:
-            return self._step(chunk, weights, gradients, hyper, {})
-        with self._buffers.lease(*names, write=names) as leased:
-            mappings = (leased,) if len(names) == 1 else leased
-            return self._step(chunk, weights, gradients, hyper, dict(zip(names, mappings, strict=True)))
 
-    @torch.no_grad()
-    def _step(
-        self,
-        chunk: Chunk,
-        weights: Mapping[str, Tensor],
-        gradients: Mapping[Weight, Callable[[Piece], Tensor]],
-        hyper: dict[str, Any],
-        state: dict[str, Mapping[str, Tensor]],
-    ) -> dict[str, Any]:
         def stored(piece: Piece, key: str) -> Tensor:
             return state[chunk.tensors[piece][key]][f"{key}.{piece.key}"]
 
@@ -164,6 +158,7 @@ class Stepper:
         group.update(hyper)
         group["params"] = [leaves[piece] for piece in active]
         places = [leaves[piece].data_ptr() for piece in active]
+        begin()
         try:
             inner.step()
             for piece, place in zip(active, places, strict=True):

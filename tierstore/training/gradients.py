@@ -240,6 +240,11 @@ class Gradients:
         partial.task = task
         partial.sum.add(sums)
 
+    def erase_partials(self) -> None:
+        """Drop what passes have left behind that failed half-way."""
+        for partial in self._partials.values():
+            partial.sum.erase()
+
     def kept(self, task: int) -> list[WeightBlock]:
         return [block for block, partial in self._partials.items() if partial.task == task and partial.sum.present]
 

@@ -40,6 +40,7 @@ def given_memory(unit: Unit, weights: list[Weight]) -> Iterator[list[Weight]]:
         The parameters among `weights` that had no values.
     """
     empty = [weight for weight in weights if _of(weight).is_meta]
+    had_none = [_of(weight) for weight in empty]
     for weight in empty:
         given = nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype), requires_grad=weight.requires_grad)
         for module, attribute in weight.slots:
@@ -50,6 +51,11 @@ def given_memory(unit: Unit, weights: list[Weight]) -> Iterator[list[Weight]]:
         module._parameters[attribute] = nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype), requires_grad=weight.requires_grad)
     try:
         yield empty
+    except BaseException:
+        for weight, valueless in zip(empty, had_none, strict=True):
+            for module, attribute in weight.slots:
+                module._parameters[attribute] = valueless
+        raise
     finally:
         for (module, attribute, _), parameter in zip(there, before, strict=True):
             module._parameters[attribute] = parameter

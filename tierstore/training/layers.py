@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import threading
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,7 +31,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("tierstore")
 
-_ATTACHED: weakref.WeakKeyDictionary[nn.Module, Tiered] = weakref.WeakKeyDictionary()
+_MODELS: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_STORES: weakref.WeakSet[TierStore] = weakref.WeakSet()
+_TIERED: weakref.WeakSet[Tiered] = weakref.WeakSet()
+"""What is attached. Weakly, since what is attached has both of them."""
 
 _ENGINE: Any = torch.autograd.Variable._execution_engine
 
@@ -85,8 +89,11 @@ def attach(
     taken = next(
         (module for module in model.modules() if any(isinstance(value, Placeholder) for value in module._parameters.values())), None
     )
-    if taken is not None or model in _ATTACHED:
+    if taken is not None or model in _MODELS:
         raise TrainingError("the model, or a part of it, is attached already", remedy="detach() it first")
+    if store in _STORES:
+        remedy = "detach() that one first, or open another store"
+        raise TrainingError("another model is attached to the store", need="a store for each model", remedy=remedy)
     structure = read_structure(model, find_layers(model, layers))
     return Tiered(model, store, structure, micro_batch=micro_batch, activations=activations, split=split, fill=filler(model, init))
 
@@ -127,10 +134,14 @@ class Tiered:
         self.anchor = torch.zeros((), device=self.device, requires_grad=True)
         self.optimizers: list[TieredOptimizer] = []
         self.still_buffers: set[tuple[nn.Module, str]] = set()
-        self._awaited: dict[WeightBlock, int] = {}
+        self._anchor_node = torch.autograd.graph.get_gradient_edge(self.anchor).node
+        self._awaited: dict[WeightBlock, set[int]] = {}
         self._local = Local()
         self._copies: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
         self._tasks: set[int] = set()
+        self._crowd = threading.Lock()
+        self._user: int | None = None
+        self._num_uses = 0
         self._wrapped: list[tuple[nn.Module, Any]] = []
         self._attached = True
         self._undo: list[Callable[[], None]] = []
@@ -139,7 +150,9 @@ class Tiered:
         self.resumed = self._move_in(fill)
         self._wrap()
         self.state.open()
-        _ATTACHED[model] = self
+        _MODELS.add(model)
+        _STORES.add(store)
+        _TIERED.add(self)
 
     def __repr__(self) -> str:
         layers = sum(unit.kind is Kind.LAYER for unit in self.structure.units)
@@ -258,6 +271,8 @@ class Tiered:
         self._wrap_module(self.model, self._run_model)
         self._replace(self.model, "zero_grad", self._zero_grad)
         for module in self.model.modules():
+            # Without it a load that assigns would put parameters beside the store's, and one that copies be told by an odd error.
+            self._undo.append(module.register_load_state_dict_pre_hook(_refuse_loading).remove)
             config: Any = getattr(module, "config", None)
             if getattr(config, "use_cache", None) is True:  # a cache would be filled a second time in the backward pass
                 config.use_cache = False
@@ -318,11 +333,14 @@ class Tiered:
         self.gradients.forget()
         if self.activations is not None:
             self.activations.forget()
+        self.state.write()  # what is in the store is of one moment, should anybody attach to it again
         for optimizer in self.optimizers:
             optimizer.let_go()
         self.state.close()
         self._attached = False
-        _ATTACHED.pop(self.model, None)
+        _MODELS.discard(self.model)
+        _STORES.discard(self.store)
+        _TIERED.discard(self)
         return self.model
 
     def _check_attached(self) -> None:
@@ -333,18 +351,22 @@ class Tiered:
 
     def _run_model(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._copies.clear()
-        return forward(*args, **kwargs)
-
-    def _run_scope(self, unit: Unit, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        copies = copies_for(self, unit)
-        places = [(module, attribute, weight) for module, attribute, weight in unit.places]
-        for module, attribute, weight in places:
-            module._parameters[attribute] = copies[weight]  # type: ignore[assignment]
         try:
             return forward(*args, **kwargs)
         finally:
-            for module, attribute, weight in places:
-                module._parameters[attribute] = weight.stand_in
+            self._copies.clear()  # the graph that a copy is in holds the tensor that it is a copy of, and so would never be freed
+
+    def _run_scope(self, unit: Unit, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with self._alone():
+            check_unchanged(unit)
+            copies = copies_for(self, unit)
+            try:
+                for module, attribute, weight in unit.places:
+                    module._parameters[attribute] = copies[weight]  # type: ignore[assignment]
+                return forward(*args, **kwargs)
+            finally:
+                for module, attribute, weight in unit.places:
+                    module._parameters[attribute] = weight.stand_in
 
     def _run_unit(self, unit: Unit, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._local.has(unit):
@@ -381,7 +403,7 @@ class Tiered:
         """
         self.settle(unit.blocks)
         names = [block.name for block in unit.blocks]
-        with self.buffers.lease(*names) as leased:
+        with self._alone(), self.buffers.lease(*names) as leased:
             mappings: tuple[Mapping[str, Tensor], ...] = leased if len(names) != 1 else (leased,)
             leaves = {
                 weight: mapping[weight.name].requires_grad_(weight.requires_grad and requires_grad)
@@ -391,6 +413,7 @@ class Tiered:
             if not place:
                 yield {weight: leaves[weight] for weight in dict.fromkeys(weight for _, _, weight in unit.places)}
                 return
+            check_unchanged(unit)
             try:
                 for module, attribute, weight in unit.places:
                     module._parameters[attribute] = leaves[weight]  # type: ignore[assignment]
@@ -403,6 +426,26 @@ class Tiered:
                     module._parameters[attribute] = weight.stand_in
                 for module in unit.flat:
                     _refresh_flat_weights(module)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Parameters hang in their places for one user at a time.
+
+        Raises:
+            TrainingError: Another thread is at it.
+        """
+        owner = self.buffers.owner
+        with self._crowd:
+            if self._num_uses and self._user != owner:
+                remedy = "wait for it, or attach a copy of the model"
+                raise TrainingError("the model is in use on another thread", need="one thread at a time", remedy=remedy)
+            self._user = owner
+            self._num_uses += 1
+        try:
+            yield
+        finally:
+            with self._crowd:
+                self._num_uses -= 1
 
     def free_of_lease(self, tensor: Tensor) -> Tensor:
         """The tensor, or a copy where it is a view of leased memory, which is gone when the lease is."""
@@ -428,15 +471,26 @@ class Tiered:
 
     # -- gradients -------------------------------------------------------------------------------------------------------
 
-    def await_backward(self, unit: Unit) -> None:
-        for block in unit.blocks:
-            if block.trainable:
-                self._awaited[block] = self._awaited.get(block, 0) + 1
+    def version_of(self, block: WeightBlock) -> int:
+        """Counts the changes of a block's weights, whoever makes them."""
+        return self.store.engine.scheduler.names[block.name].version
 
-    def awaited_no_more(self, unit: Unit) -> None:
+    def await_backward(self, unit: Unit, call: int) -> None:
+        """A call of the unit, by a number of its own, is to have a backward pass."""
         for block in unit.blocks:
             if block.trainable:
-                self._awaited[block] -= 1
+                self._awaited.setdefault(block, set()).add(call)
+
+    def awaited_no_more(self, unit: Unit, call: int) -> None:
+        """It has had it, or will never have it. From any thread, also in a finaliser: a set's `discard` cannot be interrupted."""
+        for block in unit.blocks:
+            if block.trainable:
+                self._awaited[block].discard(call)
+
+    def wants_gradients(self) -> bool:
+        """Whether the backward pass under way is to have gradients of parameters, which `torch.autograd.grad` by others is not."""
+        wanted: bool = torch._C._will_engine_execute_node(self._anchor_node)
+        return wanted
 
     def sums_so_far(self, unit: Unit) -> Sums:
         """What this backward pass has come to so far for the unit's parameters."""
@@ -456,7 +510,7 @@ class Tiered:
             mine = {weight: sums[weight] for weight in block.weights if weight in sums}
             if not mine:
                 continue
-            if self._awaited.get(block, 0) > 1:
+            if len(self._awaited.get(block, ())) > 1:
                 self.gradients.keep(block, task, mine)
                 if task not in self._tasks:
                     self._tasks.add(task)
@@ -530,7 +584,11 @@ class Tiered:
         weight = next((weight for weight in self.structure.weights if weight.name == name), None)
         if weight is None or not weight.requires_grad:
             raise OptionError(f"no trainable parameter {name!r}", remedy="give a name of model.named_parameters()")
-        return self.gradients.of[weight.block].read(weight)
+        gradient = self.gradients.of[weight.block].read(weight)
+        for optimizer in self.optimizers:
+            if gradient is not None:
+                gradient = optimizer.as_clipped(weight, gradient)
+        return gradient
 
     def _zero_grad(self, set_to_none: bool = True) -> None:
         """In place of the model's own: have no gradients."""
@@ -540,6 +598,12 @@ class Tiered:
             optimizer.zero_grad()
         for total in self.gradients.of.values():
             total.erase()
+        self.erase_unfinished()
+
+    def erase_unfinished(self) -> None:
+        """What backward passes that failed have left behind."""
+        self.gradients.erase_partials()
+        self._tasks.clear()
 
     # -- updates put off -------------------------------------------------------------------------------------------------
 
@@ -562,11 +626,39 @@ def tiered_of(modules: Collection[nn.Module]) -> Tiered | None:
     found: dict[Tiered | None, None] = {}
     for module in modules:
         if next(module.parameters(), None) is not None:
-            of_module = [tiered for tiered in list(_ATTACHED.values()) if id(module) in tiered._units]
+            of_module = [tiered for tiered in list(_TIERED) if id(module) in tiered._units]
             found[of_module[0] if of_module else None] = None
     if len(found) > 1:
         raise TrainingError("the modules are not attached to the same store", remedy="attach a model that has all of them")
     return next(iter(found), None)
+
+
+def _refuse_loading(*_: object) -> None:
+    remedy = "load before attach(), or give it init= a safetensors file; to replace values of an attached model, store.write()"
+    raise TrainingError("load_state_dict() of an attached model, whose parameters are in the store", remedy=remedy)
+
+
+def check_unchanged(unit: Unit) -> None:
+    """Refuse to go on with a module that was given another parameter since it was attached: it would be dropped without a word.
+
+    Raises:
+        TrainingError: One was put into the place of another, or added.
+    """
+    for module, attribute, weight in unit.places:
+        if module._parameters.get(attribute) is not weight.stand_in:
+            raise TrainingError(
+                f"parameter {weight.name!r} was replaced while the model is attached",
+                need="the parameters that it was attached with",
+                remedy="detach(), tie or replace parameters, attach() again; to change values only, store.write()",
+                tensor=weight.name,
+            )
+    for module, below, count in unit.census:
+        if len(module._parameters) != count or tuple(module._modules.values()) != below:
+            raise TrainingError(
+                f"parameters or modules were added to {unit.name!r}, or taken from it, while the model is attached",
+                need="the modules that it was attached with",
+                remedy="detach(), change the model, attach() again",
+            )
 
 
 def refuse_caches(leaves: Collection[object], unit: Unit) -> None:

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 
 from tierstore.catalog import Block, lay_out
 from tierstore.mover import operations
 from tierstore.residency import Tier
+from tierstore.store import Leased
 from tierstore.sync import TierStore, Use
 from tierstore.tiers.device import NAMES
 
 Tensors = Mapping[str, torch.Tensor]
+
+
+class _Lease(Use):
+    """A lease that keeps what was to be spent when an exception leaves it: whoever was to use it up has not."""
+
+    def __enter__(self) -> Leased:
+        if not torch.is_inference_mode_enabled():
+            return super().__enter__()
+        with torch.inference_mode(False):  # its tensors could never be trained, nor their changes be watched
+            return super().__enter__()
+
+    def __exit__(self, kind: object, *rest: object) -> None:
+        if kind is not None and self._ticket is not None and self._ticket.lease is not None:
+            self._ticket.lease.spent = frozenset()
+        super().__exit__(kind, *rest)
 
 
 class Buffers:
@@ -50,11 +67,20 @@ class Buffers:
             names: The blocks.
             write: Those that may be written.
             fresh: Those of `write` whose content does not matter on entering.
-            spent: Those of `write` whose content does not matter after leaving.
+            spent: Those of `write` whose content does not matter after leaving, unless by an exception.
         """
         if fresh and self._unwanted:
             self._unwanted.difference_update(fresh)
-        return Use(self.store.engine, names, write, None, fresh=fresh, spent=spent, owner=self.owner)
+        return _Lease(self.store.engine, names, write, None, fresh=fresh, spent=spent, owner=self.owner)
+
+    @contextlib.contextmanager
+    def lease_all(self, names: list[str], *, write: Collection[str] = (), spent: Collection[str] = ()) -> Iterator[dict[str, Tensors]]:
+        """As `lease`, of any number of blocks, by their names."""
+        if not names:
+            yield {}
+            return
+        with self.lease(*names, write=write, spent=spent) as leased:
+            yield dict(zip(names, (leased,) if len(names) == 1 else leased, strict=True))
 
     def declare(self, name: str, tensors: Collection[tuple[str, torch.dtype, tuple[int, ...]]], hold: str | None = None) -> None:
         """Add a block without content, of (name, dtype, shape)s; one of that name and layout that is there already is taken over."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -54,6 +55,9 @@ class Job:
         coefficients: Clip coefficients, in the order in which to multiply by them.
         gradients: Which weights have a gradient, by part.
         detached: `zero_grad()` was called since: the gradients are this job's own, and spent by it.
+        begun: Chunks that the optimizer has begun to update: whether or not it came to an end, it is not to do so twice.
+        failed: An attempt at it has failed.
+        torn: An attempt at it has left the block of weights without content; all of it is in the masters.
     """
 
     hyper: list[dict[str, Any]]
@@ -61,6 +65,9 @@ class Job:
     gradients: dict[Part, set[Weight]]
     detached: bool = False
     changed: dict[int, dict[str, Any]] = field(default_factory=dict)
+    begun: set[Chunk] = field(default_factory=set)
+    failed: bool = False
+    torn: bool = False
 
 
 class TieredOptimizer(torch.optim.Optimizer):
@@ -220,8 +227,7 @@ class TieredOptimizer(torch.optim.Optimizer):
             )
         self._updated.add(block)
         job = Job(self._snapshot(), [], {})
-        self._update(block, job, mine)
-        self._changed.append(job)
+        self._run(block, job, mine)
         return {weight: grad for weight, grad in sums.items() if weight not in mine}
 
     def before_adding(self, block: WeightBlock) -> None:
@@ -264,7 +270,7 @@ class TieredOptimizer(torch.optim.Optimizer):
             self._note_changed(job)
         self._changed.clear()
         hyper = self._snapshot()
-        coefficients, self._coefficients = self._coefficients, []
+        coefficients = list(self._coefficients)
         self._norms.clear()
         self._updated.clear()
         for block, chunks in self._chunks.items():
@@ -278,8 +284,14 @@ class TieredOptimizer(torch.optim.Optimizer):
             if self.when == "step":
                 self._run(block, job)
             else:
-                self._pending[block] = job
-                self.tiered.store.engine.unsettled[block.name] = functools.partial(self.tiered.settle, [block])
+                self._put_off(block, job)
+        if self.master_dtype is not None:  # what was stored is not clipped, nor is it for the next step
+            self._coefficients = []
+
+    def _put_off(self, block: WeightBlock, job: Job) -> None:
+        self._pending[block] = job
+        # Weakly: the engine lives as long as its thread does, and is ended when nobody has the store any more.
+        self.tiered.store.engine.unsettled[block.name] = functools.partial(_settle, weakref.ref(self.tiered), block)
 
     @torch.no_grad()
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -288,6 +300,7 @@ class TieredOptimizer(torch.optim.Optimizer):
             raise OptionError("zero_grad(set_to_none=False) would store zeros", remedy="leave set_to_none out")
         self._coefficients = []
         self._norms.clear()
+        self.tiered.erase_unfinished()
         for block, chunks in self._chunks.items():
             total = self.tiered.gradients.of[block]
             job = self._pending.get(block)
@@ -362,11 +375,14 @@ class TieredOptimizer(torch.optim.Optimizer):
 
     # -- carrying out ------------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def settle(self, blocks: Collection[WeightBlock]) -> None:
         """Carry out what is pending for these blocks."""
         if not self._pending:
             return
+        with torch.inference_mode(False), torch.no_grad():  # new state is to be changed by later steps
+            self._settle(blocks)
+
+    def _settle(self, blocks: Collection[WeightBlock]) -> None:
         for block in blocks:
             job = self._pending.get(block)
             if job is not None:
@@ -379,8 +395,23 @@ class TieredOptimizer(torch.optim.Optimizer):
         """Carry out all that is pending."""
         self.settle(list(self._pending))
 
-    def _run(self, block: WeightBlock, job: Job) -> None:
-        self._update(block, job, None)
+    def _run(self, block: WeightBlock, job: Job, given: Sums | None = None) -> None:
+        """Update one block.
+
+        Args:
+            block: Which.
+            job: With what.
+            given: The gradients, where they are not in the store.
+        """
+        try:
+            self._update(block, job, given)
+        except BaseException:
+            if job.torn and block not in self._pending:  # nobody may see the weights before they are whole
+                job.begun.update(self._chunks[block])
+                self._put_off(block, job)
+            raise
+        if job.detached and job.failed:
+            self.tiered.buffers.give_up([part.name for part in job.gradients if not part.present])
         if job.changed:
             self._changed.append(job)
 
@@ -401,59 +432,65 @@ class TieredOptimizer(torch.optim.Optimizer):
                 self.param_groups[index][key] = value
 
     def _update(self, block: WeightBlock, job: Job, given: Sums | None) -> None:
-        """Update one block.
-
-        Args:
-            block: Which.
-            job: With what.
-            given: The gradients, where they are not in the store.
-        """
         todo: list[tuple[Chunk, set[Weight]]] = []
         for chunk in self._chunks[block]:
             if given is not None:
                 weights = {piece.weight for piece in chunk.pieces} & given.keys()
             else:
                 weights = job.gradients.get(chunk.part, set()) if chunk.part is not None else set()
-            if weights:
+            if weights and chunk not in job.begun:
                 todo.append((chunk, weights))
-        if not todo:
+        if not todo and not job.torn:
             return
+        chunks = self._chunks[block]
         covered = {piece.weight for chunk, _ in todo for piece in chunk.pieces}
-        overwritten = (
+        overwritten = job.torn or (
             self.master_dtype is not None
             and all(chunk.has_masters for chunk, _ in todo)
             and covered == set(block.weights)
-            and len(todo) == len(self._chunks[block])
+            and len(todo) == len(chunks)
         )
-        block.version += 1
+        torn, job.torn = job.torn, overwritten
+        failure: BaseException | None = None
         with self.tiered.buffers.lease(block.name, write=[block.name], fresh=[block.name] if overwritten else []) as weights_of_block:
-            done: list[Chunk] = []
             try:
                 for chunk, weights in todo:
                     self._update_chunk(chunk, weights, weights_of_block, job, given, rewrite=overwritten)
-                    done.append(chunk)
-            except BaseException:
-                if overwritten:
-                    self._rewrite([chunk for chunk, _ in todo], weights_of_block)
-                raise
+                if torn:
+                    self._rewrite(chunks, weights_of_block)
+            except BaseException as error:
+                job.failed = True
+                if not overwritten:
+                    raise
+                self._rewrite(chunks, weights_of_block)
+                failure = error  # raised outside: what leaves a fresh lease by an exception has no content
+        job.torn = False
+        if failure is not None:
+            raise failure
 
     def _update_chunk(
         self, chunk: Chunk, weights: set[Weight], values: Mapping[str, Tensor], job: Job, given: Sums | None, *, rewrite: bool
     ) -> None:
-        hyper = job.hyper[chunk.group]
-        with ExitStack() as leases:
-            stored: Mapping[str, Tensor] = {}
-            if given is None:
-                assert chunk.part is not None
-                name = chunk.part.name
-                spent = [name] if job.detached else []
-                stored = leases.enter_context(self.tiered.buffers.lease(name, write=spent, spent=spent))
+        names = list(chunk.blocks)
+        write = list(names)
+        spent: list[str] = []
+        if given is None:
+            assert chunk.part is not None
+            names.append(chunk.part.name)
+            if job.detached:
+                spent = [chunk.part.name]
+        with self.tiered.buffers.lease_all(names, write=[*write, *spent], spent=spent) as leased:
 
             def gradient(piece: Piece) -> Tensor:
-                raw = piece.of(given[piece.weight]) if given is not None else stored[piece.key]
+                if given is not None:
+                    raw = piece.of(given[piece.weight])
+                else:
+                    assert chunk.part is not None
+                    raw = leased[chunk.part.name][piece.key]
                 return self._prepared(raw, piece.weight, job.coefficients)
 
-            changed = self._stepper.step(chunk, values, dict.fromkeys(weights, gradient), hyper)
+            gradients = dict.fromkeys(weights, gradient)
+            changed = self._stepper.step(chunk, values, gradients, leased, job.hyper[chunk.group], lambda: job.begun.add(chunk))
             if changed:
                 job.changed.setdefault(chunk.group, {}).update(changed)
             if rewrite and len(weights) < len({piece.weight for piece in chunk.pieces}):
@@ -515,6 +552,7 @@ class TieredOptimizer(torch.optim.Optimizer):
                 "gradients were clipped and others are added, or clipped once more, before step()",
                 remedy="clip once, right before step(): with master_dtype= clipped gradients are not stored",
             )
+        self.finish()  # with the gradients as they are
         coefficients, self._coefficients = self._coefficients, []
         self._norms.clear()
         for chunks in self._chunks.values():
@@ -525,6 +563,12 @@ class TieredOptimizer(torch.optim.Optimizer):
                     for piece in chunk.pieces:
                         if piece.weight in chunk.part.present:
                             stored[piece.key].copy_(self._prepared(stored[piece.key], piece.weight, coefficients))
+
+    def as_clipped(self, weight: Weight, gradient: Tensor) -> Tensor:
+        """A gradient as `clip_grad_norm_` would have left it in torch. With masters, only what the next step sees is clipped."""
+        if weight not in self._weights or self.master_dtype is not None:
+            return gradient
+        return self._prepared(gradient, weight, self._coefficients)
 
     # -- state -------------------------------------------------------------------------------------------------------------
 
@@ -628,6 +672,12 @@ class TieredOptimizer(torch.optim.Optimizer):
     def chunks(self) -> list[Chunk]:
         """All chunks, in the order of the blocks."""
         return [chunk for chunks in self._chunks.values() for chunk in chunks]
+
+
+def _settle(tiered: weakref.ref[Tiered], block: WeightBlock) -> None:
+    present = tiered()
+    if present is not None:
+        present.settle([block])
 
 
 def factory_name(factory: Any) -> str:

@@ -50,13 +50,13 @@ class Call:
         self._autocast = Autocast.now(tiered.device.type)
         self._random: list[RandomState | None] = []
         self._buffers: list[dict[Buffer, Tensor]] = []
-        tiered.settle(unit.blocks)  # before the versions are noted with which it computes
-        self._versions = [block.version for block in unit.blocks]
         self._kept: list[Kept | None] = []
         self._num_inputs = 0
         self._awaited = False
         self._ended = False
         self._owner = tiered.buffers.owner
+        tiered.settle(unit.blocks)  # before the versions are noted with which it computes
+        self._versions = [tiered.version_of(block) for block in unit.blocks]
 
     def __del__(self) -> None:
         self._end()
@@ -67,7 +67,7 @@ class Call:
             return
         self._ended = True
         if self._awaited:
-            self.tiered.awaited_no_more(self.unit)
+            self.tiered.awaited_no_more(self.unit, id(self))
         activations = self.tiered.activations
         for kept in self._kept:
             if kept is not None and activations is not None:
@@ -100,7 +100,7 @@ class Call:
 
     def await_backward(self) -> None:
         self._awaited = True
-        self.tiered.await_backward(self.unit)
+        self.tiered.await_backward(self.unit, id(self))
 
     def _all(self, tensors: Sequence[Tensor], compute: Callable[[int, list[Tensor]], Any]) -> list[Tensor]:
         """Run every micro-batch. Returns the tensors of the results, free of graph and lease."""
@@ -142,17 +142,21 @@ class Call:
                 stay.append(tensor)
         return stay
 
-    def _inputs(self, stayed: Sequence[Tensor]) -> list[Tensor]:
-        """All inputs, on the device; those in the store are given up there."""
+    def _inputs(self, stayed: Sequence[Tensor], *, again: bool) -> list[Tensor]:
+        """All inputs, on the device; those in the store are given up there, unless they will be needed again."""
+        activations = self.tiered.activations
         rest = iter(stayed)
         inputs: list[Tensor] = []
         for position, kept in enumerate(self._kept):
             if kept is None:
                 inputs.append(next(rest))
+                continue
+            assert activations is not None
+            if again:
+                inputs.append(activations.look_at(kept))
             else:
-                assert self.tiered.activations is not None
                 self._kept[position] = None
-                inputs.append(self.tiered.activations.take(kept))
+                inputs.append(activations.take(kept))
         return inputs
 
     # -- backward --------------------------------------------------------------------------------------------------------
@@ -168,12 +172,22 @@ class Call:
         Returns:
             The gradients by the inputs.
         """
-        self._check()
+        with self.follows() as again:
+            return self._backward(stayed, needs, grads, again=again)
+
+    @contextlib.contextmanager
+    def follows(self) -> Iterator[bool]:
+        """A backward pass through this call. Yields whether another one may follow (`retain_graph`)."""
+        again: bool = torch._C._autograd._get_current_graph_task_keep_graph()
         before = self.tiered.buffers.acting_for(self._owner)
         try:
-            return self._backward(stayed, needs, grads)
+            self.tiered._check_attached()
+            self.tiered.settle(self.unit.blocks)  # what was put off is a change of weights all the same
+            self._check()
+            yield again
         finally:
-            self._end()
+            if not again:
+                self._end()
             self.tiered.buffers.back_to(before)
 
     def _check(self) -> None:
@@ -183,11 +197,13 @@ class Call:
         if self._ended:
             raise TrainingError(f"a second backward pass through one forward pass of {name!r}", remedy="run the forward pass again")
         for block, version in zip(self.unit.blocks, self._versions, strict=True):
-            if block.version != version:
-                remedy = "call step() after the backward passes of all forward passes made before it"
-                raise TrainingError(f"the weights of {name!r} were updated between its forward and its backward pass", remedy=remedy)
+            if self.tiered.version_of(block) != version:
+                remedy = "call step(), or write to weights, after the backward passes of all forward passes made before"
+                raise TrainingError(f"the weights of {name!r} were changed between its forward and its backward pass", remedy=remedy)
 
-    def _backward(self, stayed: Sequence[Tensor], needs: Sequence[bool], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def _backward(
+        self, stayed: Sequence[Tensor], needs: Sequence[bool], grads: Sequence[Tensor | None], *, again: bool
+    ) -> list[Tensor | None]:
         assert self.outputs is not None
         arguments, tiered = self.arguments, self.tiered
         count = len(self.outputs.where)
@@ -195,19 +211,20 @@ class Call:
         passed: list[Tensor | None] = [next(by_copies) if need else None for need in needs]
         if all(grad is None for grad in by_outputs):
             return passed
-        inputs = self._inputs(stayed)
-        sums = tiered.sums_so_far(self.unit)
+        inputs = self._inputs(stayed, again=again)
+        wanted = tiered.wants_gradients()
+        sums = tiered.sums_so_far(self.unit) if wanted else {}
         found: list[Tensor | None] = [
             None if split and arguments.sizes else grad for grad, split in zip(passed, arguments.splits, strict=True)
         ]
         chunks: list[list[Tensor | None]] = []
-        with torch.enable_grad(), tiered.leased(self.unit) as leaves, self._as_before() as again:
+        with torch.enable_grad(), tiered.leased(self.unit, wanted) as leaves, self._as_before() as put_back:
             for index in reversed(range(arguments.count)):
                 chunk = [
                     tensor.detach().requires_grad_(need)
                     for tensor, need in zip(arguments.of_micro_batch(inputs, index), needs, strict=True)
                 ]
-                again(index)
+                put_back(index)
                 outputs, results = take_outputs_apart(self._once(chunk))
                 roots = [
                     (tensor, grad)
@@ -216,7 +233,8 @@ class Call:
                 ]
                 chunks.append(self._follow(roots, leaves, sums, chunk, needs, found))
                 del outputs, results, roots, chunk
-        tiered.add_gradients(self.unit, sums)
+        if wanted:
+            tiered.add_gradients(self.unit, sums)
         if arguments.sizes is not None:
             for position, split in enumerate(arguments.splits):
                 if split and needs[position]:
@@ -280,7 +298,7 @@ class Call:
         now = RandomState.now(device) if drawn else None
         present = {(module, name): module._buffers[name] for changed in self._buffers for module, name in changed}
 
-        def again(index: int) -> None:
+        def put_back(index: int) -> None:
             random = self._random[index]
             if random is not None:
                 random.set(device)
@@ -288,7 +306,7 @@ class Call:
                 module._buffers[name] = value.clone()
 
         try:
-            yield again
+            yield put_back
         finally:
             for (module, name), buffer in present.items():
                 module._buffers[name] = buffer
@@ -381,7 +399,6 @@ class _Run(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
-        call._check()
         return (None, None, *call.backward(ctx.saved_tensors, ctx.needs, grads))
 
 
@@ -420,18 +437,14 @@ class _Copies(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, None, None]:
         call: Call = ctx.call
-        call._check()
         tiered, unit = call.tiered, call.unit
-        before = tiered.buffers.acting_for(call._owner)
-        try:
-            sums = tiered.sums_so_far(unit)
-            for weight, grad in zip(ctx.weights, grads, strict=True):
-                if grad is not None:
-                    sums[weight] = sums[weight] + grad if weight in sums else grad
-            tiered.add_gradients(unit, sums)
-        finally:
-            call._end()
-            tiered.buffers.back_to(before)
+        with call.follows():
+            if tiered.wants_gradients():
+                sums = tiered.sums_so_far(unit)
+                for weight, grad in zip(ctx.weights, grads, strict=True):
+                    if grad is not None:
+                        sums[weight] = sums[weight] + grad if weight in sums else grad
+                tiered.add_gradients(unit, sums)
         return None, None, None
 
 

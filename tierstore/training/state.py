@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import random
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,6 +41,7 @@ class State:
         self._warned = False
         self._versions: dict[tuple[nn.Module, str], tuple[Tensor, int]] = {}
         self._restored: set[str] = set()
+        self._before_commit: Callable[[], None] | None = None
 
     def open(self) -> None:
         """The model is attached: take over what the commit has of gradients and buffers."""
@@ -61,11 +63,21 @@ class State:
             for attribute, buffer in module._buffers.items():
                 if buffer is not None:
                     self._versions[module, attribute] = (buffer, buffer._version)
-        store.engine.before_commit.append(self.write)
+        # Weakly: the engine lives as long as its thread does, and is ended when nobody has the store any more.
+        this = weakref.WeakMethod(self.write)
+
+        def write() -> None:
+            present = this()
+            if present is not None:
+                present()
+
+        self._before_commit = write
+        store.engine.before_commit.append(write)
 
     def close(self) -> None:
         """The model is detached."""
-        self._tiered.store.engine.before_commit.remove(self.write)
+        assert self._before_commit is not None
+        self._tiered.store.engine.before_commit.remove(self._before_commit)
 
     # -- writing -----------------------------------------------------------------------------------------------------------
 

@@ -77,12 +77,10 @@ class WeightBlock:
     Attributes:
         name: The block's name in the store.
         weights: In the order of `model.parameters()`; either all trainable or all frozen.
-        version: Counts updates: what a forward pass computed with is not what a later one has.
     """
 
     name: str
     weights: list[Weight]
-    version: int = 0
 
     @property
     def trainable(self) -> bool:
@@ -97,6 +95,7 @@ class Unit:
         name: The module's full name.
         flat: Modules among them that keep a second list of their parameters (recurrent ones).
         inside: Ids of the module and all below it: those whose parameters are in place while the unit runs.
+        census: The modules below each of them, and how many parameters it has: where these are computed again, none may come or go.
         inner: Units for the modules below, for when one of them is called without this one.
         places: (module, attribute, weight) of every parameter to be put in its place while the unit runs.
         blocks: What it leases, each once.
@@ -111,6 +110,7 @@ class Unit:
     buffers: list[tuple[nn.Module, str]] = field(default_factory=list)
     inner: list[Unit] = field(default_factory=list)
     flat: list[nn.Module] = field(default_factory=list)
+    census: list[tuple[nn.Module, tuple[nn.Module | None, ...], int]] = field(default_factory=list)
     inside: frozenset[int] = frozenset()
 
     @property
@@ -296,7 +296,9 @@ def _units(model: nn.Module, layers: Sequence[nn.Module], weights: dict[int, Wei
             return None
         buffers = [(owner, attribute) for owner in within for attribute, buffer in owner._buffers.items() if buffer is not None]
         flat = [owner for owner in within if hasattr(owner, "_flat_weights_names")]
-        return Unit(name, module, kind, places, buffers=buffers, flat=flat, inside=frozenset(map(id, within)))
+        watched = within if kind is not Kind.SCOPE else []
+        census = [(owner, tuple(owner._modules.values()), len(owner._parameters)) for owner in watched]
+        return Unit(name, module, kind, places, buffers=buffers, flat=flat, census=census, inside=frozenset(map(id, within)))
 
     def add(name: str, module: nn.Module, kind: Kind, within: list[nn.Module]) -> None:
         unit = unit_of(name, module, kind, within)
