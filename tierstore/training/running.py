@@ -42,6 +42,9 @@ class Call:
     """
 
     def __init__(self, tiered: Tiered, unit: Unit, forward: Callable[..., Any], arguments: Arguments) -> None:
+        self._awaited = False
+        self._ended = False
+        self._kept: list[Kept | None] = []
         self.tiered = tiered
         self.unit = unit
         self.arguments = arguments
@@ -52,10 +55,7 @@ class Call:
         self._buffers: list[dict[Buffer, Tensor]] = []
         tiered.settle(unit.blocks)  # before the versions are noted with which it computes
         self._versions = [block.version for block in unit.blocks]
-        self._kept: list[Kept | None] = []
         self._num_inputs = 0
-        self._awaited = False
-        self._ended = False
         self._owner = tiered.buffers.owner
 
     def __del__(self) -> None:
