@@ -124,12 +124,16 @@ class Stepper:
         Returns:
             Options that the step has changed.
         """
+        new: New = {}
         names = list(chunk.blocks)
         if not names:
-            return self._step(chunk, weights, gradients, hyper, {})
-        with self._buffers.lease(*names, write=names) as leased:
-            mappings = (leased,) if len(names) == 1 else leased
-            return self._step(chunk, weights, gradients, hyper, dict(zip(names, mappings, strict=True)))
+            changed = self._step(chunk, weights, gradients, hyper, {}, new)
+        else:
+            with self._buffers.lease(*names, write=names) as leased:
+                mappings = (leased,) if len(names) == 1 else leased
+                changed = self._step(chunk, weights, gradients, hyper, dict(zip(names, mappings, strict=True)), new)
+        self._keep(chunk, new)
+        return changed
 
     @torch.no_grad()
     def _step(
@@ -139,11 +143,11 @@ class Stepper:
         gradients: Mapping[Weight, Callable[[Piece], Tensor]],
         hyper: dict[str, Any],
         state: dict[str, Mapping[str, Tensor]],
+        new: New,
     ) -> dict[str, Any]:
         def stored(piece: Piece, key: str) -> Tensor:
             return state[chunk.tensors[piece][key]][f"{key}.{piece.key}"]
 
-        new: New = {}
         leaves = {piece: self._leaf(chunk, piece, weights, stored, new) for piece in chunk.pieces}
         inner = chunk.inner
         if inner is None:
@@ -173,7 +177,6 @@ class Stepper:
                 self._note_state(chunk, piece, inner.state.get(leaves[piece], {}), stored, new)
                 if self._master_dtype is not None:
                     piece.of(weights[piece.weight.name]).copy_(leaves[piece])
-            self._keep(chunk, new)
             return {key: group[key] for key, value in hyper.items() if group[key] is not value}
         finally:
             group["params"] = []
@@ -199,6 +202,10 @@ class Stepper:
             piece.of(weights[piece.weight.name]).copy_(leaf)
         elif MASTER in chunk.tensors[piece]:
             stored(piece, MASTER).copy_(leaf)
+
+    def made_state(self, leaf: Tensor) -> dict[str, Any]:
+        """The state that a parameter has before its first step, of classes that make it when they are made."""
+        return dict(self._factory([leaf], **self._options).state.get(leaf, {}))
 
     @staticmethod
     def _note_made(chunk: Chunk, leaves: Mapping[Piece, Tensor], new: New) -> None:
@@ -232,7 +239,17 @@ class Stepper:
         tensors = {(piece, key): value for (piece, key), value in new.items() if value.numel() > 1}
         if not tensors:
             return
+        # One block for all: pieces whose first gradient comes later than that of others do not each get one of their own.
+        before = list(chunk.blocks)
+        if before:
+            with self._buffers.lease(*before) as leased:
+                blocks = dict(zip(before, (leased,) if len(before) == 1 else leased, strict=True))
+                for piece, names in chunk.tensors.items():
+                    tensors.update({(piece, key): blocks[name][f"{key}.{piece.key}"].clone() for key, name in names.items()})
         self._new_block(chunk, tensors)
+        for name in before:
+            chunk.blocks.remove(name)
+            self._buffers.delete(name)
 
     def replace(self, chunk: Chunk, new: New, values: dict[Piece, dict[str, Any]]) -> None:
         """Have this state and no other."""
@@ -245,7 +262,7 @@ class Stepper:
             self._new_block(chunk, new)
 
     def _new_block(self, chunk: Chunk, tensors: New) -> None:
-        name = chunk.name if not chunk.blocks else f"{chunk.name}+{len(chunk.blocks)}"
+        name = next(name for name in (chunk.name, f"{chunk.name}+") if name not in chunk.blocks)
         self._buffers.declare(name, [(f"{key}.{piece.key}", value.dtype, tuple(value.shape)) for (piece, key), value in tensors.items()])
         with self._buffers.lease(name, write=[name], fresh=[name]) as block:
             for (piece, key), value in tensors.items():
