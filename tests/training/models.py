@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 WIDTH = 32
-VOCABULARY = 48
+VOCABULARY = 30
 
 
 class Mlp(nn.Module):
@@ -140,8 +140,8 @@ class Vision(nn.Module):
     class Layer(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.spatial = nn.ModuleList([nn.Conv2d(24, 24, 3, padding=1, groups=24) for _ in range(2)])
-            self.pointwise = nn.ModuleList([nn.Conv2d(24, 24, 1) for _ in range(2)])
+            self.spatial = nn.ModuleList([nn.Conv2d(24, 24, 3, padding=1, groups=24, bias=False) for _ in range(2)])
+            self.pointwise = nn.ModuleList([nn.Conv2d(24, 24, 1, bias=False) for _ in range(2)])
             self.norms = nn.ModuleList([nn.BatchNorm2d(24) for _ in range(2)])
 
         def forward(self, x: Tensor) -> Tensor:

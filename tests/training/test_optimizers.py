@@ -18,9 +18,10 @@ from tierstore.errors import CapacityError, OptionError, TrainingError
 from tierstore.testing.reference import resident_reference
 from tierstore.training import Tiered, TieredOptimizer, attach
 
-GPU = 36 << 10
+GPU = 44 << 10
 """Less than half of what the model `stack` has."""
 RAM = 160 << 10
+LAYERS = 8
 
 # -- optimizers as users write them --------------------------------------------------------------------------------------
 
@@ -120,7 +121,7 @@ Make = Callable[[torch.optim.Optimizer], Any]
 
 @contextlib.contextmanager
 def streamed(directory: Path, name: str = "stack", gpu: int = GPU, ram: int = RAM) -> Iterator[tuple[nn.Module, Tiered]]:
-    model = build(name)
+    model = build(name, LAYERS)
     with TierStore(gpu=gpu, ram=ram, nvme=directory, device="cpu") as store:
         tiered = attach(model, store, list(model.layers))  # type: ignore[arg-type]
         yield model, tiered
@@ -147,7 +148,7 @@ def groups(model: nn.Module, which: Names | None) -> list[str] | None:
 
 def both(directory: Path, parts: list[Part], *, name: str = "stack", when: str = "deferred", schedule: Make | None = None, steps: int = 3) -> None:
     """Train streamed and resident, and compare all that comes out."""
-    plain = build(name)
+    plain = build(name, LAYERS)
     reference = resident_reference(plain, list(plain.layers))  # type: ignore[arg-type]
     theirs = []
     named = dict(plain.named_parameters())
@@ -172,7 +173,12 @@ def both(directory: Path, parts: list[Part], *, name: str = "stack", when: str =
 
 
 def compare_states(mine: dict[str, Any], other: dict[str, Any]) -> None:
-    assert mine["param_groups"] == other["param_groups"]
+    # Which implementation torch takes is resolved here when the optimizer is made, and by torch in each step.
+    groups = [
+        [{key: value for key, value in group.items() if key not in ("foreach", "fused")} for group in state["param_groups"]]
+        for state in (mine, other)
+    ]
+    assert groups[0] == groups[1]
     assert mine["state"].keys() == other["state"].keys()
     for number, state in other["state"].items():
         assert mine["state"][number].keys() == state.keys()
@@ -244,7 +250,7 @@ def test_schedules_move_on_before_updates_are_carried_out(schedule: Make, when: 
 
 
 def test_groups_by_names_patterns_and_parameters(tmp_path: Path) -> None:
-    model = build("stack")
+    model = build("stack", LAYERS)
     before = dict(model.named_parameters())
     with TierStore(gpu=GPU, ram=RAM, nvme=tmp_path, device="cpu") as store:
         tiered = attach(model, store, list(model.layers))  # type: ignore[arg-type]
@@ -252,19 +258,19 @@ def test_groups_by_names_patterns_and_parameters(tmp_path: Path) -> None:
             {"params": ["into.weight", "layers.0.*"], "lr": 0.1},
             {"params": [before["out.weight"]], "lr": 0.2},
             {"params": [model.out.bias, *model.layers[1].named_parameters()], "momentum": 0.5},  # type: ignore[union-attr, index]
-            {"params": "layers.[2-5].*"},
+            {"params": "layers.[2-7].*"},
         ]
         optimizer = TieredOptimizer(tiered, torch.optim.SGD, params=params, lr=0.3)
         sizes = [len(group["params"]) for group in optimizer.param_groups]
         layer = len(list(model.layers[0].parameters()))  # type: ignore[index]
-        assert sizes == [1 + layer, 1, 1 + layer, 4 * layer]
+        assert sizes == [1 + layer, 1, 1 + layer, 6 * layer]
         assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.2, 0.3, 0.3]
         assert optimizer.param_groups[2]["momentum"] == 0.5
         loop(model, [optimizer], [], 2)
         tiered.detach()
-    plain = build("stack")
+    plain = build("stack", LAYERS)
     named = dict(plain.named_parameters())
-    layers = [[name for name in named if name.startswith(f"layers.{number}.")] for number in range(6)]
+    layers = [[name for name in named if name.startswith(f"layers.{number}.")] for number in range(LAYERS)]
     members = [["into.weight", *layers[0]], ["out.weight"], ["out.bias", *layers[1]], [name for layer in layers[2:] for name in layer]]
     options: list[dict[str, Any]] = [{"lr": 0.1}, {"lr": 0.2}, {"momentum": 0.5}, {}]
     torch_optimizer = torch.optim.SGD(
@@ -290,11 +296,11 @@ INTERCHANGE = [
 @pytest.mark.parametrize(("factory", "options"), INTERCHANGE, ids=[factory.__name__ for factory, _ in INTERCHANGE])
 @pytest.mark.parametrize("model", ["stack", "experts"])
 def test_state_goes_from_resident_to_tiered_and_back(model: str, factory: Any, options: dict[str, Any], tmp_path: Path) -> None:
-    plain = build(model)
+    plain = build(model, LAYERS)
     optimizer = factory(plain.parameters(), **options)
     wanted = [loop(plain, [optimizer], [], 2, model, seed) for seed in (1, 2, 3)]
 
-    here = build(model)
+    here = build(model, LAYERS)
     resident = factory(here.parameters(), **options)
     losses = [loop(here, [resident], [], 2, model, 1)]
     with TierStore(gpu=GPU, ram=RAM, nvme=tmp_path, device="cpu") as store:
@@ -390,7 +396,7 @@ def test_a_coupled_optimizer_on_a_parameter_too_large_for_the_device(tmp_path: P
 @pytest.mark.parametrize("factory", [torch.optim.AdamW, torch.optim.Adafactor, torch.optim.RMSprop])
 def test_what_is_not_refused_when_it_is_made_does(gpu: int, factory: Any, tmp_path: Path) -> None:
     """An update that did not find its room in one piece failed in the middle of training."""
-    model = build("stack")
+    model = build("stack", LAYERS)
     with TierStore(gpu=gpu * 4096, ram=RAM, nvme=tmp_path, device="cpu") as store:
         try:
             tiered = attach(model, store, list(model.layers))  # type: ignore[arg-type]

@@ -296,9 +296,6 @@ class TieredOptimizer(torch.optim.Optimizer):
         self.tiered._check_attached()
         self.tiered.state.warn_unless_resumed()
         self.finish()
-        for job in self._changed:
-            self._note_changed(job)
-        self._changed.clear()
         hyper = self._snapshot()
         coefficients, self._coefficients = self._coefficients, []
         self._norms.clear()
@@ -410,8 +407,11 @@ class TieredOptimizer(torch.optim.Optimizer):
                     self.tiered.store.engine.unsettled.pop(block.name, None)
 
     def finish(self) -> None:
-        """Carry out all that is pending."""
+        """Carry out all that is pending, and have the groups' options as the steps have left them."""
         self.settle(list(self._pending))
+        for job in self._changed:
+            self._note_changed(job)
+        self._changed.clear()
 
     def _run(self, block: WeightBlock, job: Job) -> None:
         self._update(block, job, None)

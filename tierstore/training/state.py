@@ -95,6 +95,7 @@ class State:
         tiered.store.put(BLOCK, {"json": text, **{f"tensor {name}": tensor for name, tensor in tensors.items()}})
 
     def _describe(self, optimizer: TieredOptimizer, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        optimizer.finish()  # nothing is pending; but what the steps have changed of the options is to be there
         groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
         return {
             "class": optimizer.class_name,
