@@ -1,4 +1,7 @@
-"""Small models for training tests: each a function of a seed, and the batches that go with it."""
+"""Small models for training tests: each a function of a seed, and the batches that go with it.
+
+Made of many small layers rather than a few large ones: half the parameters' bytes must be room for a layer and its update.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +13,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 WIDTH = 32
-VOCABULARY = 48
+VOCABULARY = 30
 
 
 class Mlp(nn.Module):
     def __init__(self, width: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
+        self.up = nn.Linear(width, width)
+        self.gate = nn.Linear(width, width)
+        self.down = nn.Linear(width, width)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.dropout(self.down(torch.relu(self.up(self.norm(x)))))
+        y = self.norm(x)
+        return x + self.dropout(self.down(torch.relu(self.up(y)) * self.gate(y)))
 
 
 class Attention(nn.Module):
@@ -31,7 +36,9 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int = 4, dropout: float = 0.0) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
         self.out = nn.Linear(width, width)
         self.mlp = Mlp(width, dropout)
         self.heads = heads
@@ -39,7 +46,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, *, bias: Tensor | None = None, info: dict[str, int] | None = None) -> tuple[Tensor, dict[str, int] | None]:
         batch, time, width = x.shape
-        q, k, v = self.qkv(self.norm(x)).view(batch, time, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        y = self.norm(x)
+        q, k, v = (part(y).view(batch, time, self.heads, -1).transpose(1, 2) for part in (self.query, self.key, self.value))
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=self.dropout if self.training else 0.0)
         x = x + self.out(mixed.transpose(1, 2).reshape(batch, time, width))
         return self.mlp(x), info
@@ -67,7 +75,7 @@ class Language(nn.Module):
 class Stack(nn.Module):
     """Nothing but equal layers between two linear ones."""
 
-    def __init__(self, layers: int = 8) -> None:
+    def __init__(self, layers: int = 6) -> None:
         super().__init__()
         self.into = nn.Linear(8, WIDTH)
         self.layers = nn.ModuleList([Mlp(WIDTH) for _ in range(layers)])
@@ -83,10 +91,10 @@ class Stack(nn.Module):
 class Twice(nn.Module):
     """A layer that is used twice, weights shared between layers, a frozen layer, and one that is frozen in part."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: int = 7) -> None:
         super().__init__()
         self.into = nn.Linear(8, WIDTH)
-        self.layers = nn.ModuleList([Mlp(WIDTH) for _ in range(7)])
+        self.layers = nn.ModuleList([Mlp(WIDTH) for _ in range(layers)])
         self.layers[3].up.weight = self.layers[1].up.weight
         self.layers[4].requires_grad_(False)
         self.layers[5].down.requires_grad_(False)
@@ -94,7 +102,7 @@ class Twice(nn.Module):
 
     def forward(self, x: Tensor, targets: Tensor) -> Tensor:
         x = self.into(x)
-        for index in (0, 1, 2, 0, 3, 4, 5, 6, 2):
+        for index in (0, 1, 2, 0, *range(3, len(self.layers)), 2):
             x = self.layers[index](x)
         return F.mse_loss(self.out(x).float(), targets)
 
@@ -113,7 +121,7 @@ class Experts(nn.Module):
             chosen = int(weights.argmax())
             return x + torch.tanh(self.experts[chosen](x)) * weights[chosen]
 
-    def __init__(self, layers: int = 8) -> None:
+    def __init__(self, layers: int = 6) -> None:
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, WIDTH)
         self.layers = nn.ModuleList([Experts.Layer() for _ in range(layers)])
@@ -132,13 +140,16 @@ class Vision(nn.Module):
     class Layer(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.convolution = nn.Conv2d(24, 24, 3, padding=1)
-            self.norm = nn.BatchNorm2d(24)
+            self.spatial = nn.ModuleList([nn.Conv2d(24, 24, 3, padding=1, groups=24, bias=False) for _ in range(2)])
+            self.pointwise = nn.ModuleList([nn.Conv2d(24, 24, 1, bias=False) for _ in range(2)])
+            self.norms = nn.ModuleList([nn.BatchNorm2d(24) for _ in range(2)])
 
         def forward(self, x: Tensor) -> Tensor:
-            return x + torch.relu(self.norm(self.convolution(x)))
+            for spatial, pointwise, norm in zip(self.spatial, self.pointwise, self.norms, strict=True):
+                x = x + torch.relu(norm(pointwise(spatial(x))))
+            return x
 
-    def __init__(self, layers: int = 7) -> None:
+    def __init__(self, layers: int = 6) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 24, 3, padding=1)
         self.layers = nn.ModuleList([Vision.Layer() for _ in range(layers)])
@@ -167,11 +178,11 @@ class Seq2Seq(nn.Module):
             mixed = F.scaled_dot_product_attention(self.query(x), self.key(memory), self.value(memory))
             return self.mlp(x + mixed)
 
-    def __init__(self) -> None:
+    def __init__(self, layers: int = 6) -> None:
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, WIDTH)
-        self.encoder = nn.ModuleList([Mlp(WIDTH) for _ in range(4)])
-        self.decoder = nn.ModuleList([Seq2Seq.Cross() for _ in range(4)])
+        self.encoder = nn.ModuleList([Mlp(WIDTH) for _ in range(layers // 2)])
+        self.decoder = nn.ModuleList([Seq2Seq.Cross() for _ in range(layers // 2)])
         self.head = nn.Linear(WIDTH, VOCABULARY)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -185,11 +196,13 @@ class Seq2Seq(nn.Module):
 
 
 class Recurrent(nn.Module):
-    def __init__(self) -> None:
+    """Modules that keep a second list of their parameters, and return what has no rows of the batch in front."""
+
+    def __init__(self, layers: int = 6) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
-        self.layers = nn.ModuleList([nn.GRU(WIDTH, WIDTH, batch_first=True) for _ in range(5)])
-        self.head = nn.Linear(WIDTH, VOCABULARY)
+        self.embedding = nn.Embedding(VOCABULARY, 16)
+        self.layers = nn.ModuleList([nn.GRU(16, 16, num_layers=3, batch_first=True) for _ in range(layers)])
+        self.head = nn.Linear(16, VOCABULARY)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         x = self.embedding(tokens)
@@ -206,14 +219,16 @@ class Zoo:
     """One kind of model.
 
     Attributes:
-        make: Builds it.
+        make: Builds it with so many layers, 6 or more.
+        layers: As many as let half the parameters be room for a layer and its update, where that has to take whole parameters.
         batch: Makes a batch of so many rows from a generator.
         splits: Whether its layers may be split into micro-batches.
     """
 
-    make: Callable[[], nn.Module]
+    make: Callable[[int], nn.Module]
     batch: Callable[[int, torch.Generator], Batch]
     splits: bool = True
+    layers: int = 10
 
 
 def _tokens(rows: int, generator: torch.Generator) -> Batch:
@@ -233,15 +248,15 @@ MODELS = {
     "stack": Zoo(Stack, _rows),
     "twice": Zoo(Twice, _rows),
     "experts": Zoo(Experts, _tokens),
-    "vision": Zoo(Vision, _images, splits=False),
+    "vision": Zoo(Vision, _images, splits=False, layers=14),
     "seq2seq": Zoo(Seq2Seq, _tokens),
     "recurrent": Zoo(Recurrent, _tokens, splits=False),
 }
 
 
-def build(name: str, seed: int = 0) -> nn.Module:
+def build(name: str, layers: int = 6, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
-    return MODELS[name].make()
+    return MODELS[name].make(layers)
 
 
 def batches(name: str, count: int, rows: int, seed: int = 1) -> Iterator[Batch]:

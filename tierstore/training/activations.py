@@ -18,7 +18,7 @@ SMALL = 1 << 16
 """Tensors of fewer bytes stay on the device: to move them would cost more than they take."""
 
 Key = tuple[torch.dtype, tuple[int, ...]]
-Place = tuple[int, int, torch.dtype, torch.Size, tuple[int, ...]]
+Place = tuple[int, int, int, torch.dtype, torch.Size, tuple[int, ...]]
 
 
 @dataclass(eq=False, slots=True)
@@ -29,7 +29,7 @@ class Kept:
         name: The block.
         shape, stride: Of the tensor; the block has the same elements in the order in which they lie in memory.
         here: Where it lay on the device, and with which content.
-        memory: Tells whether that memory is still its own, or may have been given to another tensor since.
+        memory: Tells whether that memory is still the tensor's: what was let go is soon another's.
         uses: How many calls still need it.
     """
 
@@ -62,7 +62,8 @@ class Activations:
     def keep(self, tensor: Tensor) -> Kept:
         """Copy a tensor that suits into the store. One that several units take is kept once, while any of them needs it."""
         self._collect()
-        here = (tensor.data_ptr(), tensor._version, tensor.dtype, tensor.shape, tensor.stride())
+        memory = StorageWeakRef(tensor.untyped_storage())
+        here = (int(memory.cdata), int(tensor.storage_offset()), tensor._version, tensor.dtype, tensor.shape, tensor.stride())
         kept = self._here.get(here)
         if kept is not None and not kept.memory.expired():
             kept.uses += 1
@@ -79,7 +80,7 @@ class Activations:
             self._buffers.declare(name, [("x", tensor.dtype, tuple(flat.shape))], hold=self._tier)
         with self._buffers.lease(name, write=[name], fresh=[name]) as block:
             block["x"].copy_(flat)
-        self._here[here] = kept = Kept(name, key, tensor.shape, tensor.stride(), here, StorageWeakRef(tensor.untyped_storage()))
+        self._here[here] = kept = Kept(name, key, tensor.shape, tensor.stride(), here, memory)
         return kept
 
     def look_at(self, kept: Kept) -> Tensor:

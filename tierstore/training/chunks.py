@@ -119,7 +119,7 @@ class Stepper:
         state: Mapping[str, Mapping[str, Tensor]],
         hyper: dict[str, Any],
         begin: Callable[[], None],
-    ) -> dict[str, Any]:
+    ) -> tuple[dict[str, Any], New]:
         """One step on one chunk. Inside a lease of its weights and state (to be written) and of its gradients.
 
         Args:
@@ -131,13 +131,13 @@ class Stepper:
             begin: Called when values are about to change: until then a step that failed may be taken again.
 
         Returns:
-            Options that the step has changed.
+            Options that the step has changed, and state that it has made, to be given to `keep` once the lease of the old has ended.
         """
+        new: New = {}
 
         def stored(piece: Piece, key: str) -> Tensor:
             return state[chunk.tensors[piece][key]][f"{key}.{piece.key}"]
 
-        new: New = {}
         leaves = {piece: self._leaf(chunk, piece, weights, stored, new) for piece in chunk.pieces}
         inner = chunk.inner
         if inner is None:
@@ -168,8 +168,11 @@ class Stepper:
                 self._note_state(chunk, piece, inner.state.get(leaves[piece], {}), stored, new)
                 if self._master_dtype is not None:
                     piece.of(weights[piece.weight.name]).copy_(leaves[piece])
-            self._keep(chunk, new)
-            return {key: group[key] for key, value in hyper.items() if group[key] is not value}
+            owns = self._buffers.store.engine.device.owns
+            for key, value in new.items():
+                if owns(value):  # the gradient itself, say
+                    new[key] = value.clone()
+            return {key: group[key] for key, value in hyper.items() if group[key] is not value}, new
         finally:
             group["params"] = []
             inner.state.clear()
@@ -195,6 +198,10 @@ class Stepper:
         elif MASTER in chunk.tensors[piece]:
             stored(piece, MASTER).copy_(leaf)
 
+    def made_state(self, leaf: Tensor) -> dict[str, Any]:
+        """The state that a parameter has before its first step, of classes that make it when they are made."""
+        return dict(self._factory([leaf], **self._options).state.get(leaf, {}))
+
     @staticmethod
     def _note_made(chunk: Chunk, leaves: Mapping[Piece, Tensor], new: New) -> None:
         """State that the optimizer makes when it is made."""
@@ -219,7 +226,7 @@ class Stepper:
             else:
                 new[piece, key] = value
 
-    def _keep(self, chunk: Chunk, new: New) -> None:
+    def keep(self, chunk: Chunk, new: New) -> None:
         """State that a step has created becomes a block."""
         for (piece, key), value in new.items():
             if value.numel() <= 1:
@@ -227,7 +234,17 @@ class Stepper:
         tensors = {(piece, key): value for (piece, key), value in new.items() if value.numel() > 1}
         if not tensors:
             return
+        # One block for all: pieces whose first gradient comes later than that of others do not each get one of their own.
+        before = list(chunk.blocks)
+        if before:
+            with self._buffers.lease(*before) as leased:
+                blocks = dict(zip(before, (leased,) if len(before) == 1 else leased, strict=True))
+                for piece, names in chunk.tensors.items():
+                    tensors.update({(piece, key): blocks[name][f"{key}.{piece.key}"].clone() for key, name in names.items()})
         self._new_block(chunk, tensors)
+        for name in before:
+            chunk.blocks.remove(name)
+            self._buffers.delete(name)
 
     def replace(self, chunk: Chunk, new: New, values: dict[Piece, dict[str, Any]]) -> None:
         """Have this state and no other."""
@@ -240,7 +257,7 @@ class Stepper:
             self._new_block(chunk, new)
 
     def _new_block(self, chunk: Chunk, tensors: New) -> None:
-        name = chunk.name if not chunk.blocks else f"{chunk.name}+{len(chunk.blocks)}"
+        name = next(name for name in (chunk.name, f"{chunk.name}+") if name not in chunk.blocks)
         self._buffers.declare(name, [(f"{key}.{piece.key}", value.dtype, tuple(value.shape)) for (piece, key), value in tensors.items()])
         with self._buffers.lease(name, write=[name], fresh=[name]) as block:
             for (piece, key), value in tensors.items():

@@ -10,6 +10,11 @@ is to follow. All three give the same bits.
 A schedule moves on, and `zero_grad()` is called, before a deferred update is carried out. So `step()` takes a snapshot of every option of
 every group, and of the clip coefficients; and `zero_grad()` takes gradients that are still to be used away from the parameters, but does
 not erase them.
+
+[Note: Room for an update]
+An update leases weights, then gradients, then state. What is leased stays where it is, and an extent is one piece: the weights may part
+the rest of the device in two, and the gradients that in three. So there is certainly room only if the largest of two equal parts holds
+the gradients, and the largest of three the state, in whole pages.
 """
 
 from __future__ import annotations
@@ -25,12 +30,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tierstore.catalog import PAGE, TENSOR_ALIGNMENT, round_up
 from tierstore.errors import CapacityError, OptionError, TrainingError
 from tierstore.residency import Tier
 from tierstore.training.chunks import MASTER, PREFIX, Chunk, Factory, Stepper, cut
 from tierstore.training.gradients import Part, Piece, Sums
 from tierstore.training.layers import Tiered
 from tierstore.training.parameters import grouped
+from tierstore.training.probe import MAX_NDIM, Kind
 from tierstore.training.rules import Rules, resolved_implementation, rules_of
 from tierstore.training.structure import Weight, WeightBlock
 
@@ -133,7 +140,10 @@ class TieredOptimizer(torch.optim.Optimizer):
         self._writes_gradients = any(rules.writes_gradients for rules in self._rules.values())
         likes = [torch.empty(0, dtype=master_dtype or weight.dtype, device=tiered.device) for weight in weights]
         options = {**options, **resolved_implementation(factory, options, likes)}
-        defaults = factory([torch.zeros(1, dtype=next(iter(dtypes)), device=tiered.device)], **options).defaults
+        self._check_accepted(factory_name(factory), weights)
+        like = next(iter(weights))
+        sample = torch.zeros([1] * len(like.shape), dtype=master_dtype or like.dtype, device=tiered.device)
+        defaults = factory([sample], **options).defaults
         self._weights: dict[Weight, int] = weights
         super().__init__(groups, defaults)
         self._stepper = Stepper(tiered.buffers, factory, options, master_dtype, factory_name(factory))
@@ -147,6 +157,18 @@ class TieredOptimizer(torch.optim.Optimizer):
         self._cut()
         tiered.optimizers.append(self)
         tiered.state.restore_optimizer(self)
+
+    def _check_accepted(self, name: str, weights: Iterable[Weight]) -> None:
+        for weight in weights:
+            rules = self._rules[self.master_dtype or weight.dtype]
+            if not rules.accepts(weight.shape):
+                raise OptionError(
+                    f"{name} does not take parameter {weight.name!r}",
+                    need=f"parameters of {' or '.join(map(str, sorted(rules.ndims)))} dimensions",
+                    have=f"one of shape {tuple(weight.shape)}",
+                    remedy="name those that it takes in params=, and give the rest to another optimizer",
+                    optimizer=name,
+                )
 
     def __repr__(self) -> str:
         return f"<TieredOptimizer {self.class_name}: {len(self._weights)} parameters, updated in {self.when!r}>"
@@ -185,20 +207,34 @@ class TieredOptimizer(torch.optim.Optimizer):
         return max(self._rules[dtype].state_bytes_per_element + own, weight.dtype.itemsize)
 
     def _check_fits(self, block: WeightBlock, chunks: Collection[Chunk], device_bytes: int) -> None:
+        """Refuse what an update could not lease. See [Note: Room for an update]."""
         weights = self.tiered.store.info(block.name).nbytes
         for chunk in chunks:
-            numel = sum(piece.numel for piece in chunk.pieces)
-            state = sum(piece.numel * self._bytes_per_element(piece.weight) for piece in chunk.pieces)
-            need = weights + int(state) + (numel * chunk.pieces[0].weight.dtype.itemsize if self.when != "backward" else 0)
+            gradient = 0 if self.when == "backward" else _extent(piece.numel * piece.weight.dtype.itemsize for piece in chunk.pieces)
+            state = _extent(size for piece in chunk.pieces for size in self._state_sizes(piece))
+            need = weights + max(0, 2 * gradient - PAGE)
+            if state:
+                need = max(need, weights + gradient + max(0, (3 if gradient else 2) * (state - PAGE)) + PAGE)
             if need > device_bytes:
                 largest = max(chunk.pieces, key=lambda piece: piece.numel).weight
                 raise CapacityError(
                     f"an update by {self._stepper.name} of {largest.name!r} does not fit the device",
-                    need=f"{need} bytes for the weights of {block.name!r}, and gradient and state of {numel} of them",
+                    need=f"{need} bytes, for {weights} of weights of {block.name!r}, and {gradient + state} of gradient and state, each in "
+                    "one piece",
                     have=f"{device_bytes} bytes",
                     remedy="name smaller modules in layers=, use an optimizer that is elementwise (AdamW is), or raise gpu=",
                     block=block.name,
                 )
+
+    def _state_sizes(self, piece: Piece) -> list[int]:
+        """Bytes of the tensors that hold the state of a piece, master included, at most."""
+        dtype = self.master_dtype or piece.weight.dtype
+        rules = self._rules[dtype]
+        sizes = [piece.numel * dtype.itemsize] if self.master_dtype is not None else []
+        own = rules.state_bytes(piece.shape)
+        total = own if own is not None else int(piece.numel * rules.state_bytes_per_element)
+        count = sum(entry.ndim == min(len(piece.shape), MAX_NDIM) and entry.kind in (Kind.SAME, Kind.OTHER) for entry in rules.entries)
+        return sizes + [-(-total // count)] * count if count else sizes
 
     def refresh_parts(self, block: WeightBlock) -> None:
         """The gradients of a block were cut anew: find those of each chunk."""
@@ -266,9 +302,6 @@ class TieredOptimizer(torch.optim.Optimizer):
         self.tiered._check_attached()
         self.tiered.state.warn_unless_resumed()
         self.finish()
-        for job in self._changed:
-            self._note_changed(job)
-        self._changed.clear()
         hyper = self._snapshot()
         coefficients = list(self._coefficients)
         self._norms.clear()
@@ -392,8 +425,11 @@ class TieredOptimizer(torch.optim.Optimizer):
                     self.tiered.store.engine.unsettled.pop(block.name, None)
 
     def finish(self) -> None:
-        """Carry out all that is pending."""
+        """Carry out all that is pending, and have the groups' options as the steps have left them."""
         self.settle(list(self._pending))
+        for job in self._changed:
+            self._note_changed(job)
+        self._changed.clear()
 
     def _run(self, block: WeightBlock, job: Job, given: Sums | None = None) -> None:
         """Update one block.
@@ -490,11 +526,12 @@ class TieredOptimizer(torch.optim.Optimizer):
                 return self._prepared(raw, piece.weight, job.coefficients)
 
             gradients = dict.fromkeys(weights, gradient)
-            changed = self._stepper.step(chunk, values, gradients, leased, job.hyper[chunk.group], lambda: job.begun.add(chunk))
-            if changed:
-                job.changed.setdefault(chunk.group, {}).update(changed)
-            if rewrite and len(weights) < len({piece.weight for piece in chunk.pieces}):
-                self._rewrite([chunk], values)
+            changed, new = self._stepper.step(chunk, values, gradients, leased, job.hyper[chunk.group], lambda: job.begun.add(chunk))
+        self._stepper.keep(chunk, new)
+        if changed:
+            job.changed.setdefault(chunk.group, {}).update(changed)
+        if rewrite and len(weights) < len({piece.weight for piece in chunk.pieces}):
+            self._rewrite([chunk], values)
 
     def _rewrite(self, chunks: Iterable[Chunk], values: Mapping[str, Tensor]) -> None:
         """Narrow masters into weights that no step has written."""
@@ -590,6 +627,10 @@ class TieredOptimizer(torch.optim.Optimizer):
             blocks: dict[str, Any] = {name: self.tiered.store.read(name) for name in dict.fromkeys(chunk.tensors[piece].values())}
             for key, name in chunk.tensors[piece].items():
                 parts.setdefault(key, []).append(blocks[name][f"{key}.{piece.key}"])
+        if not found and not parts and self._rules[self.master_dtype or weight.dtype].state_at_construction:
+            value = self.tiered.store.read(weight.block.name)[weight.name]  # type: ignore[index]
+            leaf = value.to(self.tiered.device, self.master_dtype or weight.dtype)
+            found.update(self._stepper.made_state(leaf))
         for key, tensors in parts.items():
             found[key] = tensors[0] if len(pieces) == 1 else torch.cat([tensor.reshape(-1) for tensor in tensors]).view(weight.shape)
         return {key: value.cpu().clone() if isinstance(value, Tensor) else value for key, value in found.items()}
@@ -696,6 +737,12 @@ def _total(norms: list[Tensor], norm_type: float) -> Tensor:
         norms = [norm for (grouped, _) in of_dtypes.values() for norm in grouped[0] if norm is not None]
     total: Tensor = torch.linalg.vector_norm(torch.stack(norms), norm_type)
     return total
+
+
+def _extent(sizes: Iterable[int]) -> int:
+    """Bytes of a block that holds tensors of these sizes; 0 if there are none."""
+    total = sum(round_up(size, TENSOR_ALIGNMENT) for size in sizes)
+    return round_up(total, PAGE)
 
 
 def _coefficient(total: Tensor, max_norm: float) -> Tensor:

@@ -42,6 +42,9 @@ class Call:
     """
 
     def __init__(self, tiered: Tiered, unit: Unit, forward: Callable[..., Any], arguments: Arguments) -> None:
+        self._awaited = False
+        self._ended = False
+        self._kept: list[Kept | None] = []
         self.tiered = tiered
         self.unit = unit
         self.arguments = arguments
@@ -50,10 +53,7 @@ class Call:
         self._autocast = Autocast.now(tiered.device.type)
         self._random: list[RandomState | None] = []
         self._buffers: list[dict[Buffer, Tensor]] = []
-        self._kept: list[Kept | None] = []
         self._num_inputs = 0
-        self._awaited = False
-        self._ended = False
         self._owner = tiered.buffers.owner
         tiered.settle(unit.blocks)  # before the versions are noted with which it computes
         self._versions = [tiered.version_of(block) for block in unit.blocks]

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from tierstore.catalog import PAGE
 from tierstore.errors import TensorError, TrainingError
 from tierstore.training.activations import PREFIX as ACTIVATIONS
 from tierstore.training.gradients import PREFIX as GRADIENTS
@@ -26,6 +28,11 @@ if TYPE_CHECKING:
 log = logging.getLogger("tierstore")
 
 BLOCK = "training/state"
+"""What does not fit goes on in `training/state/1` and so on. Together they are the bytes of one safetensors file."""
+
+SHARE = 4
+"""One takes at most one part in so many of the device, and of RAM."""
+
 VERSION = 1
 
 
@@ -47,8 +54,7 @@ class State:
         """The model is attached: take over what the commit has of gradients and buffers."""
         tiered, store = self._tiered, self._tiered.store
         if tiered.resumed and BLOCK in store:
-            stored = store.read(BLOCK)
-            assert isinstance(stored, dict)
+            stored = self._read()
             self._found = json.loads(bytes(stored.pop("json").numpy()))
             self._tensors = {name.removeprefix("tensor "): tensor for name, tensor in stored.items()}
             if self._found["version"] != VERSION:
@@ -103,10 +109,30 @@ class State:
             },
         }
         text = torch.frombuffer(bytearray(json.dumps(found, allow_nan=False).encode()), dtype=torch.uint8)
-        tiered.buffers.delete(BLOCK)
-        tiered.store.put(BLOCK, {"json": text, **{f"tensor {name}": tensor for name, tensor in tensors.items()}})
+        self._write({"json": text, **{f"tensor {name}": tensor for name, tensor in tensors.items()}})
+
+    def _write(self, tensors: dict[str, Tensor]) -> None:
+        """Put tensors into blocks, none of them large: a block has to fit the device, though nobody will ever want these there."""
+        store = self._tiered.store
+        capacities = [arena.capacity_bytes for arena in store.engine.placement.arenas.values()]
+        length = max(PAGE, min(capacities) // SHARE // PAGE * PAGE)
+        payload = torch.frombuffer(bytearray(save(tensors)), dtype=torch.uint8)
+        for name in [name for name in store if name == BLOCK or name.startswith(f"{BLOCK}/")]:
+            store.delete(name)
+        pieces = payload.split(length)
+        for number, piece in enumerate(pieces):
+            store.put(f"{BLOCK}/{number}" if number else BLOCK, piece)
+
+    def _read(self) -> dict[str, Tensor]:
+        """What `_write` was given."""
+        store = self._tiered.store
+        count = sum(name.startswith(f"{BLOCK}/") for name in store)
+        pieces = [store.read(f"{BLOCK}/{number}" if number else BLOCK) for number in range(count + 1)]
+        tensors: dict[str, Tensor] = load(b"".join(bytes(piece.numpy()) for piece in pieces if isinstance(piece, Tensor)))
+        return tensors
 
     def _describe(self, optimizer: TieredOptimizer, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        optimizer.finish()  # nothing is pending; but what the steps have changed of the options is to be there
         groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
         return {
             "class": optimizer.class_name,
