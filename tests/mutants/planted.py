@@ -509,7 +509,7 @@ MUTANTS = (
         ENGINE,
         "            capture.versions = capture.request.versions\n",
         "            capture.versions = {each: each.version for each in self.placement.records.values() if capture.request.covers(each)}\n",
-        rare=True,
+        suite="tests/test_blank.py",
     ),
     Mutant(
         "a lease that comes too late, or that an exception leaves, uses its blocks up",
