@@ -6,6 +6,7 @@ import pytest
 
 from tests.test_scheduler import Sim
 from tierstore.catalog import BlockId
+from tierstore.errors import CapacityError
 from tierstore.policies import Lookahead
 from tierstore.requests import Action, Lease, Order, Place, Record, Save, Use, Vacate
 from tierstore.residency import State, Tier
@@ -136,6 +137,51 @@ def test_nothing_is_fetched_ahead_into_an_extent_that_is_to_be_written_whole() -
     sim.pump()
     assert [order.record for order in sim.flying] == [weight]
     sim.check_lease(sim.leased(wanted))
+
+
+@pytest.mark.parametrize("used_up", [False, True])
+def test_bytes_on_their_way_to_ram_are_not_what_is_written_whole_meanwhile(used_up: bool) -> None:
+    sim = Sim(gpu=2, ram=4)
+    block = on_the_drive(sim)
+    hold = Place("main", (block,), tier=Tier.RAM)
+    sim.scheduler.submit(hold)
+    sim.pump()
+    sim.scheduler.cancel(hold)
+    lease = lease_at_once(sim, block, fresh=True, spent=used_up)
+    if used_up:
+        sim.release(lease)
+    sim.complete(only(sim, Action.READ))
+    sim.check_tiers()
+    assert block.ram.state is (State.ABSENT if used_up else State.STALE)
+    if not used_up:
+        sim.check_lease(lease)
+        sim.release(lease)
+        sim.use(block)
+
+
+def test_what_can_never_be_given_gives_back_what_it_was_given_at_once() -> None:
+    sim = Sim(gpu=4, ram=8)
+    weight, small, large = sim.put("w", 2), sim.declare("small", 1), sim.declare("large", 2)
+    lease = sim.leased(sim.ask("main", (weight,)))
+    with pytest.raises(CapacityError):
+        sim.ask("main", (small, large), fresh=(small, large))
+    assert (small.gpu.state, large.gpu.state) == (State.ABSENT, State.ABSENT)
+    sim.release(lease)
+    sim.use(small, large, fresh=True)
+
+
+def test_what_was_given_at_once_goes_when_the_rest_comes_too_late() -> None:
+    sim = Sim(gpu=4, ram=8)
+    weight, small, large = sim.put("w", 2), sim.declare("small", 1), sim.declare("large", 2)
+    lease = sim.leased(sim.ask("other", (weight,)))
+    wanted = sim.ask("main", (small, large), fresh=(small, large))
+    assert isinstance(wanted, Use)
+    sim.settle()
+    assert small.gpu.state is State.RESERVED
+    sim.scheduler.cancel(wanted)
+    assert (small.gpu.state, large.gpu.state) == (State.ABSENT, State.ABSENT)
+    assert sim.placement.blank_bytes == small.nbytes + large.nbytes
+    sim.release(lease)
 
 
 class Counting(Lookahead):

@@ -15,7 +15,7 @@ import random
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +29,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from tests.helpers import Hostile, Watched, check_invariants, dump
 from tierstore import TierStore
-from tierstore.catalog import ITEM_BYTES, PAGE
+from tierstore.catalog import ITEM_BYTES, PAGE, lay_out
 from tierstore.errors import (
     BlockExistsError,
     BlockNotFoundError,
@@ -40,6 +40,7 @@ from tierstore.errors import (
     TensorError,
     TierFullError,
 )
+from tierstore.mover import operations
 from tierstore.policies import Policy, resolve
 from tierstore.residency import Tier
 from tierstore.sync import CommitHandle, Use
@@ -185,6 +186,8 @@ class StoreMachine(RuleBasedStateMachine):
         self.directory: str | None = None
         self.actors = {True: Actor("main", True), False: Actor("worker", False)}
         self.blocks: dict[str, Model] = {}
+        self.blank: dict[str, Model] = {}  # declared, and without content: of these only the shapes count
+        self.declared: set[str] = set()  # those that fresh leases write and spent ones use up
         self.committed: dict[str, Model] = {}
         self.commits: list[tuple[CommitHandle, dict[str, Model]]] = []
         self.holds: dict[str, str] = {}
@@ -244,6 +247,7 @@ class StoreMachine(RuleBasedStateMachine):
         TOTALS["prefetches"] += sum(link.bytes_by_kind.get("prefetch", 0) for link in stats.links.values())
         TOTALS["compactions"] += stats.compactions
         TOTALS["commits"] += stats.commits
+        TOTALS["blank"] += len(self.blank)
         self._watched(store, store.close)
 
     @rule(gpu=st.integers(8, 128), ram=st.integers(12, 128), leased=st.booleans(), again=st.integers(0, 2))
@@ -260,6 +264,7 @@ class StoreMachine(RuleBasedStateMachine):
                 self._on(actor, held.context.__exit__, None, None, None)
             actor.leases.clear()
         self.holds.clear()
+        self.blank.clear()
         self.blocks = {name: block.copy() for name, block in self.committed.items()}
         largest = max((block.nbytes for block in self.blocks.values()), default=0) // PAGE
         self._open(max(gpu, largest), max(ram, largest))
@@ -375,18 +380,19 @@ class StoreMachine(RuleBasedStateMachine):
             try:
                 self._on(actor, self.open_store.put, name, given, tier=tier, frozen=frozen)
             except BlockExistsError:
-                assert name in self.blocks
+                assert name in self._all
                 return
             except TierFullError:
                 raise
             except CapacityError:
-                used = sum(block.nbytes for block in self.blocks.values())
+                used = sum(block.nbytes for block in self._all.values())
                 too_large = model.nbytes > min(self.gpu_bytes, self.room)
                 assert too_large or self.holds or (self.directory is None and used + model.nbytes > self.room)
                 assert name not in self.open_store
                 return
-            assert name not in self.blocks
+            assert name not in self._all
             self.blocks[name] = model
+            self.declared.discard(name)
             for value in values.values():
                 value.zero_()  # the store has its own copy
 
@@ -407,13 +413,137 @@ class StoreMachine(RuleBasedStateMachine):
             with pytest.raises(BlockNotFoundError):
                 self.open_store.info(name)
 
+    # -- blocks without content ----------------------------------------------------------------------------------------------
+
+    @property
+    def _all(self) -> dict[str, Model]:
+        return self.blocks | self.blank
+
+    @rule(numel=st.integers(1, 8000), who=WHO)
+    def declare(self, numel: int, who: bool) -> None:
+        self.seed += 1
+        name = f"declared {self.seed}"
+        store, model = self.open_store, Model({name: torch.zeros(numel)}, single=True, frozen=False)
+        block = lay_out(name, [(name, "F32", (numel,))], single=True)
+        try:
+            self._on(self.actors[who], lambda: store._run(operations.declare(store.engine, block, threading.get_ident())))
+        except CapacityError:
+            used = sum(block.nbytes for block in self._all.values())
+            too_large = model.nbytes > min(self.gpu_bytes, self.room)
+            assert too_large or self.holds or (self.directory is None and used + model.nbytes > self.room)
+            assert name not in store
+            return
+        self.blank[name] = model
+        self.declared.add(name)
+
+    def _pick_declared(self, pick: int, known: Collection[str]) -> str | None:
+        names = [name for name in sorted(known) if name in self.declared]
+        return names[pick % len(names)] if names else None
+
+    @rule(pick=PICK, who=WHO, keep=st.booleans(), fail=st.integers(0, 4), spent=st.booleans())
+    def write_whole(self, pick: int, who: bool, keep: bool, fail: int, spent: bool) -> None:
+        """A fresh lease: what was there does not matter, and nothing may be."""
+        actor, name = self.actors[who], self._pick_declared(pick, self._all)
+        if name is None:
+            return
+        before = self.blank.pop(name, None)
+        if before is not None:
+            self.blocks[name] = before
+        held = self._lease(actor, (name,), frozenset({name}), fresh=True, spent=spent)
+        if held is None:
+            lost = self._has_no_content(name)
+            assert lost or before is None, "what nobody has written has content"
+            if lost:
+                self.blank[name] = self.blocks.pop(name)
+            return
+        if fail:
+            self._change(actor, held)
+        if keep and fail and not spent and len(actor.leases) < 3:
+            actor.leases.append(held)
+            return
+        self._on(actor, held.context.__exit__, None if fail else ValueError, None, None)
+        TOTALS["written whole"] += 1
+        if (spent or not fail) and self._has_no_content(name) and not actor.reads(name):
+            self.blank[name] = self.blocks.pop(name)
+        elif fail:
+            assert not spent or actor.reads(name), f"{name!r} was used up, and is still there"
+        else:
+            assert before is None, f"{name!r} has content that nobody has written"
+
+    @rule(pick=PICK, who=WHO, fail=st.integers(0, 4))
+    def use_up(self, pick: int, who: bool, fail: int) -> None:
+        actor, name = self.actors[who], self._pick_declared(pick, self.blocks)
+        if name is None:
+            return
+        outer = actor.reads(name)
+        held = self._lease(actor, (name,), frozenset({name}), spent=True)
+        if held is None:
+            return
+        self._on(actor, held.context.__exit__, None if fail else ValueError, None, None)
+        TOTALS["used up"] += 1
+        assert self._has_no_content(name) == (fail > 0 and not outer)
+        if fail and not outer:
+            self.blank[name] = self.blocks.pop(name)
+
+    @rule(laps=st.integers(1, 3), who=WHO, some=st.integers(1, 7))
+    def step(self, laps: int, who: bool, some: int) -> None:
+        """Write gradients and use them up beside the blocks that are there, as a training step does."""
+        self._release_all()
+        if not self.declared & self._all.keys():
+            for number in range(3):
+                self.declare(1000 + 2000 * number, who)
+        for _ in range(laps):
+            count = min(some, len(self.declared & self._all.keys()))
+            for index in range(count):
+                self.write_whole(index, who, False, 1 + index, False)
+            for name in list(self.blocks)[:8]:
+                held = self._lease(self.actors[who], (name,), frozenset())
+                if held is not None:
+                    self._on(self.actors[who], held.context.__exit__, None, None, None)
+            for index in range(count):
+                self.use_up(index, who, index)
+
+    def _has_no_content(self, name: str) -> bool:
+        info = self.open_store.info(name)
+        assert info.tiers or not info.dirty
+        with self.open_store.engine.lock:
+            return self.open_store.engine.scheduler.names[name].blank
+
+    @precondition(lambda self: bool(self.blank))
+    @rule(pick=PICK, who=WHO, gone=st.booleans())
+    def look_at_nothing(self, pick: int, who: bool, gone: bool) -> None:
+        actor, store, names = self.actors[who], self.open_store, sorted(self.blank)
+        name = names[pick % len(names)]
+        assert store.info(name).tiers == ()
+        store.prefetch(name)
+        for call in (
+            lambda: store.read(name),
+            lambda: store.write(name, self.blank[name].tensors[name]),
+            lambda: store.use(name).__enter__(),
+            lambda: store.hold(name, "gpu"),
+        ):
+            with pytest.raises((LeaseError, CapacityError), match=r"has no content|cannot be held"):
+                self._on(actor, call)
+        if self.holds.get(name) not in ("gpu", "ram"):
+            self._on(actor, store.evict, name)
+        if gone:
+            self._on(actor, store.delete, name)
+            del self.blank[name]
+            self.holds.pop(name, None)
+
     # -- leases ------------------------------------------------------------------------------------------------------------
 
-    def _lease(self, actor: Actor, names: tuple[str, ...], writes: frozenset[str]) -> Held | None:
+    def _lease(
+        self, actor: Actor, names: tuple[str, ...], writes: frozenset[str], *, fresh: bool = False, spent: bool = False
+    ) -> Held | None:
         """Take a lease, and check what it yields; None where it is rightly refused."""
         other = self._other(actor)
         timeout = 0.05 if other.leases else PATIENCE_S * 2
-        context = self.open_store.use(*names, write=writes, timeout=timeout)
+        if fresh or spent:
+            engine = self.open_store.engine
+            context = Use(engine, names, writes, timeout, fresh=names if fresh else (), spent=names if spent else ())
+        else:
+            context = self.open_store.use(*names, write=writes, timeout=timeout)
         try:
             found = self._on(actor, context.__enter__)
         except FrozenError:
@@ -439,7 +569,8 @@ class StoreMachine(RuleBasedStateMachine):
         for name, value in zip(names, values, strict=True):
             assert not other.writes(name), f"{name!r} was leased beside a writer"
             assert name not in writes or not other.reads(name), f"{name!r} was leased for writing beside a reader"
-            self.blocks[name].check(name, value)
+            if not fresh:
+                self.blocks[name].check(name, value)
             tensors[name] = {name: value} if self.blocks[name].single else value
             for tensor in tensors[name].values():
                 assert tensor.data_ptr() % 256 == 0
@@ -569,7 +700,7 @@ class StoreMachine(RuleBasedStateMachine):
                 except TierFullError:
                     raise
                 except CapacityError:
-                    assert self.holds or self.blocks[name].nbytes + max(block.nbytes for block in self.blocks.values()) > self.room
+                    assert self.holds or self.blocks[name].nbytes + max(block.nbytes for block in self._all.values()) > self.room
                     return
                 self.holds[name] = tier
                 assert self.open_store.info(name).hold == tier
@@ -591,7 +722,7 @@ class StoreMachine(RuleBasedStateMachine):
             return
         with self._may_be_full():
             self._on(actor, self.open_store.flush)
-            assert not any(self.open_store.info(name).dirty for name in self.blocks)
+            assert not any(self.open_store.info(name).dirty for name in self._all)
 
     @rule(wait=st.booleans(), who=WHO)
     def commit(self, wait: bool, who: bool) -> None:
@@ -645,6 +776,7 @@ class StoreMachine(RuleBasedStateMachine):
                         tensor = tensors[spec.name]
                         assert tensor.numel() == 0 or tensor.data_ptr() == arena + record.gpu.offset + spec.offset, f"{name!r} has moved"
                         assert same(tensor, self.blocks[name].tensors[spec.name]), f"{name!r} changed under its lease"
+        assert all(self._has_no_content(name) == (name in self.blank) for name in self.declared & self._all.keys())
         for name in random.Random(self.seed).sample(sorted(self.blocks), min(2, len(self.blocks))):
             if not any(actor.writes(name) for actor in self.actors.values()):
                 self.blocks[name].check(name, self._read(name))
@@ -682,5 +814,5 @@ def test_the_store_is_a_dict_of_tensors() -> None:
         ),
     )
     print(dict(TOTALS))
-    for what in ("evictions", "nvme reads", "write-backs", "compactions", "commits"):
+    for what in ("evictions", "nvme reads", "write-backs", "compactions", "commits", "written whole", "used up"):
         assert TOTALS[what], f"the machine saw no {what}: {dict(TOTALS)}"

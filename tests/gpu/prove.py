@@ -45,6 +45,12 @@ MUTANTS = {
         "                    if key != stream.cuda_stream and not event.query():\n                        stream.wait_event(event)",
         "                    if key != stream.cuda_stream and not event.query():\n                        pass",
     ),
+    "a copy is reported done before it has landed": (
+        "        self._waiters[order.action].wait_for(event, lambda error: done(order, error))",
+        "        done(order, None)",
+    ),
+}
+FRESH_MUTANTS = {
     "a lease that writes all of its extent does not wait for what used it before": (
         "        stream = self._callers_stream()\n        for offset, nbytes in offsets:\n",
         "        return\n        for offset, nbytes in offsets:\n",
@@ -66,14 +72,13 @@ MUTANTS = {
         "                self._note_use(offset, earlier[0] - offset, self._h2d, earlier[1])",
         "                pass",
     ),
-    "a copy is reported done before it has landed": (
-        "        self._waiters[order.action].wait_for(event, lambda error: done(order, error))",
-        "        done(order, None)",
-    ),
 }
+"""The same of leases that write all of their extent themselves."""
+
+MUTANTS |= FRESH_MUTANTS
 """Faults planted in tierstore/mover/streams.py, each of which tests/gpu must notice."""
 
-HUNT = "mixed or another_stream or values_from or (race_hunt and True and not static)"
+HUNT = "mixed or another_stream or values_from or written_whole or (race_hunt and True and not static)"
 """The tests that hunt for races."""
 
 DURABLE = (

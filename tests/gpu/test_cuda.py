@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from tierstore import TierStore
+from tierstore.catalog import lay_out
+from tierstore.mover import operations
 from tierstore.mover.streams import CudaCopies, Report
 from tierstore.requests import Action, Order, Record
 from tierstore.residency import Event, Tier
+from tierstore.sync import Use
 
 pytestmark = pytest.mark.cuda
 
@@ -153,6 +156,10 @@ class Hostile(CudaCopies):
         with torch.cuda.stream(self._h2d):
             self._wait_for_uses(self._h2d, offset, offset + nbytes, writes=False)
             self._device.tensor[offset : offset + nbytes].fill_(255)
+            event = torch.cuda.Event(blocking=True)
+            event.record(self._h2d)
+        with self._lock:  # who fills the extent himself has to wait for this too
+            self._note_use(offset, nbytes, self._h2d, event)
 
 
 @pytest.fixture
@@ -199,6 +206,82 @@ def test_race_hunt(tmp_path: Path, hostile: None, policy: str, page_locked: bool
         torch.cuda.synchronize()
         assert copies.delays > 0
         assert_streamed(store)
+        assert_equal(store, reference)
+
+
+class Gradients:
+    """Blocks that are written whole, used up, and have no content in between.
+
+    Attributes:
+        wrong: On the device: how many elements were not what had been written, each time.
+    """
+
+    def __init__(self, store: TierStore, sizes: list[int], choose: random.Random) -> None:
+        self.store = store
+        self.choose = choose
+        self.values: dict[str, float | None] = {}
+        self.wrong: list[torch.Tensor] = []
+        for number, numel in enumerate(sizes):
+            name = f"gradient {number}"
+            block = lay_out(name, [(name, "F32", (numel,))], single=True)
+            store._run(operations.declare(store.engine, block, threading.get_ident()))
+            self.values[name] = None
+
+    def lease(self, name: str, *, fresh: bool = False, spent: bool = False) -> Use:
+        names = [name]
+        return Use(self.store.engine, (name,), names, 60, fresh=names if fresh else (), spent=names if spent else ())
+
+    def turn(self, number: int) -> None:
+        """Write one of them whole, or use one up; now and then it is written back first."""
+        name = self.choose.choice(sorted(self.values))
+        value = self.values[name]
+        if value is None or self.choose.random() < 0.2:
+            with self.lease(name, fresh=True) as tensor:
+                tensor.fill_(float(number))
+            self.values[name] = float(number)
+            return
+        if self.choose.random() < 0.3:
+            self.store.evict(name)
+        with self.lease(name, spent=True) as tensor:
+            self.wrong.append((tensor != value).sum())
+        self.values[name] = None
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("policy", ["lru", "lookahead"])
+def test_what_is_written_whole_waits_for_what_used_its_extent(tmp_path: Path, hostile: None, policy: str, seed: int) -> None:
+    """Right behind evictions whose copies out are queued, moves, and copies in that nobody comes to use; on two streams, of many sizes."""
+    with TierStore(gpu=5 * MIB, ram=16 * MIB, nvme=tmp_path / "swap", device="cuda", policy=policy) as store:
+        copies = store.engine.copies
+        assert isinstance(copies, Hostile)
+        copies.random.seed(seed)
+        choose = random.Random(seed)
+        reference = make_blocks(store, 10, seed)
+        gradients = Gradients(store, [ELEMENTS * size for size in (1, 1, 2, 3, 5, 8)], choose)
+        poison_what_leaves(store)
+        side = torch.cuda.Stream()
+        for number in range(150):
+            with torch.cuda.stream(choose.choice((torch.cuda.current_stream(), side))):
+                if choose.random() < 0.3:
+                    torch.cuda._sleep(1_000_000)
+                draw = choose.random()
+                if draw < 0.2:
+                    store.prefetch(choose.choice(sorted(reference)))
+                if draw < 0.4:
+                    name = choose.choice(sorted(reference))
+                    with store.use(name, write=True, timeout=60) as tensors:
+                        update(tensors, number)
+                        update(reference[name], number)  # inside, so that its next turn, on whichever stream, comes behind it
+                else:
+                    gradients.turn(number)
+        torch.cuda.synchronize()
+        assert copies.delays > 0
+        assert sum(map(int, gradients.wrong)) == 0, "elements of gradients are not what was written"
+        for name, value in gradients.values.items():
+            if value is not None:
+                kept = store.read(name)
+                assert isinstance(kept, torch.Tensor)
+                assert bool((kept == value).all()), f"{name} is not what was written"
         assert_equal(store, reference)
 
 

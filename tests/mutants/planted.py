@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tests.gpu.prove import FRESH_MUTANTS
 from tests.gpu.prove import MUTANTS as ON_CUDA
 
 
@@ -32,7 +33,7 @@ class Mutant:
     at_large: bool = False
 
 
-ENGINE, PLACEMENT, SCHEDULER = "mover/engine.py", "placement.py", "scheduler.py"
+ENGINE, PLACEMENT, SCHEDULER, EXTENTS = "mover/engine.py", "placement.py", "scheduler.py", "extents.py"
 OPERATIONS, SHARDS, BUDGET = "mover/operations.py", "nvme/shards.py", "mover/budget.py"
 DIRECTORY, SHELF, RECOVERY = "nvme/directory.py", "nvme/shelf.py", "nvme/recovery.py"
 CUTS, ERRORS = "crash cuts", "crash errors"
@@ -471,6 +472,82 @@ MUTANTS = (
         "elif names.is_temporary(name):",
         suite=CUTS,
     ),
+    # -- blocks without content
+    Mutant(
+        "RAM still serves what a lease is writing whole",
+        EXTENTS,
+        "        self.supersede_ram(record)\n        record.gpu.apply(Event.WRITE)\n        self.policy.admitted",
+        "        record.gpu.apply(Event.WRITE)\n        self.policy.admitted",
+    ),
+    Mutant(
+        "what is on its way to RAM counts as what a lease is writing whole",
+        EXTENTS,
+        "        record.version += 1\n        if record.blank:\n",
+        "        if record.blank:\n",
+        suite="tests/test_blank_scheduler.py",
+    ),
+    Mutant(
+        "RAM keeps what is used up",
+        EXTENTS,
+        "        if record.blank and self.has_nvme and record.ram.state is not State.ABSENT and record.ram.settled:\n",
+        "        if False:\n",
+    ),
+    Mutant(
+        "blank blocks are not counted any more once they have had content",
+        EXTENTS,
+        "            record.blank = False\n            self.blank_bytes -= record.nbytes\n",
+        "            record.blank = False\n",
+    ),
+    Mutant(
+        "a commit waits for blocks without content",
+        "requests.py",
+        "record.born is not None and not record.blank and (",
+        "record.born is not None and (",
+    ),
+    Mutant(
+        "a commit has the version of who comes right behind it",
+        ENGINE,
+        "            capture.versions = capture.request.versions\n",
+        "            capture.versions = {each: each.version for each in self.placement.records.values() if capture.request.covers(each)}\n",
+        suite="tests/test_blank.py",
+    ),
+    Mutant(
+        "a lease that comes too late, or that an exception leaves, uses its blocks up",
+        SCHEDULER,
+        "        lease.spent = frozenset(record.id for record, version in lease.begun if record.version == version)\n        self.release",
+        "        self.release",
+    ),
+    Mutant(
+        "what can never be leased keeps the room that it was given at once",
+        SCHEDULER,
+        "                    self._unreserve(request)  # what `try_use` had begun\n",
+        "                    pass\n",
+        suite="tests/test_blank_scheduler.py",
+    ),
+    Mutant(
+        "who writes a block whole fails for its bytes",
+        SCHEDULER,
+        "isinstance(request, Use | Place) and not _may_be_blank(request, record):\n                return record.load_error",
+        "isinstance(request, Use | Place):\n                return record.load_error",
+        suite="tests/test_blank_scheduler.py",
+    ),
+    Mutant(
+        "autograd is told too late that a fresh lease has taken the extent",
+        ENGINE,
+        "                self.device.invalidate(self.placement.left_device)\n            scheduler.note_use",
+        "                pass\n            scheduler.note_use",
+        suite="tests/test_blank.py",
+    ),
+    Mutant(
+        "the declaration of a block wakes nobody",
+        OPERATIONS,
+        "                engine.total_bytes += record.nbytes\n        engine.wake()\n\n\nasync def _make_on_nvme",
+        "                engine.total_bytes += record.nbytes\n\n\nasync def _make_on_nvme",
+        suite="tests/test_blank.py",
+    ),
     # -- the CUDA path, which the simulation runs on streams of its own
-    *(Mutant(name, "mover/streams.py", right, wrong) for name, (right, wrong) in ON_CUDA.items()),
+    *(
+        Mutant(name, "mover/streams.py", right, wrong, "tests/simulation/test_extents.py" if name in FRESH_MUTANTS else "simulation")
+        for name, (right, wrong) in ON_CUDA.items()
+    ),
 )

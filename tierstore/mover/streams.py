@@ -6,9 +6,9 @@ host may reuse the source. On the CPU both come together.
 
 [Note: Reusing an extent]
 A copy out of an extent, or a kernel that reads it, may still be queued when Python returns. Behind each such use an event is
-recorded and kept by the range it concerns and the stream (`_uses`), the latest of each; whoever writes into the range later has its
-stream wait for all events that overlap it. Nothing waits on the host. `_ready` holds, by offset, the event behind the copy that filled
-an extent: a lease has the compute stream wait for it, and the copy back waits for both.
+recorded and kept by stream and by the range it concerns (`_uses`), the latest of each; whoever writes into the range later has its
+stream wait for all events that overlap it. Nothing waits on the host. `_ready` holds, by offset, the event behind the copy that
+filled an extent: a lease has the compute stream wait for it, and the copy back waits for both.
 
 Copies in and moves follow one another on one stream, so what fills an extent there is behind all that it did before. A lease that
 writes all of its extent itself is not: there, a block may still be read that has been evicted or moved away, or filled that nobody came
@@ -297,12 +297,12 @@ class CudaCopies:
         here = self._uses.setdefault(offset, {})
         here[stream.cuda_stream, offset + nbytes] = event
         if len(here) > FEW_USES:
-            for key in [key for key, other in here.items() if other.query() and other is not event]:
-                del here[key]
+            for use in [use for use, other in here.items() if other.query() and other is not event]:
+                del here[use]
         if len(self._uses) > PRUNE_AT and len(self._uses) > 2 * self._pruned_to:
             for other, uses in list(self._uses.items()):
-                for key, noted in list(uses.items()):
-                    if noted.query():
+                for key, use in list(uses.items()):
+                    if use.query():
                         del uses[key]
                 if not uses:
                     del self._uses[other]
