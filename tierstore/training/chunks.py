@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from tierstore.errors import TrainingError
-from tierstore.training.gradients import Part, Piece
+from tierstore.training.gradients import Part
 from tierstore.training.leasing import Buffers
+from tierstore.training.pieces import Piece
 from tierstore.training.structure import Weight, WeightBlock
 
 PREFIX = "optimizer/"
@@ -87,6 +88,8 @@ def cut(
             count = -(-weight.numel // most)
             length = -(-weight.numel // count // ALIGN) * ALIGN if count > 1 else weight.numel
             length = max(length, ALIGN)
+            if weight.numel % length == 1:  # the state of one element could not be told from a number
+                length += ALIGN
             starts = range(0, weight.numel, length)
             chunks += [[Piece(weight, start, min(start + length, weight.numel))] for start in starts]
             room = 0.0
@@ -241,6 +244,8 @@ class Stepper:
 
     def _new_block(self, chunk: Chunk, tensors: New) -> None:
         name = chunk.name if not chunk.blocks else f"{chunk.name}+{len(chunk.blocks)}"
+        while name in self._buffers.store:  # of chunks that were cut in another way, and are not all taken over yet
+            name += "'"
         self._buffers.declare(name, [(f"{key}.{piece.key}", value.dtype, tuple(value.shape)) for (piece, key), value in tensors.items()])
         with self._buffers.lease(name, write=[name], fresh=[name]) as block:
             for (piece, key), value in tensors.items():
