@@ -8,6 +8,7 @@ import random
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -257,7 +258,7 @@ def test_no_range_is_a_single_element(tmp_path: Path) -> None:
             bounds = [pieces.bounds(piece) for chunk in ranges for piece in chunk]
             assert bounds[0][0] == 0
             assert bounds[-1][1] == 2049
-            assert all(one[1] == other[0] and one[1] % 64 == 0 for one, other in zip(bounds, bounds[1:], strict=False))
+            assert all(one[1] == other[0] and one[1] % 64 == 0 for one, other in pairwise(bounds))
             assert min(stop - start for start, stop in bounds) > 1
 
 

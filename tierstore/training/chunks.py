@@ -88,10 +88,10 @@ def cut(
             count = -(-weight.numel // most)
             length = -(-weight.numel // count // ALIGN) * ALIGN if count > 1 else weight.numel
             length = max(length, ALIGN)
-            if weight.numel % length == 1:  # the state of one element could not be told from a number
-                length += ALIGN
-            starts = range(0, weight.numel, length)
-            chunks += [[Piece(weight, start, min(start + length, weight.numel))] for start in starts]
+            starts = list(range(0, weight.numel, length))
+            if weight.numel - starts[-1] == 1:  # the state of one element could not be told from a number
+                starts.pop()
+            chunks += [[Piece(weight, start, stop)] for start, stop in zip(starts, [*starts[1:], weight.numel], strict=True)]
             room = 0.0
             continue
         need = weight.numel * each
