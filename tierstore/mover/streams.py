@@ -297,12 +297,12 @@ class CudaCopies:
         here = self._uses.setdefault(offset, {})
         here[stream.cuda_stream, offset + nbytes] = event
         if len(here) > FEW_USES:
-            for use in [use for use, other in here.items() if other.query() and other is not event]:
-                del here[use]
+            for key in [key for key, other in here.items() if other.query() and other is not event]:
+                del here[key]
         if len(self._uses) > PRUNE_AT and len(self._uses) > 2 * self._pruned_to:
             for other, uses in list(self._uses.items()):
-                for key, use in list(uses.items()):
-                    if use.query():
+                for key, noted in list(uses.items()):
+                    if noted.query():
                         del uses[key]
                 if not uses:
                     del self._uses[other]

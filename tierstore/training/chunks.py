@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from tierstore.errors import TrainingError
-from tierstore.training.gradients import Part, Piece
+from tierstore.training.gradients import Part
 from tierstore.training.leasing import Buffers
+from tierstore.training.pieces import Piece
 from tierstore.training.structure import Weight, WeightBlock
 
 PREFIX = "optimizer/"
@@ -87,8 +88,10 @@ def cut(
             count = -(-weight.numel // most)
             length = -(-weight.numel // count // ALIGN) * ALIGN if count > 1 else weight.numel
             length = max(length, ALIGN)
-            starts = range(0, weight.numel, length)
-            chunks += [[Piece(weight, start, min(start + length, weight.numel))] for start in starts]
+            starts = list(range(0, weight.numel, length))
+            if weight.numel - starts[-1] == 1:  # the state of one element could not be told from a number
+                starts.pop()
+            chunks += [[Piece(weight, start, stop)] for start, stop in zip(starts, [*starts[1:], weight.numel], strict=True)]
             room = 0.0
             continue
         need = weight.numel * each
@@ -257,7 +260,9 @@ class Stepper:
             self._new_block(chunk, new)
 
     def _new_block(self, chunk: Chunk, tensors: New) -> None:
-        name = next(name for name in (chunk.name, f"{chunk.name}+") if name not in chunk.blocks)
+        name = chunk.name
+        while name in chunk.blocks or name in self._buffers.store:  # also of chunks that were cut in another way
+            name += "+"
         self._buffers.declare(name, [(f"{key}.{piece.key}", value.dtype, tuple(value.shape)) for (piece, key), value in tensors.items()])
         with self._buffers.lease(name, write=[name], fresh=[name]) as block:
             for (piece, key), value in tensors.items():

@@ -20,41 +20,12 @@ import torch
 from torch import Tensor
 
 from tierstore.training.leasing import Buffers
+from tierstore.training.pieces import Piece, Stored, gather, parse_piece
 from tierstore.training.structure import Weight, WeightBlock
 
 PREFIX = "gradients/"
 
 Sums = dict[Weight, Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A parameter, or a range of its elements.
-
-    Attributes:
-        start, stop: Elements of the flattened parameter; None: all of it.
-    """
-
-    weight: Weight
-    start: int | None = None
-    stop: int | None = None
-
-    @property
-    def key(self) -> str:
-        """Its tensor's name in a block."""
-        return self.weight.name if self.start is None else f"{self.weight.name}[{self.start}:{self.stop}]"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.weight.shape) if self.start is None else (self.numel,)
-
-    @property
-    def numel(self) -> int:
-        return self.weight.numel if self.start is None or self.stop is None else self.stop - self.start
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """This piece of a tensor shaped like the parameter. Of a range, a view if the tensor is contiguous."""
-        return tensor if self.start is None else tensor.reshape(-1)[self.start : self.stop]
 
 
 @dataclass(eq=False, slots=True)
@@ -82,15 +53,34 @@ class Sum:
         self.cut([[Piece(weight) for weight in block.weights]])
 
     def cut(self, pieces: Iterable[list[Piece]]) -> None:
-        """Have these parts from now on. There is no gradient yet."""
-        for part in self.parts:
+        """Have these parts from now on. Gradients that are there are carried over."""
+        lists = [mine for mine in pieces if mine]
+        before = self.parts
+        if [part.pieces for part in before] == lists:
+            return
+        taken = {part.name for part in before if part.declared}
+        self.parts = []
+        for number, mine in enumerate(lists):
+            name = f"{PREFIX}{self.block.name}{self._suffix}" + (f"/{number}" if len(lists) > 1 else "")
+            while name in taken:
+                name += "'"
+            self.parts.append(Part(name, mine))
+        stored = [Stored(part.name, piece.key, "", piece) for part in before for piece in part.pieces if piece.weight in part.present]
+        if stored:
+            for part in self.parts:
+                self._fill(part, gather(self._buffers.store, stored, part.pieces))
+        for part in before:
             if part.declared:
                 self._buffers.delete(part.name)
-        lists = list(pieces)
-        numbers = [""] if len(lists) == 1 else [f"/{number}" for number in range(len(lists))]
-        self.parts = [
-            Part(f"{PREFIX}{self.block.name}{self._suffix}{number}", part) for number, part in zip(numbers, lists, strict=True) if part
-        ]
+
+    def _fill(self, part: Part, values: Mapping[tuple[Piece, str], Tensor]) -> None:
+        if not values:
+            return
+        self._declare(part)
+        with self._buffers.lease(part.name, write=[part.name], fresh=[part.name]) as tensors:
+            for (piece, _), value in values.items():
+                tensors[piece.key].copy_(value)
+        part.present.update(piece.weight for piece, _ in values)
 
     @property
     def present(self) -> set[Weight]:
@@ -186,12 +176,22 @@ class Sum:
             part.declared = True
 
     def restore(self, present: Mapping[str, Collection[str]]) -> None:
-        """Take over what a commit holds: which weights have a gradient, by the name of the part."""
-        for part in self.parts:
-            names = set(present.get(part.name, ()))
-            if names:
-                self._declare(part)
-                part.present = {piece.weight for piece in part.pieces if piece.weight.name in names}
+        """Take over what a commit holds, in the pieces in which it does.
+
+        Args:
+            present: The weights that have a gradient, by the block that holds it.
+        """
+        weights = {weight.name: weight for weight in self.block.weights}
+        parts: list[Part] = []
+        for name, names in present.items():
+            if name in self._buffers.store:
+                pieces = [parse_piece(key, weights) for key in self._buffers.store.info(name).tensors]
+                mine = [piece for piece in pieces if piece is not None]
+                if mine and len(mine) == len(pieces):
+                    parts.append(Part(name, mine, declared=True, present={weights[each] for each in names}))
+        if parts:
+            rest = [Piece(weight) for weight in self.block.weights if not any(weight is p.weight for part in parts for p in part.pieces)]
+            self.parts = [*parts, *([Part(f"{PREFIX}{self.block.name}{self._suffix}/rest", rest)] if rest else [])]
 
 
 def _whole(known: Sums, weight: Weight, like: Tensor) -> Tensor:

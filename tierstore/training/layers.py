@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from tierstore.errors import CapacityError, OptionError, TensorError, TrainingError
 from tierstore.sync import TierStore
 from tierstore.training.activations import Activations
-from tierstore.training.gradients import Gradients, Piece, Sums
+from tierstore.training.gradients import Gradients, Sums
 from tierstore.training.initial import Fill, Source, check_buffers, filler, given_memory, owners
 from tierstore.training.leasing import Buffers
+from tierstore.training.pieces import Piece
 from tierstore.training.placeholders import Placeholder
 from tierstore.training.running import check_splittable, copies_for, run_unit
 from tierstore.training.splitting import plan_split, sizes_of, take_apart
@@ -163,6 +164,7 @@ class Tiered:
 
     def _move_in(self, fill: Fill) -> bool:
         """Put what the store does not have, and hang placeholders in the places of parameters. Returns whether it had all."""
+        self.state.read()
         names = {block.name for block in self.structure.blocks}
         known = {name for name in names if name in self.store}
         if known and known != names:

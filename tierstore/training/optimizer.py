@@ -34,9 +34,10 @@ from tierstore.catalog import PAGE, TENSOR_ALIGNMENT, round_up
 from tierstore.errors import CapacityError, OptionError, TrainingError
 from tierstore.residency import Tier
 from tierstore.training.chunks import MASTER, PREFIX, Chunk, Factory, Stepper, cut
-from tierstore.training.gradients import Part, Piece, Sums
+from tierstore.training.gradients import Part, Sums
 from tierstore.training.layers import Tiered
 from tierstore.training.parameters import grouped
+from tierstore.training.pieces import Piece, Stored, gather
 from tierstore.training.probe import MAX_NDIM, Kind
 from tierstore.training.rules import Rules, resolved_implementation, rules_of
 from tierstore.training.structure import Weight, WeightBlock
@@ -98,7 +99,7 @@ class TieredOptimizer(torch.optim.Optimizer):
 
     Raises:
         OptionError: An argument is not understood, or `factory` cannot work.
-        TrainingError: Gradients are there already, or another optimizer has one of the parameters.
+        TrainingError: Another optimizer has one of the parameters.
         CapacityError: A parameter is too large for the device, and the class cannot take it in pieces.
     """
 
@@ -155,8 +156,8 @@ class TieredOptimizer(torch.optim.Optimizer):
         self._changed: list[Job] = []  # whose changes of options hold from the next step() on
         self._chunks: dict[WeightBlock, list[Chunk]] = {}
         self._cut()
-        tiered.optimizers.append(self)
         tiered.state.restore_optimizer(self)
+        tiered.optimizers.append(self)
 
     def _check_accepted(self, name: str, weights: Iterable[Weight]) -> None:
         for weight in weights:
@@ -185,9 +186,6 @@ class TieredOptimizer(torch.optim.Optimizer):
         device_bytes = self.tiered.store.engine.placement.arenas[Tier.GPU].capacity_bytes
         limit = min(CHUNK_BYTES, device_bytes // SHARE)
         blocks = dict.fromkeys(weight.block for weight in self._weights)
-        for block in blocks:
-            if self.tiered.gradients.of[block].present:
-                raise TrainingError("the model has gradients already", remedy="make optimizers before the first backward pass")
         for block in blocks:
             chunks: list[Chunk] = []
             for group in range(len(self.param_groups)):
@@ -709,10 +707,43 @@ class TieredOptimizer(torch.optim.Optimizer):
         """The model is detached: state stays in the store, and is of no use to this object any more."""
         self._pending.clear()
 
+    def take_over(self, block: WeightBlock, stored: Collection[Stored], values: Mapping[Weight, dict[str, Any]]) -> None:
+        """Have the state of one block that lies in the store in other pieces. See [Note: Cut anew].
+
+        Args:
+            block: Of weights.
+            stored: Where it lies. Afterwards it does no more.
+            values: What is not in the store.
+        """
+        for chunk in self._chunks[block]:
+            new = gather(self.tiered.store, stored, chunk.pieces)
+            own = {piece: _copied(values.get(piece.weight, {})) for piece in chunk.pieces}  # a count of steps is changed in place
+            self._stepper.replace(chunk, new, own)
+        for name in dict.fromkeys(each.block for each in stored):
+            self.tiered.buffers.delete(name)
+
+    @property
+    def clipped(self) -> list[Coefficient]:
+        """By what `clip_grad_norm_` has had the gradients multiplied; they are stored as they were."""
+        return self._coefficients
+
+    @clipped.setter
+    def clipped(self, coefficients: list[Coefficient]) -> None:
+        self._coefficients = coefficients
+
+    @property
+    def weights(self) -> Collection[Weight]:
+        """What it updates."""
+        return self._weights.keys()
+
     @property
     def chunks(self) -> list[Chunk]:
         """All chunks, in the order of the blocks."""
         return [chunk for chunks in self._chunks.values() for chunk in chunks]
+
+
+def _copied(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in values.items()}
 
 
 def _settle(tiered: weakref.ref[Tiered], block: WeightBlock) -> None:

@@ -5,13 +5,19 @@ from __future__ import annotations
 import base64
 import math
 from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from tierstore.errors import TrainingError
+from tierstore.errors import TensorError, TierstoreError, TrainingError
+
+ARRAY_KINDS = "biuf"
+"""Of NumPy's dtypes: booleans and numbers."""
 
 _CONTAINERS: dict[type, str] = {
     list: "list",
@@ -48,7 +54,7 @@ def pack(value: Any, tensors: dict[str, Tensor], what: str = "state") -> Any:
         return {"tensor": name, "device": _place(value)}
     if isinstance(value, np.ndarray | np.generic):
         array = np.asarray(value)
-        if array.dtype.kind in "biuf" and array.dtype.itemsize <= 8:
+        if array.dtype.kind in ARRAY_KINDS and array.dtype.itemsize <= 8:
             name = str(len(tensors))
             tensors[name] = torch.from_numpy(np.ascontiguousarray(array).reshape(-1).view(np.uint8).copy())
             return {"array": name, "dtype": array.dtype.str, "shape": list(array.shape), "scalar": not isinstance(value, np.ndarray)}
@@ -72,28 +78,76 @@ def _place(value: Tensor) -> str:
     return "cpu" if value.device.type == "cpu" else "device"
 
 
-def unpack(packed: Any, tensors: dict[str, Tensor], device: torch.device) -> Any:
-    """What `pack` was given. Tensors that were on the compute device come back on `device`."""
-    if not isinstance(packed, dict):
+def unpack(packed: Any, tensors: Mapping[str, Tensor], device: torch.device) -> Any:
+    """What `pack` was given. Tensors that were on the compute device come back on `device`.
+
+    Raises:
+        TensorError: `pack` does not write such.
+    """
+    with damaged_unless_sound():
+        return _unpack(packed, tensors, device)
+
+
+@contextmanager
+def damaged_unless_sound() -> Iterator[None]:
+    """What is read is anybody's: whatever does not fit is damage."""
+    try:
+        yield
+    except TierstoreError:
+        raise
+    except (
+        KeyError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        RuntimeError,
+        OverflowError,
+        RecursionError,
+        StopIteration,
+        SafetensorError,
+    ) as error:
+        remedy = "restore the directory from a copy, or open an older generation="
+        raise TensorError("block 'training/state' is damaged", have=f"{type(error).__name__}: {error}", remedy=remedy) from error
+
+
+def _unpack(packed: Any, tensors: Mapping[str, Tensor], device: torch.device) -> Any:
+    if packed is None or isinstance(packed, bool | int | float | str):
         return packed
+    if not isinstance(packed, dict):
+        raise TypeError(f"a bare {type(packed).__name__}")
     kind = next(iter(packed))
     content = packed[kind]
     if kind == "float":
-        return float(content)
+        return {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}[content]
     if kind == "number":
-        number = torch.tensor(unpack(content, tensors, device), dtype=getattr(torch, packed["dtype"])).reshape(packed["shape"])
-        return number.to("cpu" if packed["device"] == "cpu" else device)
+        number = torch.tensor(_unpack(content, tensors, device), dtype=_dtype(packed["dtype"])).reshape(packed["shape"])
+        return number.to(_device(packed, device))
     if kind == "tensor":
-        return tensors[content].clone().to("cpu" if packed["device"] == "cpu" else device)
+        return tensors[content].clone().to(_device(packed, device))
     if kind == "array":
-        array = tensors[content].numpy().view(np.dtype(packed["dtype"])).reshape(packed["shape"]).copy()
+        dtype = np.dtype(packed["dtype"])
+        if dtype.kind not in ARRAY_KINDS:
+            raise TypeError(f"an array of {dtype}")
+        array = tensors[content].numpy().view(dtype).reshape(packed["shape"]).copy()
         return array[()] if packed["scalar"] else array
     if kind == "bytes":
-        return base64.b64decode(content)
+        return base64.b64decode(content, validate=True)
     if kind == "dtype":
-        return getattr(torch, content)
+        return _dtype(content)
     makers: dict[str, Any] = {name: maker for maker, name in _CONTAINERS.items()}
     if kind in makers:
-        return makers[kind](unpack(item, tensors, device) for item in content)
-    pairs = {unpack(key, tensors, device): unpack(item, tensors, device) for key, item in content}
+        return makers[kind](_unpack(item, tensors, device) for item in content)
+    pairs = {_unpack(key, tensors, device): _unpack(item, tensors, device) for key, item in content}
     return {"dict": dict, "ordered": OrderedDict, "counter": Counter}[kind](pairs)
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"no dtype: {name!r}")
+    return dtype
+
+
+def _device(packed: Mapping[str, Any], device: torch.device) -> torch.device:
+    return {"cpu": torch.device("cpu"), "device": device}[packed["device"]]

@@ -18,12 +18,14 @@ from tierstore.catalog import PAGE
 from tierstore.errors import TensorError, TrainingError
 from tierstore.training.activations import PREFIX as ACTIVATIONS
 from tierstore.training.gradients import PREFIX as GRADIENTS
-from tierstore.training.packing import pack, unpack
+from tierstore.training.packing import damaged_unless_sound, pack, unpack
+from tierstore.training.pieces import Stored, parse_piece
 
 if TYPE_CHECKING:
     from tierstore.training.chunks import Chunk
     from tierstore.training.layers import Tiered
-    from tierstore.training.optimizer import TieredOptimizer
+    from tierstore.training.optimizer import Coefficient, TieredOptimizer
+    from tierstore.training.structure import Weight
 
 log = logging.getLogger("tierstore")
 
@@ -33,6 +35,7 @@ BLOCK = "training/state"
 SHARE = 4
 """One takes at most one part in so many of the device, and of RAM."""
 
+STATE = "optimizer/"
 VERSION = 1
 
 
@@ -50,21 +53,58 @@ class State:
         self._restored: set[str] = set()
         self._before_commit: Callable[[], None] | None = None
 
-    def open(self) -> None:
-        """The model is attached: take over what the commit has of gradients and buffers."""
-        tiered, store = self._tiered, self._tiered.store
-        if tiered.resumed and BLOCK in store:
+    def read(self) -> None:
+        """Read the block, if the store has it.
+
+        Raises:
+            TensorError: It is of another model, or damaged.
+        """
+        store = self._tiered.store
+        if BLOCK not in store:
+            return
+        with damaged_unless_sound():
             stored = self._read()
             self._found = json.loads(bytes(stored.pop("json").numpy()))
             self._tensors = {name.removeprefix("tensor "): tensor for name, tensor in stored.items()}
             if self._found["version"] != VERSION:
                 raise TensorError(f"{BLOCK!r} has version {self._found['version']}", need=VERSION, remedy="use the tierstore that wrote it")
-            self._restore_buffers()
+            for key, kind in (
+                ("model", list),
+                ("gradients", dict),
+                ("buffers", dict),
+                ("optimizers", dict),
+                ("objects", dict),
+                ("random", dict),
+            ):
+                if not isinstance(self._found[key], kind):
+                    raise TypeError(f"no {key}")
+            have, need = self._found["model"], [block.name for block in self._tiered.structure.blocks]
+            if have != need:
+                example = next(iter([*(name for name in have if name not in need), *(name for name in need if name not in have), *need]))
+                raise TensorError(
+                    "the store's commit is of another model, or of other layers",
+                    need=f"{len(need)} blocks",
+                    have=f"{len(have)}; the difference begins at {example!r}",
+                    remedy="attach the model that was committed, with the same layers=, or open another directory",
+                )
+
+    def open(self) -> None:
+        """The model is attached: take over what the commit has of gradients and buffers."""
+        tiered, store = self._tiered, self._tiered.store
+        with damaged_unless_sound():
+            if tiered.resumed:
+                self._restore_buffers()
+            gradients = self._found.get("gradients", {})
+            unknown = [name for name in gradients if name not in store]
+            if unknown:
+                raise ValueError(f"no gradients {unknown[0]!r}")
         for name in list(store):
-            kept = name.startswith(GRADIENTS) and name in self._found.get("gradients", {})
+            kept = name.startswith(GRADIENTS) and name in gradients
             if name.startswith(ACTIVATIONS) or (name.startswith(GRADIENTS) and not kept):
                 store.delete(name)
-        self._restore_gradients()
+        with damaged_unless_sound():
+            for total in tiered.gradients.of.values():  # of a commit in the middle of accumulation
+                total.restore(gradients)
         for module in tiered.model.modules():
             for attribute, buffer in module._buffers.items():
                 if buffer is not None:
@@ -97,6 +137,7 @@ class State:
         gradients = [part for total in tiered.gradients.of.values() for part in total.parts if part.present]
         found = {
             "version": VERSION,
+            "model": [block.name for block in tiered.structure.blocks],
             "gradients": {part.name: sorted(weight.name for weight in part.present) for part in gradients},
             "buffers": {name: pack(buffer, tensors, f"buffer {name!r}") for name, buffer in self._changed_buffers().items()},
             "optimizers": {optimizer.name: self._describe(optimizer, tensors) for optimizer in tiered.optimizers},
@@ -137,9 +178,22 @@ class State:
         return {
             "class": optimizer.class_name,
             "master_dtype": pack(optimizer.master_dtype, tensors),
+            "clipped": [self._pack_clipped(each, tensors) for each in optimizer.clipped],
             "groups": [pack(group, tensors, f"optimizer {optimizer.name!r}") for group in groups],
             "chunks": {chunk.name: self._describe_chunk(chunk, tensors) for chunk in optimizer.chunks},
         }
+
+    @staticmethod
+    def _pack_clipped(coefficient: Coefficient, tensors: dict[str, Tensor]) -> Any:
+        by_name = coefficient if isinstance(coefficient, Tensor) else {key.name: value for key, value in coefficient.items()}
+        return pack(by_name, tensors, "clip coefficients")
+
+    def _unpack_clipped(self, packed: Any) -> Coefficient:
+        unpacked = self._unpack(packed)
+        if isinstance(unpacked, Tensor):
+            return unpacked
+        by_name = {weight.name: weight for weight in self._tiered.structure.weights}
+        return {by_name[name]: value for name, value in unpacked.items()}
 
     @staticmethod
     def _describe_chunk(chunk: Chunk, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -172,7 +226,7 @@ class State:
 
     def _restore_buffers(self) -> None:
         modules = dict(self._tiered.model.named_modules())
-        for name, packed in self._found["buffers"].items():
+        for name, packed in self._found.get("buffers", {}).items():
             prefix, _, attribute = name.rpartition(".")
             module = modules.get(prefix)
             if module is None or module._buffers.get(attribute) is None:
@@ -180,40 +234,59 @@ class State:
             module._buffers[attribute] = self._unpack(packed).to(self._tiered.device)
             self._restored.add(name)
 
-    def _restore_gradients(self) -> None:
-        """Of a commit in the middle of accumulation."""
-        for total in self._tiered.gradients.of.values():
-            total.restore(self._found.get("gradients", {}))
-
     def restore_optimizer(self, optimizer: TieredOptimizer) -> None:
         """Take over the state that the commit has of an optimizer that was just made.
 
         Raises:
-            TrainingError: It is of another class, or cut in another way.
+            TrainingError: It is of another class, or of other parameters.
         """
         found = self._found.get("optimizers", {}).get(optimizer.name)
         if found is None:
+            for name in [name for name in self._tiered.store if name.startswith(f"{STATE}{optimizer.name}/")]:
+                self._tiered.store.delete(name)
             if self._tiered.resumed:
                 log.warning("the store's commit has no state of an optimizer %r: it begins anew", optimizer.name)
             return
-        have = (found["class"], self._unpack(found["master_dtype"]))
-        need = (optimizer.class_name, optimizer.master_dtype)
-        if have != need or found["chunks"].keys() != {chunk.name for chunk in optimizer.chunks}:
+        with damaged_unless_sound():
+            self._restore_optimizer(optimizer, found)
+
+    def _restore_optimizer(self, optimizer: TieredOptimizer, found: dict[str, Any]) -> None:
+        lacking = [name for chunk in found["chunks"].values() for name in chunk["blocks"] if name not in self._tiered.store]
+        if lacking:
+            raise ValueError(f"no state {lacking[0]!r}")
+        weights = {weight.name: weight for weight in self._tiered.structure.weights}
+        stored = [(chunk, key, parse_piece(key, weights)) for chunk in found["chunks"].values() for key in chunk["pieces"]]
+        names = {piece.weight.name if piece is not None else key for _, key, piece in stored}
+        need = (optimizer.class_name, optimizer.master_dtype, {weight.name for weight in optimizer.weights})
+        have = (found["class"], self._unpack(found["master_dtype"]), names)
+        if have != need:
+            example = min(need[2] ^ have[2], default=None)
             raise TrainingError(
                 f"the commit has the state of another optimizer {optimizer.name!r}",
-                need=f"{need[0]}, masters {need[1]}, {len(optimizer.chunks)} chunks",
-                have=f"{have[0]}, masters {have[1]}, {len(found['chunks'])} chunks",
+                need=f"{need[0]}, masters {need[1]}, {len(need[2])} parameters",
+                have=f"{have[0]}, masters {have[1]}, {len(have[2])} parameters" + (f"; one has {example!r}" if example else ""),
                 remedy="make it as it was made for the commit, or give it another name= to begin anew",
             )
-        for chunk in optimizer.chunks:
-            stored = found["chunks"][chunk.name]
-            if stored["pieces"].keys() != {piece.key for piece in chunk.pieces}:
-                remedy = "open the store with the gpu= that it was committed with"
-                raise TrainingError(f"the commit has the optimizer state of {chunk.name!r} in other pieces", remedy=remedy)
-            chunk.blocks = list(stored["blocks"])
-            for piece in chunk.pieces:
-                chunk.tensors[piece] = dict(stored["pieces"][piece.key]["tensors"])
-                chunk.values[piece] = self._unpack(stored["pieces"][piece.key]["values"])
+        optimizer.clipped = [self._unpack_clipped(each) for each in found["clipped"]]
+        if [chunk["pieces"].keys() for chunk in found["chunks"].values()] == [
+            {piece.key for piece in chunk.pieces} for chunk in optimizer.chunks
+        ]:
+            for chunk, as_stored in zip(optimizer.chunks, found["chunks"].values(), strict=True):
+                chunk.blocks = list(as_stored["blocks"])
+                for piece in chunk.pieces:
+                    chunk.tensors[piece] = dict(as_stored["pieces"][piece.key]["tensors"])
+                    chunk.values[piece] = self._unpack(as_stored["pieces"][piece.key]["values"])
+            return
+        log.info("optimizer %r: its state is cut into chunks of another size than in the commit", optimizer.name)
+        for block in dict.fromkeys(chunk.block for chunk in optimizer.chunks):
+            places: list[Stored] = []
+            values: dict[Weight, dict[str, Any]] = {}
+            for as_stored, key, part in stored:
+                if part is not None and part.weight.block is block:
+                    values.setdefault(part.weight, self._unpack(as_stored["pieces"][key]["values"]))
+                    tensors = as_stored["pieces"][key]["tensors"]
+                    places += [Stored(name, f"{state}.{key}", state, part) for state, name in tensors.items()]
+            optimizer.take_over(block, places, values)
 
     def resume(self, objects: Mapping[str, Any]) -> Any:
         """See `Tiered.resume`."""
@@ -233,16 +306,18 @@ class State:
         for optimizer in self._tiered.optimizers:
             found = self._found["optimizers"].get(optimizer.name)
             if found is not None:
-                for group, packed in zip(optimizer.param_groups, found["groups"], strict=True):
-                    group.update(self._unpack(packed))
+                with damaged_unless_sound():
+                    for group, packed in zip(optimizer.param_groups, found["groups"], strict=True):
+                        group.update({key: value for key, value in self._unpack(packed).items() if key != "params"})
         for name, each in objects.items():
             each.load_state_dict(self._unpack(stored[name]))
         numbers = self._found["random"]
-        random.setstate(self._unpack(numbers["python"]))
-        np.random.set_state(self._unpack(numbers["numpy"]))
-        torch.set_rng_state(self._unpack(numbers["torch"]))
-        if numbers["cuda"] is not None and self._tiered.device.type == "cuda":
-            torch.cuda.set_rng_state(self._unpack(numbers["cuda"]), self._tiered.device)
+        with damaged_unless_sound():
+            random.setstate(self._unpack(numbers["python"]))
+            np.random.set_state(self._unpack(numbers["numpy"]))
+            torch.set_rng_state(self._unpack(numbers["torch"]))
+            if numbers["cuda"] is not None and self._tiered.device.type == "cuda":
+                torch.cuda.set_rng_state(self._unpack(numbers["cuda"]), self._tiered.device)
         committed = self._tiered.store.committed
         log.info("going on from generation %s", committed.generation if committed is not None else "?")
         return committed.metadata if committed is not None else None
