@@ -211,6 +211,31 @@ class Recurrent(nn.Module):
         return F.cross_entropy(self.head(x).flatten(0, 1).float(), targets.flatten())
 
 
+class Uneven(nn.Module):
+    """Layers of very different sizes, small ones between large ones: extents do not fit where others were, and blocks are moved."""
+
+    class Layer(nn.Module):
+        def __init__(self, hidden: int) -> None:
+            super().__init__()
+            self.up = nn.Linear(WIDTH, hidden)
+            self.down = nn.Linear(hidden, WIDTH, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.tanh(self.down(torch.relu(self.up(x))))
+
+    def __init__(self, layers: int = 6) -> None:
+        super().__init__()
+        self.into = nn.Linear(8, WIDTH)
+        self.layers = nn.ModuleList([Uneven.Layer((37, 3, 61, 17, 1, 50, 29)[number % 7]) for number in range(2 * layers)])
+        self.out = nn.Linear(WIDTH, 4)
+
+    def forward(self, x: Tensor, targets: Tensor) -> Tensor:
+        x = self.into(x)
+        for layer in self.layers:
+            x = layer(x)
+        return F.mse_loss(self.out(x).float(), targets)
+
+
 Batch = tuple[Tensor, Tensor]
 
 
@@ -251,6 +276,7 @@ MODELS = {
     "vision": Zoo(Vision, _images, splits=False, layers=14),
     "seq2seq": Zoo(Seq2Seq, _tokens),
     "recurrent": Zoo(Recurrent, _tokens, splits=False),
+    "uneven": Zoo(Uneven, _rows, layers=14),
 }
 
 

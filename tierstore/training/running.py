@@ -89,7 +89,7 @@ class Call:
         def compute(index: int, chunk: list[Tensor]) -> Any:
             random = RandomState.now(self.tiered.device)
             watched.note()
-            with torch.autograd.graph.saved_tensors_hooks(_forget, _never):
+            with torch.autograd.graph.saved_tensors_hooks(_forget, _never), self._inputs_unchanged(chunk):
                 result = self._once([tensor.detach().requires_grad_(tensor.requires_grad) for tensor in chunk])
             self._buffers.append(watched.changed())
             self._random.append(None if random.is_now(self.tiered.device) else random)
@@ -97,6 +97,28 @@ class Call:
 
         with torch.enable_grad(), self._placed():
             return self._all(tensors, compute)
+
+    @contextlib.contextmanager
+    def _inputs_unchanged(self, chunk: Sequence[Tensor]) -> Iterator[None]:
+        """Refuse a forward pass that writes into its inputs: the backward pass computes with them once more.
+
+        Raises:
+            TrainingError: It did, or tried to.
+        """
+        versions = [tensor._version for tensor in chunk]
+        cause: RuntimeError | None = None
+        try:
+            yield
+        except RuntimeError as error:
+            if "leaf Variable that requires grad" not in str(error):
+                raise
+            cause = error
+        if cause is not None or versions != [tensor._version for tensor in chunk]:
+            raise TrainingError(
+                f"{self.unit.name!r} writes into a tensor that it was given",
+                need="arguments that stay as they are: the backward pass computes with them once more",
+                remedy="write x = x + y in place of x += y, or clone the argument first",
+            ) from cause
 
     def await_backward(self) -> None:
         self._awaited = True
