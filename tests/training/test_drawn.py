@@ -368,7 +368,9 @@ def specs(draw: st.DrawFn) -> Spec:
     count = len(kinds)
     order = tuple(draw(st.lists(st.integers(0, count - 1), min_size=1, max_size=8)))
     linear = [number for number, kind in enumerate(kinds) if kind in ("plain", "unchanged", "view", "drops", "data", "keywords", "counts")]
-    shared = tuple(draw(st.lists(st.sampled_from([(a, b) for a in linear for b in linear if a < b]), max_size=2))) if len(linear) > 1 else ()
+    shared = (
+        tuple(draw(st.lists(st.sampled_from([(a, b) for a in linear for b in linear if a < b]), max_size=2))) if len(linear) > 1 else ()
+    )
     frozen = tuple(draw(st.lists(st.sampled_from(["no", "no", "no", "part", "all"]), min_size=count, max_size=count)))
     dtype = draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float64]))
     return Spec(kinds, order, shared, frozen, draw(st.booleans()) or True, draw(st.booleans()), dtype, draw(st.integers(0, 3)))
