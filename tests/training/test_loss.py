@@ -70,7 +70,7 @@ def test_the_bits_of_chunks_under_checkpointing(chunk: int, dtype: torch.dtype, 
         losses[-1].backward()
         optimizer.step()
         optimizer.zero_grad()
-    with TierStore(gpu="80KB", ram="400KB", nvme=tmp_path / "swap", device="cpu") as store:
+    with TierStore(gpu="120KB", ram="400KB", nvme=tmp_path / "swap", device="cpu") as store:
         tiered = attach(streamed, store)
         driven = TieredOptimizer(tiered, torch.optim.SGD, lr=0.1, momentum=0.9, when="deferred")
         for step in range(3):

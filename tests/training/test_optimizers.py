@@ -373,10 +373,22 @@ def test_parameters_that_cannot_be_meant_are_refused(tmp_path: Path) -> None:
         refused(tiered, sgd, OptionError, "two optimizers named 'mine'", params=["out.*"], name="mine")
 
 
-def test_optimizers_come_before_gradients(tmp_path: Path) -> None:
+def test_an_optimizer_that_comes_after_gradients_finds_them(tmp_path: Path) -> None:
+    """They are cut anew, as it wants them."""
     with streamed(tmp_path) as (model, tiered):
         model(*next(batches("stack", 1, 4))).backward()
-        refused(tiered, torch.optim.AdamW, TrainingError, "has gradients already")
+        names = [name for name, _ in model.named_parameters()]
+        before = {name: tiered.gradient(name) for name in names}
+        optimizer = TieredOptimizer(tiered, torch.optim.AdamW)
+        for name, gradient in before.items():
+            assert gradient is not None
+            after = tiered.gradient(name)
+            assert after is not None
+            assert torch.equal(after, gradient)
+        values = {name: value.clone() for name, value in tiered.store.read("into").items()}  # type: ignore[union-attr]
+        optimizer.step()
+        changed = tiered.store.read("into")
+        assert all(not torch.equal(changed[name], value) for name, value in values.items())  # type: ignore[index, call-overload]
 
 
 def test_a_coupled_optimizer_on_a_parameter_too_large_for_the_device(tmp_path: Path) -> None:

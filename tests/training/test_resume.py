@@ -30,6 +30,7 @@ from tierstore.training import Tiered, TieredOptimizer, attach, pieces
 from tierstore.training import optimizer as optimizer_module
 from tierstore.training.chunks import cut
 from tierstore.training.packing import pack, unpack
+from tierstore.training.state import read_state, write_state
 
 
 @pytest.fixture(autouse=True)
@@ -241,7 +242,7 @@ def test_resumed_with_another_budget_state_is_cut_anew(
     assert_same_state(state, expected)
     with TierStore("4MB", "16MB", tmp_path / "parts", device="cpu") as store:
         after = {name for name in store if name.startswith(("optimizer/", "gradients/"))}
-        known = json.loads(bytes(store.read("training/state")["json"].numpy()))  # type: ignore[call-overload, index, union-attr]
+        known = json.loads(bytes(read_state(store)["json"].numpy()))
         owned = {name for chunk in known["optimizers"]["0"]["chunks"].values() for name in chunk["blocks"]}
         assert {name for name in after if name.startswith("optimizer/")} == owned, "blocks of the former cut are still there"
     if factory is not torch.optim.Adafactor:
@@ -527,13 +528,11 @@ def test_a_damaged_state_is_refused_when_it_is_attached(tmp_path: Path) -> None:
     ]
     for damage in damages:
         with opened(tmp_path / "swap") as store:
-            stored = store.read("training/state")
-            assert isinstance(stored, dict)
+            stored = read_state(store)
             state = json.loads(bytes(stored["json"].numpy()))
             damage(state)
             stored["json"] = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
-            store.delete("training/state")
-            store.put("training/state", stored)
+            write_state(store, stored)
             with pytest.raises((TensorError, TrainingError)):
                 tiered = attach(stack(), store)
                 optimizer = TieredOptimizer(tiered, torch.optim.AdamW, lr=1e-2)

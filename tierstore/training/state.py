@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tierstore.catalog import PAGE
 from tierstore.errors import TensorError, TrainingError
+from tierstore.sync import TierStore
 from tierstore.training.activations import PREFIX as ACTIVATIONS
 from tierstore.training.gradients import PREFIX as GRADIENTS
 from tierstore.training.packing import damaged_unless_sound, pack, unpack
@@ -37,6 +38,25 @@ SHARE = 4
 
 STATE = "optimizer/"
 VERSION = 1
+
+
+def write_state(store: TierStore, tensors: dict[str, Tensor]) -> None:
+    """Put tensors into blocks, none of them large: a block has to fit the device, though nobody will ever want these there."""
+    capacities = [arena.capacity_bytes for arena in store.engine.placement.arenas.values()]
+    length = max(PAGE, min(capacities) // SHARE // PAGE * PAGE)
+    payload = torch.frombuffer(bytearray(save(tensors)), dtype=torch.uint8)
+    for name in [name for name in store if name == BLOCK or name.startswith(f"{BLOCK}/")]:
+        store.delete(name)
+    for number, piece in enumerate(payload.split(length)):
+        store.put(f"{BLOCK}/{number}" if number else BLOCK, piece)
+
+
+def read_state(store: TierStore) -> dict[str, Tensor]:
+    """What `write_state` was given."""
+    count = sum(name.startswith(f"{BLOCK}/") for name in store)
+    pieces = [store.read(f"{BLOCK}/{number}" if number else BLOCK) for number in range(count + 1)]
+    tensors: dict[str, Tensor] = load(b"".join(bytes(piece.numpy()) for piece in pieces if isinstance(piece, Tensor)))
+    return tensors
 
 
 class State:
@@ -63,7 +83,7 @@ class State:
         if BLOCK not in store:
             return
         with damaged_unless_sound():
-            stored = self._read()
+            stored = read_state(store)
             self._found = json.loads(bytes(stored.pop("json").numpy()))
             self._tensors = {name.removeprefix("tensor "): tensor for name, tensor in stored.items()}
             if self._found["version"] != VERSION:
@@ -150,27 +170,7 @@ class State:
             },
         }
         text = torch.frombuffer(bytearray(json.dumps(found, allow_nan=False).encode()), dtype=torch.uint8)
-        self._write({"json": text, **{f"tensor {name}": tensor for name, tensor in tensors.items()}})
-
-    def _write(self, tensors: dict[str, Tensor]) -> None:
-        """Put tensors into blocks, none of them large: a block has to fit the device, though nobody will ever want these there."""
-        store = self._tiered.store
-        capacities = [arena.capacity_bytes for arena in store.engine.placement.arenas.values()]
-        length = max(PAGE, min(capacities) // SHARE // PAGE * PAGE)
-        payload = torch.frombuffer(bytearray(save(tensors)), dtype=torch.uint8)
-        for name in [name for name in store if name == BLOCK or name.startswith(f"{BLOCK}/")]:
-            store.delete(name)
-        pieces = payload.split(length)
-        for number, piece in enumerate(pieces):
-            store.put(f"{BLOCK}/{number}" if number else BLOCK, piece)
-
-    def _read(self) -> dict[str, Tensor]:
-        """What `_write` was given."""
-        store = self._tiered.store
-        count = sum(name.startswith(f"{BLOCK}/") for name in store)
-        pieces = [store.read(f"{BLOCK}/{number}" if number else BLOCK) for number in range(count + 1)]
-        tensors: dict[str, Tensor] = load(b"".join(bytes(piece.numpy()) for piece in pieces if isinstance(piece, Tensor)))
-        return tensors
+        write_state(tiered.store, {"json": text, **{f"tensor {name}": tensor for name, tensor in tensors.items()}})
 
     def _describe(self, optimizer: TieredOptimizer, tensors: dict[str, Tensor]) -> dict[str, Any]:
         optimizer.finish()  # nothing is pending; but what the steps have changed of the options is to be there
