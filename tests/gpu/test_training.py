@@ -83,7 +83,9 @@ SAMPLE = [pytest.param(replace(case, device="cuda"), id=name) for name, case in 
 
 # Blocks of uneven sizes in little room: many are moved to make one free piece out of several.
 UNEVEN = [
-    Case("uneven", optimizer, OPTIONS[optimizer][variant], share=share, precision=precision, when=when, policy=policy, steps=6, device="cuda")
+    Case(
+        "uneven", optimizer, OPTIONS[optimizer][variant], share=share, precision=precision, when=when, policy=policy, steps=6, device="cuda"
+    )
     for optimizer, variant, share, precision, when, policy in [
         ("AdamW", 0, 0.0, "fp32", "deferred", "lookahead"),
         ("AdamW", 0, 0.25, "master", "step", "lru"),

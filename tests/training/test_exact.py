@@ -43,7 +43,11 @@ OPTIONS: Mapping[str, tuple[Options, ...]] = {
     "AdamW": ({"lr": 0.01}, {"lr": 0.01, "fused": True, "amsgrad": True}, {"lr": 0.01, "foreach": True, "maximize": True}),
     "Adamax": ({"lr": 0.02}, {"lr": 0.02, "weight_decay": 0.1, "foreach": True}, {"lr": 0.01, "maximize": True}),
     "Muon": ({"lr": 0.02}, {"lr": 0.02, "nesterov": False, "weight_decay": 0.3, "ns_steps": 2}, {"lr": 0.02, "momentum": 0.5}),
-    "NAdam": ({"lr": 0.01}, {"lr": 0.01, "weight_decay": 0.1, "decoupled_weight_decay": True, "foreach": True}, {"lr": 0.01, "maximize": True}),
+    "NAdam": (
+        {"lr": 0.01},
+        {"lr": 0.01, "weight_decay": 0.1, "decoupled_weight_decay": True, "foreach": True},
+        {"lr": 0.01, "maximize": True},
+    ),
     # RAdam rectifies once 2 / (1 - beta2) - 1 > 5, which takes a small one to happen within few steps.
     "RAdam": ({"lr": 0.01, "betas": (0.5, 0.3)}, {"lr": 0.01, "weight_decay": 0.1, "foreach": True}, {"lr": 0.01, "maximize": True}),
     "RMSprop": (

@@ -19,9 +19,10 @@ the gradients, and the largest of three the state, in whole pages.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -39,6 +40,7 @@ from tierstore.training.parameters import grouped
 from tierstore.training.probe import MAX_NDIM, Kind
 from tierstore.training.rules import Rules, resolved_implementation, rules_of
 from tierstore.training.structure import Weight, WeightBlock
+from tierstore.training.surroundings import Autocast
 
 log = logging.getLogger("tierstore")
 
@@ -60,14 +62,25 @@ class Job:
         hyper: The groups' options.
         coefficients: Clip coefficients, in the order in which to multiply by them.
         gradients: Which weights have a gradient, by part.
+        autocast: As it was when `step()` was called: a deferred update is carried out in the middle of a forward pass.
         detached: `zero_grad()` was called since: the gradients are this job's own, and spent by it.
     """
 
     hyper: list[dict[str, Any]]
     coefficients: list[Coefficient]
     gradients: dict[Part, set[Weight]]
+    autocast: Autocast
     detached: bool = False
     changed: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def surroundings(self) -> Iterator[None]:
+        """Update as in `step()`, whatever the forward pass that it comes before is run under.
+
+        Autocast would round what an optimizer multiplies; inference mode would make tensors that no later step may change.
+        """
+        with torch.inference_mode(False), torch.no_grad(), self.autocast.again():
+            yield
 
 
 class TieredOptimizer(torch.optim.Optimizer):
@@ -255,8 +268,9 @@ class TieredOptimizer(torch.optim.Optimizer):
                 remedy="use when='deferred' to accumulate gradients over several backward passes",
             )
         self._updated.add(block)
-        job = Job(self._snapshot(), [], {})
-        self._update(block, job, mine)
+        job = Job(self._snapshot(), [], {}, Autocast.off(self.tiered.device.type))
+        with job.surroundings():
+            self._update(block, job, mine)
         self._changed.append(job)
         return {weight: grad for weight, grad in sums.items() if weight not in mine}
 
@@ -297,6 +311,7 @@ class TieredOptimizer(torch.optim.Optimizer):
         self.tiered.state.warn_unless_resumed()
         self.finish()
         hyper = self._snapshot()
+        autocast = Autocast.now(self.tiered.device.type)
         coefficients, self._coefficients = self._coefficients, []
         self._norms.clear()
         self._updated.clear()
@@ -307,7 +322,7 @@ class TieredOptimizer(torch.optim.Optimizer):
                     found[chunk.part] = set(chunk.part.present)
             if not found:
                 continue
-            job = Job(hyper, coefficients, found)
+            job = Job(hyper, coefficients, found, autocast)
             if self.when == "step":
                 self._run(block, job)
             else:
@@ -414,7 +429,8 @@ class TieredOptimizer(torch.optim.Optimizer):
         self._changed.clear()
 
     def _run(self, block: WeightBlock, job: Job) -> None:
-        self._update(block, job, None)
+        with job.surroundings():
+            self._update(block, job, None)
         if job.changed:
             self._changed.append(job)
 
