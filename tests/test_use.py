@@ -261,3 +261,14 @@ def test_info_tells_what_is_there(store: TierStore) -> None:
     assert len(store) == 3
     assert "pair" in store
     assert "nobody" not in store
+
+
+def test_leases_in_inference_mode(store: TierStore) -> None:
+    """Their tensors are kept for later leases: these count writes, and are what autograd saves."""
+    for _ in range(2):
+        with torch.inference_mode(), store.use("pair") as pair:
+            assert pair["weight"].sum().item() == pair["weight"].sum().item()
+    with store.use("pair", write=True) as pair:
+        weight = pair["weight"].requires_grad_()
+        (weight * weight).sum().backward()
+        assert torch.equal(weight.grad, 2 * weight.detach())

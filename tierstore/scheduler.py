@@ -186,6 +186,10 @@ class Scheduler(Leases):
 
     def try_blank(self, record: Record) -> bool:
         """Drop a block's content now, if nobody leases or waits for it and no transfer touches it. Returns whether it is blank."""
+        if record.blank:
+            return True
+        if self.waiting.unbegun_commits:  # the content is that of its instant
+            return False
         free = not (record.leased or record.locked or record.commit_pending or record.nvme_writing)
         if not free or not (record.gpu.settled and record.ram.settled) or self.waiting.wanting(record):
             return False

@@ -270,10 +270,11 @@ def _run_streamed(case: Case, directory: Path, gpu: int) -> Outcome:
             }
             if case.activations != "device":
                 assert any(name.startswith(activations.PREFIX) for name in store), "no activations in the store"
-            tiered.detach()
+            # Not by detach(): of so many so small chunks a commit says more than so little device memory has room for.
+            parameters = {name: tensor for block in tiered.structure.blocks for name, tensor in store.read(block.name).items()}  # type: ignore[union-attr]
+            parameters.update((name, buffer.detach().clone()) for name, buffer in model.named_buffers())
     finally:
         activations.SMALL = small
-    parameters = values_of(model)
     if case.master_dtype is not None:  # what never had a gradient has no master yet; there is one in the reference
         for weight in [name for name, parameter in model.named_parameters() if parameter.requires_grad]:
             state.setdefault((weight, "master"), parameters[weight].to(case.master_dtype))

@@ -26,6 +26,7 @@ def test_inputs_that_come_to_lie_where_others_lay(tier: str, tmp_path: Path) -> 
         assert any(name.startswith("activations/") for name in store)
         for name, parameter in zip([weight.name for weight in tiered.structure.weights], resident, strict=True):
             grad, want = tiered.gradient(name), parameter.grad
-            assert grad is not None and want is not None
+            assert grad is not None
+            assert want is not None
             assert torch.equal(grad, want), name
         tiered.detach()

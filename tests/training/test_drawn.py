@@ -97,7 +97,8 @@ class Keywords(Plain):
     """None, numbers, text and a tensor by keyword."""
 
     def forward(self, x: Tensor, *, scale: Tensor | None = None, mask: Tensor | None = None, how: str = "no", times: float = 1.0) -> Tensor:
-        assert how == "yes" and mask is None and scale is not None
+        assert (how, mask) == ("yes", None)
+        assert scale is not None
         return x + self.inner(x) * scale * times
 
 
@@ -308,7 +309,7 @@ def check(spec: Spec, setting: Setting, directory: Path) -> None:
     model = Drawn(spec)
     small, activations.SMALL = activations.SMALL, 0
     try:
-        with _roomy(model, setting, directory) as (store, tiered, mine):
+        with _Roomy(model, setting, directory) as (_, tiered, mine):
             losses, mine_norms = train(model, mine, setting, spec.dtype)
             state = {(name, key): value for name, each in named.items() if each.requires_grad for key, value in mine.state_of(name).items()}
             tiered.detach()
@@ -326,7 +327,7 @@ def check(spec: Spec, setting: Setting, directory: Path) -> None:
                 assert same(state[name, key], value), (name, key)
 
 
-class _roomy:
+class _Roomy:
     """A store with the least device memory that does, by doubling: what is drawn has blocks of any size."""
 
     def __init__(self, model: Drawn, setting: Setting, directory: Path) -> None:
@@ -473,7 +474,8 @@ def test_a_layer_that_writes_into_its_input_is_refused(position: int, tmp_path: 
     kinds = [Inplace if number == position else Plain for number in range(3)]
     with pytest.raises(TrainingError, match=f"'{position}' writes into a tensor that it was given") as raised:
         against_torch(lambda: nn.Sequential(*[kind() for kind in kinds]), rows, tmp_path, list)
-    assert raised.value.need and raised.value.remedy
+    assert raised.value.need
+    assert raised.value.remedy
 
 
 @pytest.mark.xfail(reason="the store lays parameters out contiguously, and other kernels compute with them", strict=True)

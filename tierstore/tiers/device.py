@@ -46,8 +46,12 @@ def view_of(storage: torch.UntypedStorage, device: torch.device, start: int, spe
 
     [Note: Tensors of one arena]
     Each is set on the storage by itself rather than sliced from one tensor: views of one base share a version counter, and a
-    write to one block would then invalidate what autograd saved of another.
+    write to one block would then invalidate what autograd saved of another. In inference mode too they are ordinary tensors: they are kept
+    for later leases, and inference tensors count no writes.
     """
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            return view_of(storage, device, start, spec)
     dtype = DTYPES[spec.dtype]
     tensor = torch.empty(0, dtype=dtype, device=device)
     begin = (start + spec.offset) // dtype.itemsize

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ SMALL = 1 << 16
 """Tensors of fewer bytes stay on the device: to move them would cost more than they take."""
 
 Key = tuple[torch.dtype, tuple[int, ...]]
-Place = tuple[int, int, int, torch.dtype, torch.Size, tuple[int, ...]]
+Place = tuple[Any, Any, int, torch.dtype, torch.Size, tuple[int, ...]]
 
 
 @dataclass(eq=False, slots=True)

@@ -19,10 +19,11 @@ the gradients, and the largest of three the state, in whole pages.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -41,6 +42,7 @@ from tierstore.training.pieces import Piece, Stored, gather
 from tierstore.training.probe import MAX_NDIM, Kind
 from tierstore.training.rules import Rules, resolved_implementation, rules_of
 from tierstore.training.structure import Weight, WeightBlock
+from tierstore.training.surroundings import Autocast
 
 log = logging.getLogger("tierstore")
 
@@ -62,6 +64,7 @@ class Job:
         hyper: The groups' options.
         coefficients: Clip coefficients, in the order in which to multiply by them.
         gradients: Which weights have a gradient, by part.
+        autocast: As it was when `step()` was called: a deferred update is carried out in the middle of a forward pass.
         detached: `zero_grad()` was called since: the gradients are this job's own, and spent by it.
         begun: Chunks that the optimizer has begun to update: whether or not it came to an end, it is not to do so twice.
         failed: An attempt at it has failed.
@@ -71,11 +74,21 @@ class Job:
     hyper: list[dict[str, Any]]
     coefficients: list[Coefficient]
     gradients: dict[Part, set[Weight]]
+    autocast: Autocast
     detached: bool = False
     changed: dict[int, dict[str, Any]] = field(default_factory=dict)
     begun: set[Chunk] = field(default_factory=set)
     failed: bool = False
     torn: bool = False
+
+    @contextlib.contextmanager
+    def surroundings(self) -> Iterator[None]:
+        """Update as in `step()`, whatever the forward pass that it comes before is run under.
+
+        Autocast would round what an optimizer multiplies; inference mode would make tensors that no later step may change.
+        """
+        with torch.inference_mode(False), torch.no_grad(), self.autocast.again():
+            yield
 
 
 class TieredOptimizer(torch.optim.Optimizer):
@@ -260,7 +273,7 @@ class TieredOptimizer(torch.optim.Optimizer):
                 remedy="use when='deferred' to accumulate gradients over several backward passes",
             )
         self._updated.add(block)
-        job = Job(self._snapshot(), [], {})
+        job = Job(self._snapshot(), [], {}, Autocast.off(self.tiered.device.type))
         self._run(block, job, mine)
         return {weight: grad for weight, grad in sums.items() if weight not in mine}
 
@@ -301,6 +314,7 @@ class TieredOptimizer(torch.optim.Optimizer):
         self.tiered.state.warn_unless_resumed()
         self.finish()
         hyper = self._snapshot()
+        autocast = Autocast.now(self.tiered.device.type)
         coefficients = list(self._coefficients)
         self._norms.clear()
         self._updated.clear()
@@ -311,7 +325,7 @@ class TieredOptimizer(torch.optim.Optimizer):
                     found[chunk.part] = set(chunk.part.present)
             if not found:
                 continue
-            job = Job(hyper, coefficients, found)
+            job = Job(hyper, coefficients, found, autocast)
             if self.when == "step":
                 self._run(block, job)
             else:
@@ -438,7 +452,8 @@ class TieredOptimizer(torch.optim.Optimizer):
             given: The gradients, where they are not in the store.
         """
         try:
-            self._update(block, job, given)
+            with job.surroundings():
+                self._update(block, job, given)
         except BaseException:
             if job.torn and block not in self._pending:  # nobody may see the weights before they are whole
                 job.begun.update(self._chunks[block])

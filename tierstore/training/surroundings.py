@@ -28,6 +28,10 @@ class Autocast:
     def now(device_type: str) -> Autocast:
         return Autocast(device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type))
 
+    @staticmethod
+    def off(device_type: str) -> Autocast:
+        return Autocast(device_type, False, torch.get_autocast_dtype(device_type))
+
     def again(self) -> contextlib.AbstractContextManager[object]:
         if not self.enabled and not torch.is_autocast_enabled(self.device_type):
             return contextlib.nullcontext()
