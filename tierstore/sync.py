@@ -181,7 +181,9 @@ class TierStore(StoreBase):
     def _settle(self, names: Iterable[str] | None = None) -> None:
         """Have done what somebody put off until these blocks are asked for (None: any)."""
         unsettled = self.engine.unsettled
-        for name in list(unsettled) if names is None else [name for name in names if name in unsettled]:
+        if not unsettled:
+            return
+        for name in list(unsettled) if names is None else [name for name in names if isinstance(name, str) and name in unsettled]:
             finish = unsettled.get(name)
             if finish is not None:
                 finish()

@@ -253,7 +253,9 @@ def run_streamed(case: Case, directory: Path) -> Outcome:
         except CapacityError:
             continue
         return _run_streamed(case, directory / "run", gpu)
-    raise AssertionError(f"{case} needs more than half of the parameters' {total} bytes")
+    return _run_streamed(
+        case, directory / "run", 3 * total // 4 // PAGE * PAGE
+    )  # one layer's update takes more than half of so small a model
 
 
 def _run_streamed(case: Case, directory: Path, gpu: int) -> Outcome:

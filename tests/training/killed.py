@@ -72,8 +72,8 @@ def digest(store: TierStore) -> str:
     for name in sorted(store):
         if name.startswith(("gradients/", "activations/")):
             continue
-        values = store.read(name)
-        assert isinstance(values, dict)
+        read = store.read(name)
+        values = read if isinstance(read, dict) else {name: read}
         for key, tensor in sorted(values.items()):
             running.update(f"{name}/{key}/{tensor.dtype}/{tuple(tensor.shape)}".encode())
             running.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -136,7 +136,9 @@ def undisturbed(directory: Path, way: Way) -> tuple[list[str], dict[int, str]]:
     digests: dict[int, str] = {}
     child = Child(lambda say: live(say, directory, way, 0))
     assert child.wait() == 0, child.heard[-3:]
-    assert all(int(count) > 0 for count in next(words for words in child.heard if words[0] == "moved")[1:]), "it streams"
+    moved = [int(count) for count in next(words for words in child.heard if words[0] == "moved")[1:]]
+    # Without gradients in the store, RAM holds all that is left: what is read from the drive is what a restart reads.
+    assert all(moved) if way.when != "backward" else all(moved[:2]) and moved[3], "it streams"
     end = next(words for words in child.heard if words[0] == "end")[1:]
     digests[STEPS] = end[-1]
     return end, digests

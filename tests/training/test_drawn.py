@@ -249,7 +249,7 @@ class Drawn(nn.Module):
         for position, index in enumerate(self.spec.order):
             kind = self.spec.kinds[index]
             given = {"scale": scale, "mask": None, "how": "yes", "times": 0.25} if kind == "keywords" else {}
-            x = tensor_of(kind, self.layers[index](x, **given), x)
+            x = tensor_of(kind, self.layers[index](x, **given), x).to(x.dtype)
             if self.spec.outside and position == 1:
                 x = self.between.inner[1](x) * self.own  # a part of a module, called alone
         return x.float().square().mean()
@@ -302,6 +302,8 @@ def check(spec: Spec, setting: Setting, directory: Path) -> None:
     if not any(parameter.requires_grad for parameter in plain.parameters()):
         return
     named = dict(plain.named_parameters())
+    if setting.optimizer == "Adafactor" and any(not parameter.numel() for parameter in named.values()):
+        return  # torch divides by zero
     layers = [layer for layer in plain.layers if spec.listed]
     reference = resident_reference(plain, layers, micro_batch=setting.micro_batch if layers else None)
     optimizer = reference.optimizer(factory, master_dtype=master, **options)

@@ -72,14 +72,14 @@ class Held:
 
 SLACK = Held(
     objects=60,
-    allocated_blocks=600,
+    allocated_blocks=3000,
     tensors=10,
     tensor_bytes=64 << 10,
     resident_bytes=6 << 20,
     threads=1,
-    descriptors=2,
+    descriptors=8,  # of shards, which are kept open
     blocks=0,
-    files=6,
+    files=8,
     drive_bytes=512 << 10,
 )
 """What may differ between two moments of the same training: what is cached, in flight, or about to be collected."""

@@ -346,7 +346,6 @@ def test_a_commit_carries_out_what_was_put_off(tmp_path: Path) -> None:
         pair.assert_usable()
 
 
-@pytest.mark.xfail(strict=False, reason="Scheduler.try_blank drops content though a commit that was asked for has not started yet")
 def test_gradients_erased_right_behind_a_commit_are_in_it(tmp_path: Path) -> None:
     """The state is that of the call."""
     with opened(tmp_path / "swap") as store:
