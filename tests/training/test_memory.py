@@ -27,6 +27,10 @@ NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 STEPS = int(os.environ.get("TIERSTORE_TRAINING_STEPS") or (1000 if NIGHTLY else 120))
 
 
+MOMENTS = 8
+"""How often what is held is counted. What grows is more at each of the last three than at each of the third to the fifth."""
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
@@ -71,8 +75,8 @@ class Held:
 
 
 SLACK = Held(
-    objects=60,
-    allocated_blocks=3000,
+    objects=40,
+    allocated_blocks=1000,
     tensors=10,
     tensor_bytes=64 << 10,
     resident_bytes=6 << 20,
@@ -82,7 +86,7 @@ SLACK = Held(
     files=8,
     drive_bytes=512 << 10,
 )
-"""What may differ between two moments of the same training: what is cached, in flight, or about to be collected."""
+"""By how much the least of the late moments may exceed the most of the early ones: what is cached, in flight, or about to be collected."""
 
 
 @pytest.mark.timeout(120 + 2 * STEPS)
@@ -129,13 +133,14 @@ def test_nothing_grows_with_the_number_of_steps(when: str, activations: str, tmp
             del loss
             if step % 10 == 9:
                 store.commit({"step": step})
-            if (step + 1) % (STEPS // 4) == 0:
+            if (step + 1) % (STEPS // MOMENTS) == 0:
                 store.commit()
                 held.append(Held.now(store, directory))
         assert store.stats().tiers["gpu"].evictions > STEPS
         assert all(store.stats().links[link].bytes > 0 for link in ("nvme_read", "nvme_write"))
-    early, late = asdict(held[1]), asdict(held[3])
-    grown = {key: (early[key], late[key]) for key, slack in asdict(SLACK).items() if late[key] - early[key] > slack}
+    series = {key: [asdict(each)[key] for each in held] for key in asdict(SLACK)}
+        print(series)
+    grown = {key: each for key, each in series.items() if min(each[-3:]) - max(each[2:5]) > asdict(SLACK)[key]}
     assert not grown, grown
 
 
