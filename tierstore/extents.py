@@ -6,6 +6,7 @@ of what is resident never part.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from tierstore.arena import Arena
@@ -18,6 +19,9 @@ from tierstore.residency import Event, State, Tier
 from tierstore.trace import Link
 
 MEMORY_TIERS = (Tier.GPU, Tier.RAM)
+
+FRESH_KEPT = 1 << 16
+"""Positions remembered at which a block was written whole: as many as a forecast remembers accesses."""
 
 
 class Extents:
@@ -35,6 +39,9 @@ class Extents:
         self.leased: dict[BlockId, Record] = {}
         self.held: dict[BlockId, Record] = {}
         self.blank_bytes = 0
+        self.promised: dict[BlockId, int] = {}  # see [Note: Room for what is yet to be written] in `placement`
+        self.promised_bytes = 0
+        self._fresh_at: dict[int, None] = {}  # positions of the trace at which a block was written whole, the oldest first
         self.save_failed: dict[BlockId, Record] = {}
         self.arenas = {Tier.GPU: Arena(gpu_bytes), Tier.RAM: Arena(ram_bytes)}
         self.has_nvme = has_nvme
@@ -70,7 +77,7 @@ class Extents:
 
     def load_cost(self, block: BlockId, tier: Tier) -> float:
         record = self.records[block]
-        if record.blank:
+        if record.blank or (tier is Tier.GPU and self.written_whole_next(record)):
             return 0.0
         if tier is Tier.RAM:
             return record.nbytes * self._seconds_per_byte[Link.NVME_READ]
@@ -102,6 +109,7 @@ class Extents:
         self.save_failed.pop(record.id, None)
         if record.blank:
             self.blank_bytes -= record.nbytes
+        self.take_back(record)
         del self.records[record.id]
 
     def reserve(self, record: Record, tier: Tier, offset: int) -> None:
@@ -109,6 +117,8 @@ class Extents:
         copy.apply(Event.RESERVE)
         copy.offset = offset
         self._at[tier][offset] = record
+        if tier is Tier.RAM:
+            self.take_back(record)
 
     def start_load(self, record: Record, tier: Tier) -> None:
         """Bytes are about to arrive in the extent that `reserve` gave, or in the stale one."""
@@ -174,6 +184,33 @@ class Extents:
         self.supersede_ram(record)
         if self.has_nvme and record.ram.state is not State.ABSENT and record.ram.settled:
             self.discard(record, Tier.RAM)
+        self.take_back(record)
+        if self.policy.next_use(record.id) < self._cursor[Tier.RAM]:
+            self.promise(record)
+
+    def note_fresh(self, position: int) -> None:
+        """The access at a position of the trace wrote all of its block."""
+        self._fresh_at[position] = None
+        if len(self._fresh_at) > FRESH_KEPT:
+            del self._fresh_at[next(iter(self._fresh_at))]
+
+    def written_whole_next(self, record: Record) -> bool:
+        """Whether the block's next use is expected to write all of it, so that nobody wants what it holds until then."""
+        if not self._fresh_at:
+            return False
+        next_use = self.policy.next_use(record.id)
+        return next_use < math.inf and self.policy.repeats(int(next_use)) in self._fresh_at
+
+    def promise(self, record: Record) -> None:
+        """A block is to be written whole before what is fetched from here on is used: RAM will have to take it."""
+        absent = record.ram.state is State.ABSENT and record.id not in self.promised
+        if absent and self.has_nvme and record.hold is not Tier.GPU and not self.policy.stays(record.id):
+            self.promised[record.id] = record.nbytes
+            self.promised_bytes += record.nbytes
+
+    def take_back(self, record: Record) -> None:
+        """It has an extent in RAM, or will not need one."""
+        self.promised_bytes -= self.promised.pop(record.id, 0)
 
     def declare(self, record: Record) -> None:
         """A block without content begins; without NVMe, in the extent in RAM that was reserved as its home."""

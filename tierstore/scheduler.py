@@ -624,7 +624,7 @@ class Scheduler(Leases):
         """Whether the block has the extent that a fresh lease writes."""
         return record.id in fresh and record.gpu.state is State.RESERVED and record.gpu.settled and not record.locked
 
-    def note_use(self, records: tuple[Record, ...], writes: frozenset[int]) -> None:
+    def note_use(self, records: tuple[Record, ...], writes: frozenset[int], fresh: frozenset[int] = frozenset()) -> None:
         """Record the accesses of a lease that is being asked for, and where its blocks were found."""
         if records:
             self.placement.pace.asked(self._clock.now_ns(), len(records))
@@ -639,6 +639,8 @@ class Scheduler(Leases):
                 self.misses += 1
             write = record.id in writes
             record.used_at = self.placement.last_used = self.trace.num_accesses
+            if record.id in fresh:
+                self.placement.note_fresh(self.trace.num_accesses)
             self.trace.append(record.block.name, write, found)
             self._accesses.append((record.id, write))
 

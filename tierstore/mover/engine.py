@@ -186,7 +186,7 @@ class Engine:
                 request = Use(ticket.owner, ticket.records, writes=ticket.writes, fresh=ticket.fresh, spent=ticket.spent)
                 future = self.submit(request)
                 ticket.request = request
-            scheduler.note_use(ticket.records, ticket.writes)
+            scheduler.note_use(ticket.records, ticket.writes, ticket.fresh)
             self.wanted |= future is not None or self._has_work()
         return future
 
