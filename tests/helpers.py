@@ -32,6 +32,8 @@ class Watched:
             self.victims_for = policy.victims_for
         if hasattr(policy, "stays"):
             self.stays = policy.stays
+        if hasattr(policy, "repeats"):
+            self.repeats = policy.repeats
 
     def bind(self, view: View) -> None:
         self.view = view
@@ -179,7 +181,7 @@ def _check_record(placement: Placement, record: Record) -> None:
         assert nvme == record.version, f"{_of(record)} is clean in RAM, and not on NVMe"
     if placement.has_nvme and ram is State.DIRTY:
         assert nvme != record.version, f"{_of(record)} is dirty in RAM, though NVMe has it"
-    if record.born is not None and not record.locked:
+    if record.born is not None and not record.locked and not record.blank:
         assert record.tiers or any(order.version == record.version for order in to_ram), f"{_of(record)}: the newest version is nowhere"
         assert placement.has_nvme or ram is not State.ABSENT, f"{_of(record)} has no home"
     for tier in MEMORY:
@@ -221,6 +223,9 @@ def check_scheduler(scheduler: Scheduler) -> None:
     """As `check_placement`, and what the scheduler keeps of leases and requests."""
     placement = scheduler.placement
     check_placement(placement)
+    assert placement.promised_bytes == sum(placement.promised.values())
+    for number in placement.promised:
+        assert placement.records[number].ram.state is State.ABSENT, "room is promised to a block that has an extent"
     assert {id(record) for record in scheduler.names.values()} == {id(record) for record in placement.records.values()}
     owned: dict[Owner, Counter[Record]] = {}
     writes: Counter[Owner] = Counter()
