@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 
 import pytest
 
@@ -10,14 +11,14 @@ from tests.test_scheduler import Sim
 from tierstore.catalog import PAGE, Block
 from tierstore.policies import Lookahead
 from tierstore.policies.plan import OUTLINED
-from tierstore.requests import Action, Order, Record, Use
+from tierstore.requests import Action, Lease, Order, Record, Use
 from tierstore.residency import Tier
 
 BLOCKS = 12
 
 
 class Training(Sim):
-    """Leases that write blocks whole, or use them up, and a count of all transfers."""
+    """Leases that write blocks whole, or use them up, and a count of all transfers, in pages, by the first letter of the block."""
 
     def __init__(self, *, gpu: int, ram: int, has_nvme: bool = True) -> None:
         super().__init__(gpu=gpu, ram=ram, has_nvme=has_nvme, policy=Lookahead())
@@ -25,37 +26,44 @@ class Training(Sim):
 
     def _start(self, order: Order) -> None:
         if order.record is not None:
-            self.moved[order.action, order.record.block.name[0]] += 1
+            self.moved[order.action, order.record.block.name[0]] += order.nbytes // PAGE
         super()._start(order)
 
-    def declare(self, name: str) -> Record:
-        record = self.scheduler.new_record(Block(name, (), PAGE, False, False))
+    def declare(self, name: str, pages: int = 1) -> Record:
+        record = self.scheduler.new_record(Block(name, (), pages * PAGE, False, False))
         self.placement.declare(record)
         self.scheduler.make_ended(record, filled=True, blank=True)
         return record
 
-    def take(self, record: Record, *, write: bool = False, fresh: bool = False, spent: bool = False) -> None:
-        """A whole lease."""
-        ids = frozenset([record.id])
-        writes, news, ends = ids if write or fresh or spent else frozenset(), ids if fresh else frozenset(), ids if spent else frozenset()
-        lease = self.scheduler.try_use("main", (record,), writes, news, ends)
+    def begin(self, *records: Record, write: Collection[Record] = (), fresh: Collection[Record] = (), spent: Collection[Record] = ()) -> Lease:
+        """As `Engine.begin_use`, and what waits for it."""
+        writes, news, ends = (frozenset(record.id for record in each) for each in ({*write, *fresh, *spent}, fresh, spent))
+        lease = self.scheduler.try_use("main", records, writes, news, ends)
         request = None
         if lease is None:
-            request = Use("main", (record,), writes=writes, fresh=news, spent=ends)
+            request = Use("main", records, writes=writes, fresh=news, spent=ends)
             self.scheduler.submit(request)
-        self.scheduler.note_use((record,), writes, news)
+        self.scheduler.note_use(records, writes, news)
         if request is not None:
             self.settle()
             assert request.error is None
             lease = request.lease
         assert lease is not None
-        if fresh:
+        for record in fresh:
             self.contents[Tier.GPU][record.gpu.offset] = (record.id, record.version)
         self.check_lease(lease)
+        return lease
+
+    def end(self, lease: Lease) -> None:
         self.scheduler.release(lease)
-        if writes and not record.blank:
-            self.contents[Tier.GPU][record.gpu.offset] = (record.id, record.version)
+        for record in lease.records:
+            if record.id in lease.writes and not record.blank:
+                self.contents[Tier.GPU][record.gpu.offset] = (record.id, record.version)
         self.settle()
+
+    def take(self, record: Record, *, write: bool = False, fresh: bool = False, spent: bool = False) -> None:
+        """A whole lease."""
+        self.end(self.begin(record, write=[record] * write, fresh=[record] * fresh, spent=[record] * spent))
 
 
 def test_what_will_be_written_whole_is_not_loaded() -> None:
