@@ -223,9 +223,10 @@ def check_scheduler(scheduler: Scheduler) -> None:
     """As `check_placement`, and what the scheduler keeps of leases and requests."""
     placement = scheduler.placement
     check_placement(placement)
-    assert placement.promised_bytes == sum(placement.promised.values())
-    for number in placement.promised:
-        assert placement.records[number].ram.state is State.ABSENT, "room is promised to a block that has an extent"
+    for tier, promised in placement.promised.items():
+        assert placement.promised_bytes[tier] == sum(promised.values())
+        for number in promised:
+            assert placement.records[number].copy(tier).state is State.ABSENT, "room is promised to a block that has an extent"
     assert {id(record) for record in scheduler.names.values()} == {id(record) for record in placement.records.values()}
     owned: dict[Owner, Counter[Record]] = {}
     writes: Counter[Owner] = Counter()

@@ -39,8 +39,8 @@ class Extents:
         self.leased: dict[BlockId, Record] = {}
         self.held: dict[BlockId, Record] = {}
         self.blank_bytes = 0
-        self.promised: dict[BlockId, int] = {}  # see [Note: Room for what is yet to be written] in `placement`
-        self.promised_bytes = 0
+        self.promised: dict[Tier, dict[BlockId, int]] = {Tier.GPU: {}, Tier.RAM: {}}  # see [Note: Room for what is yet to be written]
+        self.promised_bytes = {Tier.GPU: 0, Tier.RAM: 0}
         self._fresh_at: dict[int, None] = {}  # positions of the trace at which a block was written whole, the oldest first
         self.save_failed: dict[BlockId, Record] = {}
         self.arenas = {Tier.GPU: Arena(gpu_bytes), Tier.RAM: Arena(ram_bytes)}
@@ -109,7 +109,8 @@ class Extents:
         self.save_failed.pop(record.id, None)
         if record.blank:
             self.blank_bytes -= record.nbytes
-        self.take_back(record)
+        for tier in MEMORY_TIERS:
+            self.take_back(record, tier)
         del self.records[record.id]
 
     def reserve(self, record: Record, tier: Tier, offset: int) -> None:
@@ -117,8 +118,7 @@ class Extents:
         copy.apply(Event.RESERVE)
         copy.offset = offset
         self._at[tier][offset] = record
-        if tier is Tier.RAM:
-            self.take_back(record)
+        self.take_back(record, tier)
 
     def start_load(self, record: Record, tier: Tier) -> None:
         """Bytes are about to arrive in the extent that `reserve` gave, or in the stale one."""
@@ -184,9 +184,11 @@ class Extents:
         self.supersede_ram(record)
         if self.has_nvme and record.ram.state is not State.ABSENT and record.ram.settled:
             self.discard(record, Tier.RAM)
-        self.take_back(record)
-        if self.policy.next_use(record.id) < self._cursor[Tier.RAM]:
-            self.promise(record)
+        next_use = self.policy.next_use(record.id)
+        for tier in MEMORY_TIERS:
+            self.take_back(record, tier)
+            if next_use < self._cursor[tier]:
+                self.promise(record, tier)
 
     def note_fresh(self, position: int) -> None:
         """The access at a position of the trace wrote all of its block."""
@@ -201,16 +203,19 @@ class Extents:
         next_use = self.policy.next_use(record.id)
         return next_use < math.inf and self.policy.repeats(int(next_use)) in self._fresh_at
 
-    def promise(self, record: Record) -> None:
-        """A block is to be written whole before what is fetched from here on is used: RAM will have to take it."""
-        absent = record.ram.state is State.ABSENT and record.id not in self.promised
-        if absent and self.has_nvme and record.hold is not Tier.GPU and not self.policy.stays(record.id):
-            self.promised[record.id] = record.nbytes
-            self.promised_bytes += record.nbytes
+    def promise(self, record: Record, tier: Tier) -> None:
+        """A block is to be written whole before what is fetched from here on is used: the tier will have to take it."""
+        promised = self.promised[tier]
+        if record.id in promised or record.copy(tier).state is not State.ABSENT:
+            return
+        if tier is Tier.RAM and (not self.has_nvme or record.hold is Tier.GPU or self.policy.stays(record.id)):
+            return  # it has its home there, or does not come there
+        promised[record.id] = record.nbytes
+        self.promised_bytes[tier] += record.nbytes
 
-    def take_back(self, record: Record) -> None:
-        """It has an extent in RAM, or will not need one."""
-        self.promised_bytes -= self.promised.pop(record.id, 0)
+    def take_back(self, record: Record, tier: Tier) -> None:
+        """It has an extent on the tier, or will not need one."""
+        self.promised_bytes[tier] -= self.promised[tier].pop(record.id, 0)
 
     def declare(self, record: Record) -> None:
         """A block without content begins; without NVMe, in the extent in RAM that was reserved as its home."""

@@ -23,9 +23,10 @@ leased by its last use, or on its way, nothing else is evicted in its place: ano
 none. What is leased for long, or held, is passed over.
 
 [Note: Room for what is yet to be written]
-A block without content (a gradient between two backward passes) has no extent, and the room that it left in RAM looks free. It is not:
+A block without content (a gradient between two backward passes) has no extent, and the room that it left looks free. It is not:
 to fetch a block into it that is used only after the gradient is there would have that block leave again, and come a second time.
-So what the cursor passes without content is promised room, and a fetch for a later position takes only what is free beside that.
+So what the cursor passes that is to be written whole is promised room, until it has an extent, and a fetch for a later position
+takes only what is free beside that.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ class Placement(Extents):
             low: Place at the low end (held blocks).
         """
         arena = self.arenas[tier]
-        promised = self.promised_bytes if tier is Tier.RAM and before is not None and 0 <= before < NEVER and self.policy.ranks_ahead else 0
+        promised = self.promised_bytes[tier] if before is not None and 0 <= before < NEVER and self.policy.ranks_ahead else 0
         target = nbytes + promised
         while True:
             offset = arena.allocate(nbytes, low=low) if arena.free_bytes >= target or not promised else None
@@ -586,8 +587,9 @@ class Placement(Extents):
         if self._cursor_epoch != self.policy.epoch:
             self._cursor_epoch = self.policy.epoch
             self._cursor = dict.fromkeys(self._cursor, now)
-            self.promised.clear()
-            self.promised_bytes = 0
+            for tier in MEMORY_TIERS:
+                self.promised[tier].clear()
+                self.promised_bytes[tier] = 0
         again = False
         for tier in MEMORY_TIERS if self.has_nvme else (Tier.GPU,):
             position = max(self._cursor[tier], now)
@@ -609,8 +611,7 @@ class Placement(Extents):
         if record.gpu.valid or record.gpu.loading or record.locked or record.vacating:
             return True
         if record.blank or self.written_whole_next(record):
-            if tier is Tier.RAM:
-                self.promise(record)
+            self.promise(record, tier)
             return True
         if record.load_error is not None:
             return True

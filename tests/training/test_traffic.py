@@ -6,24 +6,18 @@ import dataclasses
 import os
 import statistics
 import time
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tests import test_scheduler
-from tests.test_fresh import Training
 from tierstore import TierStore
 from tierstore.mover.budget import NUM_SLOTS, slot_bytes
-from tierstore.requests import LINK_OF, Lease
 from tierstore.residency import Tier
 from tierstore.training import TieredOptimizer, attach
-from tierstore.training.leasing import Buffers
 from tierstore.training.traffic import Settings, Traffic, share_in_ram, traffic
 
 LAYERS = 24
@@ -32,31 +26,33 @@ DEVICE = 6
 LEARNT = 4
 """Steps after which the policy knows the period."""
 COUNTED = 3
+MORE = 1.3
+"""The drive moves at most so many times what is said: where the policy's orders come late, what is at hand is evicted in their stead."""
 PAGE = 4096
 LINKS = ("h2d", "d2h", "nvme_read", "nvme_write")
 
 
 PACE_S = 1e-3
-"""Computing a layer takes so long: as in earnest, longer than moving it, so that the policy's orders are carried out in
-time. Where it falls behind, demands are served in its stead, and evict what is at hand."""
+"""Computing a layer takes so long: as in earnest, longer than moving it."""
 
 
 class Layer(nn.Module):
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, rows: int) -> None:
         super().__init__()
+        self.pace_s = PACE_S / rows
         self.weight = nn.Parameter(torch.randn(width, width) / width**0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        time.sleep(PACE_S)
+        time.sleep(self.pace_s * x.shape[0])
         return torch.tanh(x @ self.weight)
 
 
 class Stack(nn.Module):
     """Equal layers without anything between: one block of weights each, large against a page."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, rows: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([Layer(width) for _ in range(LAYERS)])
+        self.layers = nn.ModuleList([Layer(width, rows) for _ in range(LAYERS)])
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
@@ -85,56 +81,13 @@ class Case:
         return f"{self.when}-{self.accumulation}-{'masters' if self.masters else 'fp32'}-{'third' if self.third else 'all'}"
 
 
-@dataclass(frozen=True)
-class Event:
-    """The begin of a lease, its end, or content that is given up.
-
-    Attributes:
-        number: Of the lease; -1 where there is none.
-        names: The blocks; and of these, those that are written, fresh and spent.
-    """
-
-    number: int
-    begins: bool
-    names: tuple[tuple[str, ...], ...] = ()
-
-
-class Recorder:
-    """Stands between the training and the store, and notes its leases."""
-
-    def __init__(self, buffers: Buffers) -> None:
-        self.events: list[Event] = []
-        self.lease, self.give_up = buffers.lease, buffers.give_up
-        buffers.lease = self.note_lease  # type: ignore[method-assign,assignment]
-        buffers.give_up = self.note_give_up  # type: ignore[method-assign]
-        self._count = 0
-
-    @contextmanager
-    def note_lease(self, *names: str, **kinds: Collection[str]) -> Iterator[Any]:
-        number = self._count = self._count + 1
-        groups = (names, *(tuple(kinds.get(kind, ())) for kind in ("write", "fresh", "spent")))
-        self.events.append(Event(number, True, groups))
-        try:
-            with self.lease(*names, **kinds) as tensors:
-                yield tensors
-        finally:
-            self.events.append(Event(number, False))
-
-    def note_give_up(self, names: Collection[str] = ()) -> None:
-        self.events.append(Event(-1, False, (tuple(names),)))
-        self.give_up(names)
-
-
 @dataclass
 class Count:
-    """Bytes over each link in each step that counts, the settings, and the leases of the last step."""
+    """Bytes over each link in each step that counts, the settings, and the blocks that one step leased."""
 
     steps: list[dict[str, int]]
     settings: Settings
-    events: list[Event]
-    blocks: dict[str, int]
-    gpu: int
-    ram: int
+    leased: list[tuple[str, bool]]
 
     @property
     def median(self) -> Traffic:
@@ -154,29 +107,27 @@ def count(case: Case, directory: Path, *, steps: int = LEARNT + COUNTED) -> Coun
     torch.manual_seed(0)
     width = 320 if case.masters else 256
     dtype = torch.bfloat16 if case.masters else torch.float32
-    model = Stack(width).to(dtype)
+    model = Stack(width, case.rows).to(dtype)
     gpu, ram = budgets(case, width)
     with TierStore(gpu=gpu, ram=ram, nvme=directory, device="cpu") as store:
         tiered = attach(model, store, list(model.layers), micro_batch=case.micro_batch, activations=case.activations)  # type: ignore[arg-type]
         masters = torch.float32 if case.masters else None
         optimizer = TieredOptimizer(tiered, torch.optim.AdamW, lr=1e-3, when=case.when, master_dtype=masters)  # type: ignore[arg-type]
         counted: list[dict[str, int]] = []
-        recorder = Recorder(tiered.buffers)
+        begin = 0
         for _ in range(steps):
             before = store.stats().links
-            recorder.events.clear()
+            begin = store.trace.num_accesses
             for _ in range(case.accumulation):
                 model(torch.randn(case.rows, width).to(dtype)).backward()
             optimizer.step()
             optimizer.zero_grad()
             after = store.stats().links
             counted.append({link: after[link].bytes - before[link].bytes for link in LINKS})
+        leased = [(access.block, access.write) for access in store.trace if access.index >= begin]
         settings = settings_of(case, store)
-        blocks = {name: store.info(name).nbytes for name in store}
-        capacities = [store.engine.placement.arenas[tier].capacity_bytes for tier in (Tier.GPU, Tier.RAM)]
-        events = list(recorder.events)
         store.commit()
-    return Count(counted[LEARNT:], settings, events, blocks, *capacities)
+    return Count(counted[LEARNT:], settings, leased)
 
 
 def settings_of(case: Case, store: TierStore) -> Settings:
@@ -206,63 +157,35 @@ def assert_near(counted: float, said: float, share: float, of: float | None = No
     assert abs(counted - said) <= share * (said if of is None else of), f"{counted:,.0f} bytes counted, {said:,.0f} said"
 
 
+BY_DAY = (
+    *("step-1-fp32-all", "deferred-1-fp32-all", "backward-1-fp32-all", "step-3-masters-all", "deferred-1-masters-all"),
+    *("deferred-1-fp32-third", "backward-1-fp32-third"),
+)
+
+
 def cases() -> Iterator[Case]:
-    """Every one by night; by day those that differ most."""
+    """Every one by night; by day some."""
     whole = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
     for third in (False, True):
         for masters in (False, True):
             for when, accumulation in (("step", 1), ("step", 3), ("deferred", 1), ("deferred", 3), ("backward", 1)):
-                by_day = (masters == (accumulation == 3)) if third else (accumulation == 1 or masters)
-                if whole or (by_day and not (third and when == "step")):
-                    yield Case(when, accumulation, masters, third)
+                case = Case(when, accumulation, masters, third)
+                if whole or str(case) in BY_DAY:
+                    yield case
 
 
 @pytest.mark.parametrize("case", list(cases()), ids=str)
 def test_a_step_moves_what_the_function_says(case: Case, tmp_path: Path) -> None:
-    """Counted by the store while RAM holds all; and with the drive, where it counts when copies end, by the scheduler alone."""
     counted = count(case, tmp_path / "swap")
     said, found = traffic(counted.settings), counted.median
+    assert_near(found.h2d, said.h2d, 0.02)
+    assert_near(found.d2h, said.d2h, 0.02)
     if not case.third:
-        assert_near(found.h2d, said.h2d, 0.02)
-        assert_near(found.d2h, said.d2h, 0.02)
         assert found.nvme_read == found.nvme_write == 0 == said.nvme_read == said.nvme_write
         return
     assert 0.3 < counted.settings.state_in_ram < 0.4
-    played = play(counted)
-    print({link: (round(getattr(found, link) / getattr(said, link), 4), round(getattr(played, link) / getattr(said, link), 4)) for link in LINKS})
-    for link in LINKS:
-        assert_near(getattr(played, link), getattr(said, link), 0.02)
-        assert getattr(found, link) >= 0.95 * getattr(said, link)
-        assert getattr(found, link) <= (1.05 if link in ("h2d", "d2h") else 1.5) * getattr(said, link)
-
-
-def play(counted: Count, periods: int = 8) -> Traffic:
-    """The leases of the last step, again and again, on the scheduler alone: every copy ends before the next lease begins."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(test_scheduler, "check_scheduler", lambda scheduler: None)  # 24 layers, and looks at every block each time
-        sim = Training(gpu=counted.gpu // PAGE, ram=counted.ram // PAGE)
-        records = {
-            name: (sim.declare if name.startswith("gradients/") else sim.put)(name, nbytes // PAGE)
-            for name, nbytes in counted.blocks.items()
-        }
-        for period in range(periods):
-            if period == LEARNT:
-                sim.moved.clear()
-            leases: dict[int, Lease] = {}
-            for event in counted.events:
-                named = [[records[name] for name in names] for names in event.names]
-                if event.begins:
-                    leases[event.number] = sim.begin(*named[0], write=named[1], fresh=named[2], spent=named[3])
-                elif event.number in leases:
-                    sim.end(leases.pop(event.number))
-                else:
-                    for record in named[0]:
-                        assert record.blank or sim.scheduler.try_blank(record)
-                    sim.settle()
-    moved = {link: 0 for link in LINKS}
-    for (action, _), pages in sim.moved.items():
-        moved[LINK_OF[action]] += pages * PAGE
-    return Traffic(**{link: nbytes / (periods - LEARNT) for link, nbytes in moved.items()})
+    for link in ("nvme_read", "nvme_write"):  # never less; and how much more depends on when copies end
+        assert 0.96 * getattr(said, link) <= getattr(found, link) <= MORE * getattr(said, link)
 
 
 def test_the_function_is_the_sum_of_what_the_leases_need() -> None:
@@ -287,13 +210,12 @@ def test_micro_batches_move_nothing(tmp_path: Path) -> None:
     """A step of 64 rows leases the same blocks in the same order, and moves as much, in 1, 2, 8 and 64 micro-batches."""
     leased, said = [], []
     for number in (1, 2, 8, 64):
-        counted = count(Case("deferred", rows=64, micro_batch=64 // number), tmp_path / f"{number}")
+        counted = count(Case("deferred", rows=64, micro_batch=64 // number), tmp_path / f"{number}", steps=LEARNT + 1)
         said.append(traffic(counted.settings))
-        leased.append(counted.events)
+        leased.append(counted.leased)
         assert_near(counted.median.h2d, said[0].h2d, 0.02)
         assert_near(counted.median.d2h, said[0].d2h, 0.02)
-    names = [[(event.begins, event.names) for event in events] for events in leased]
-    assert all(each == names[0] for each in names)
+    assert all(each == leased[0] for each in leased)
     assert all(each == said[0] for each in said)
 
 

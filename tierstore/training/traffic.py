@@ -35,7 +35,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-
 SLOTS = 3
 """Blocks of the largest size that pass through a tier while others stay, in the plan for two tiers (`plan.OUTLINED`)."""
 
@@ -59,8 +58,8 @@ class Settings:
         activations: Where inputs of layers wait for the backward pass.
         inputs: Their bytes, of one backward call.
         device: Budget of the device; None: it holds nothing from one lease to the next.
-        resident: ρ, the share of the weights that stays on the device in any case, as it is held there.
-        state_in_ram: κ, the share of the state that RAM holds. See `share_in_ram`.
+        resident: The share (rho in section 7 of the design) of the weights that stays on the device in any case, as it is held there.
+        state_in_ram: The share (kappa there) of the state that RAM holds. See `share_in_ram`.
     """
 
     weights: int
@@ -150,11 +149,9 @@ def turns(settings: Settings) -> Iterator[Turn]:
             busy = (SLOTS * largest - (layer if busy == layer / 2 else 0)) / 2  # the layer at the turn is one of those that pass
         return min(max(0.0, device - 2 * busy), most)
 
-    # From forward to backward: the layer at the turn is leased on both sides of it. Where updates run on one of them, they run beside it.
-    beside = {"step": layer / 2, "deferred": update, "backward": settings.state_chunk}
+    # From forward to backward: the layer at the turn is leased on both sides of it. With "deferred", updates precede it in the first pass.
     for number in range(settings.accumulation):
-        updating = when != "step" and number == (0 if when == "deferred" else settings.accumulation - 1)
-        bytes_kept = kept(beside[when] if updating else layer / 2)
+        bytes_kept = kept(update if when == "deferred" and number == 0 else layer / 2)
         yield Turn(bytes_kept, bytes_kept)
     # From backward to forward, where gradients are to be added to.
     for _ in range(settings.accumulation - 1):
@@ -177,7 +174,7 @@ def turns(settings: Settings) -> Iterator[Turn]:
 
 
 def share_in_ram(settings: Settings, ram: int) -> float:
-    """κ: what RAM has left for state beside all weights and gradients, and the blocks that pass through it.
+    """`Settings.state_in_ram`: what RAM has left for state beside all weights and gradients, and the blocks that pass through it.
 
     Weights and gradients are used more often, so they stay. Gradients live from the backward pass to the update only, but the state is
     wanted back by then: room that is free in between is of no use to it ([Note: Room for what is yet to be written] in `placement`).
