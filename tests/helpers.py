@@ -32,6 +32,8 @@ class Watched:
             self.victims_for = policy.victims_for
         if hasattr(policy, "stays"):
             self.stays = policy.stays
+        if hasattr(policy, "repeats"):
+            self.repeats = policy.repeats
 
     def bind(self, view: View) -> None:
         self.view = view
@@ -237,6 +239,10 @@ def check_scheduler(scheduler: Scheduler) -> None:
     """As `check_placement`, and what the scheduler keeps of leases and requests."""
     placement = scheduler.placement
     check_placement(placement)
+    for tier, promised in placement.promised.items():
+        assert placement.promised_bytes[tier] == sum(promised.values())
+        for number in promised:
+            assert placement.records[number].copy(tier).state is State.ABSENT, "room is promised to a block that has an extent"
     assert {id(record) for record in scheduler.names.values()} == {id(record) for record in placement.records.values()}
     owned: dict[Owner, Counter[Record]] = {}
     writes: Counter[Owner] = Counter()

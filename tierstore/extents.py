@@ -6,6 +6,7 @@ of what is resident never part.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from tierstore.arena import Arena
@@ -18,6 +19,9 @@ from tierstore.residency import Event, State, Tier
 from tierstore.trace import Link
 
 MEMORY_TIERS = (Tier.GPU, Tier.RAM)
+
+FRESH_KEPT = 1 << 16
+"""Positions remembered at which a block was written whole: as many as a forecast remembers accesses."""
 
 
 class Extents:
@@ -35,6 +39,9 @@ class Extents:
         self.leased: dict[BlockId, Record] = {}
         self.held: dict[BlockId, Record] = {}
         self.blank_bytes = 0
+        self.promised: dict[Tier, dict[BlockId, int]] = {Tier.GPU: {}, Tier.RAM: {}}  # see [Note: Room for what is yet to be written]
+        self.promised_bytes = {Tier.GPU: 0, Tier.RAM: 0}
+        self._fresh_at: dict[int, None] = {}  # positions of the trace at which a block was written whole, the oldest first
         self.save_failed: dict[BlockId, Record] = {}
         self.arenas = {Tier.GPU: Arena(gpu_bytes), Tier.RAM: Arena(ram_bytes)}
         self.has_nvme = has_nvme
@@ -70,7 +77,7 @@ class Extents:
 
     def load_cost(self, block: BlockId, tier: Tier) -> float:
         record = self.records[block]
-        if record.blank:
+        if record.blank or (tier is Tier.GPU and self.written_whole_next(record)):
             return 0.0
         if tier is Tier.RAM:
             return record.nbytes * self._seconds_per_byte[Link.NVME_READ]
@@ -102,6 +109,8 @@ class Extents:
         self.save_failed.pop(record.id, None)
         if record.blank:
             self.blank_bytes -= record.nbytes
+        for tier in MEMORY_TIERS:
+            self.take_back(record, tier)
         del self.records[record.id]
 
     def reserve(self, record: Record, tier: Tier, offset: int) -> None:
@@ -109,6 +118,7 @@ class Extents:
         copy.apply(Event.RESERVE)
         copy.offset = offset
         self._at[tier][offset] = record
+        self.take_back(record, tier)
 
     def start_load(self, record: Record, tier: Tier) -> None:
         """Bytes are about to arrive in the extent that `reserve` gave, or in the stale one."""
@@ -175,6 +185,7 @@ class Extents:
         if record.gpu.state is not State.ABSENT:
             self.discard(record, Tier.GPU)
         self.supersede_ram(record)
+        self._promise_again(record)
         self.clear_blank(record)
 
     def _forget_failure(self, record: Record) -> None:
@@ -186,6 +197,42 @@ class Extents:
         """Give back what RAM still has of a block without content, once no transfer touches it any more."""
         if record.blank and self.has_nvme and record.ram.state is not State.ABSENT and record.ram.settled:
             self.discard(record, Tier.RAM)
+            self._promise_again(record)
+
+    def _promise_again(self, record: Record) -> None:
+        """A block has lost its content behind the cursor, which will not come by again before the next use."""
+        next_use = self.policy.next_use(record.id)
+        for tier in MEMORY_TIERS:
+            self.take_back(record, tier)
+            if next_use < self._cursor[tier]:
+                self.promise(record, tier)
+
+    def note_fresh(self, position: int) -> None:
+        """The access at a position of the trace wrote all of its block."""
+        self._fresh_at[position] = None
+        if len(self._fresh_at) > FRESH_KEPT:
+            del self._fresh_at[next(iter(self._fresh_at))]
+
+    def written_whole_next(self, record: Record) -> bool:
+        """Whether the block's next use is expected to write all of it, so that nobody wants what it holds until then."""
+        if not self._fresh_at:
+            return False
+        next_use = self.policy.next_use(record.id)
+        return 0 <= next_use < math.inf and self.policy.repeats(int(next_use)) in self._fresh_at
+
+    def promise(self, record: Record, tier: Tier) -> None:
+        """A block is to be written whole before what is fetched from here on is used: the tier will have to take it."""
+        promised = self.promised[tier]
+        if record.id in promised or record.copy(tier).state is not State.ABSENT:
+            return
+        if tier is Tier.RAM and (not self.has_nvme or record.hold is Tier.GPU or self.policy.stays(record.id)):
+            return  # it has its home there, or does not come there
+        promised[record.id] = record.nbytes
+        self.promised_bytes[tier] += record.nbytes
+
+    def take_back(self, record: Record, tier: Tier) -> None:
+        """It has an extent on the tier, or will not need one."""
+        self.promised_bytes[tier] -= self.promised[tier].pop(record.id, 0)
 
     def declare(self, record: Record) -> None:
         """A block without content begins; without NVMe, in the extent in RAM that was reserved as its home."""

@@ -21,6 +21,12 @@ Each tier has a cursor: up to there, all that is expected has been seen to. The 
 fetched as soon as the first blocks of the policy's order can leave. While one of them is still to be used before the cursor, or is
 leased by its last use, or on its way, nothing else is evicted in its place: another victim would cost a transfer, waiting costs
 none. What is leased for long, or held, is passed over.
+
+[Note: Room for what is yet to be written]
+A block without content (a gradient between two backward passes) has no extent, and the room that it left looks free. It is not:
+to fetch a block into it that is used only after the gradient is there would have that block leave again, and come a second time.
+So what the cursor passes that is to be written whole is promised room, until it has an extent, and a fetch for a later position
+takes only what is free beside that.
 """
 
 from __future__ import annotations
@@ -121,9 +127,10 @@ class Placement(Extents):
             low: Place at the low end (held blocks).
         """
         arena = self.arenas[tier]
-        target = nbytes
+        promised = self.promised_bytes[tier] if before is not None and 0 <= before < NEVER and self.policy.ranks_ahead else 0
+        target = nbytes + promised
         while True:
-            offset = arena.allocate(nbytes, low=low)
+            offset = arena.allocate(nbytes, low=low) if arena.free_bytes >= target or not promised else None
             if offset is not None:
                 return offset
             if any(order.action is Action.COMPACT and order.tier is tier and order.hole >= 0 for order in self.flying.values()):
@@ -133,7 +140,7 @@ class Placement(Extents):
                 continue
             if coming:
                 return None
-            if arena.free_bytes >= nbytes:
+            if arena.free_bytes >= nbytes + promised:
                 if self._compact(tier, nbytes, nearby=True):
                     return None
                 target = arena.free_bytes + 1  # scattered over many extents, or between what cannot move: evict more
@@ -584,6 +591,9 @@ class Placement(Extents):
         if self._cursor_epoch != self.policy.epoch:
             self._cursor_epoch = self.policy.epoch
             self._cursor = dict.fromkeys(self._cursor, now)
+            for tier in MEMORY_TIERS:
+                self.promised[tier].clear()
+                self.promised_bytes[tier] = 0
         again = False
         for tier in MEMORY_TIERS if self.has_nvme else (Tier.GPU,):
             position = max(self._cursor[tier], now)
@@ -604,7 +614,10 @@ class Placement(Extents):
         """Bring what is missing on `tier`; False: not now."""
         if record.gpu.valid or record.gpu.loading or record.locked or record.vacating:
             return True
-        if record.load_error is not None or record.blank:
+        if record.blank or self.written_whole_next(record):
+            self.promise(record, tier)
+            return True
+        if record.load_error is not None:
             return True
         if self.policy.ranks_ahead:
             before: float = position

@@ -662,6 +662,8 @@ class Scheduler(Leases):
                 self.misses += 1
             write = record.id in writes
             record.used_at = self.placement.last_used = self.trace.num_accesses
+            if record.id in fresh:
+                self.placement.note_fresh(self.trace.num_accesses)
             self.trace.append(record.block.name, write, found)
             self._accesses.append((record.id, write))
 

@@ -61,9 +61,10 @@ class View(Protocol):
 class Policy(Protocol):
     """The protocol. `PolicyBase` has a do-nothing answer for everything but `victims`.
 
-    Two questions are asked only of policies that have them. `victims_for(tier, position)`: as `victims`, for a block needed at a
+    Three questions are asked only of policies that have them. `victims_for(tier, position)`: as `victims`, for a block needed at a
     position up to which all else has been seen to; a prefetch then waits for the first of these. `stays(block)`: whether a block on
-    the device is to stay there until its next use.
+    the device is to stay there until its next use. `repeats(position)`: the position already past of which an expected one is the
+    repetition; None when the policy cannot say.
     """
 
     def bind(self, view: View) -> None:

@@ -122,6 +122,12 @@ class Forecast:
             return None
         return self._at(self._pointer + (position - self.now) % (self.now - self._pointer))
 
+    def repeats(self, position: int) -> int | None:
+        """The past position of which the one given, not past, is expected to be the repetition."""
+        if not self.known or self._pointer is None:
+            return None
+        return self._pointer + (position - self.now) % (self.now - self._pointer)
+
     def next_use(self, block: BlockId, position: int | None = None) -> float:
         """Position of the block's first expected access at or behind `position`, which is not past; infinity without one."""
         if not self.known or self._pointer is None:

@@ -38,6 +38,8 @@ class Guard:
         self.ranks_ahead = callable(getattr_static(self._policy, "victims_for", None))
         stays = callable(getattr_static(self._policy, "stays", None))
         self._stays: Callable[[BlockId], bool] | None = self._policy.stays if stays else None  # type: ignore[attr-defined]
+        repeats = callable(getattr_static(self._policy, "repeats", None))
+        self._repeats: Callable[[int], int | None] | None = self._policy.repeats if repeats else None  # type: ignore[attr-defined]
 
     def bind(self, view: View) -> None:
         if getattr(self._given, _BOUND, False):
@@ -91,6 +93,15 @@ class Guard:
         except Exception as error:
             self._give_up(error)
             return False
+
+    def repeats(self, position: int) -> int | None:
+        """As `Lookahead.repeats`; None for a policy without it."""
+        try:
+            answer: object = self._repeats(position) if self._repeats is not None else None
+        except Exception as error:
+            self._give_up(error)
+            return None
+        return answer if isinstance(answer, int) else None
 
     def next_use(self, block: BlockId) -> float:
         answer: object = self._ask(lambda policy: policy.next_use(block), math.inf)

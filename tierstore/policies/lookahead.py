@@ -89,6 +89,10 @@ class Lookahead(PolicyBase):
     def expected(self, position: int) -> BlockId | None:
         return self.forecast.expected(position)
 
+    def repeats(self, position: int) -> int | None:
+        """The past position of which an expected one is the repetition."""
+        return self.forecast.repeats(position)
+
     def victims(self, tier: Tier) -> Iterator[BlockId]:
         if not self.forecast.known:
             return iter(self._recent[tier])

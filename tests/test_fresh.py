@@ -1,0 +1,86 @@
+"""What a lease writes whole: nobody loads it before, and RAM keeps room for it."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from tests.test_scheduler import Sim
+from tierstore.catalog import PAGE
+from tierstore.policies import Lookahead
+from tierstore.policies.plan import OUTLINED
+from tierstore.requests import Action, Order
+
+BLOCKS = 12
+
+
+class Training(Sim):
+    """Leases that write blocks whole, or use them up, and a count of all transfers, in pages, by the first letter of the block."""
+
+    def __init__(self, *, gpu: int, ram: int, has_nvme: bool = True) -> None:
+        super().__init__(gpu=gpu, ram=ram, has_nvme=has_nvme, policy=Lookahead())
+        self.moved: Counter[tuple[Action, str]] = Counter()
+
+    def _start(self, order: Order) -> None:
+        if order.record is not None:
+            self.moved[order.action, order.record.block.name[0]] += order.nbytes // PAGE
+        super()._start(order)
+
+
+def test_what_will_be_written_whole_is_not_loaded() -> None:
+    """Weights with masters: read in two passes, then overwritten."""
+    sim = Training(gpu=4, ram=BLOCKS + 4, has_nvme=False)
+    weights = [sim.put(f"w{number}", 1) for number in range(BLOCKS)]
+    for period in range(8):
+        if period == 4:
+            sim.moved.clear()
+        for weight in weights:
+            sim.use(weight)
+        for weight in reversed(weights):
+            sim.use(weight)
+        for weight in weights:
+            sim.use(weight, fresh=True)
+    # Two of three uses need the content. Forward to backward, and update to forward, some of four are there still.
+    assert sim.moved[Action.H2D, "w"] <= 4 * (2 * BLOCKS - 2 * 2)
+    assert sim.moved[Action.D2H, "w"] <= 4 * BLOCKS
+
+
+def test_what_is_written_soon_after_it_was_written_whole_is_not_loaded_in_between() -> None:
+    """An update put off to right before the pass that uses the weights."""
+    sim = Training(gpu=4, ram=2 * BLOCKS + 4, has_nvme=False)
+    weights = [sim.put(f"w{number}", 1) for number in range(BLOCKS)]
+    states = [sim.put(f"s{number}", 1) for number in range(BLOCKS)]
+    for period in range(8):
+        if period == 4:
+            sim.moved.clear()
+        for weight, state in zip(weights, states, strict=True):
+            sim.use(weight, fresh=True)
+            sim.use(state, write=True)
+            sim.use(weight)
+        for weight in reversed(weights):
+            sim.use(weight)
+    assert sim.moved[Action.H2D, "w"] <= 4 * BLOCKS
+    assert sim.moved[Action.H2D, "s"] <= 4 * BLOCKS
+
+
+@pytest.mark.parametrize("ram", [BLOCKS + 8, 2 * BLOCKS, 2 * BLOCKS + 8])
+def test_ram_keeps_room_for_what_is_yet_to_be_written(ram: int) -> None:
+    """Gradients leave room between two backward passes; state that is fetched into it would have to leave again."""
+    sim = Training(gpu=3, ram=ram)
+    gradients = [sim.declare(f"g{number}", 1) for number in range(BLOCKS)]
+    states = [sim.put(f"s{number}", 1) for number in range(2 * BLOCKS)]
+    for period in range(10):
+        if period == 5:
+            sim.moved.clear()
+        for gradient in reversed(gradients):
+            sim.use(gradient, fresh=True)
+        for number, gradient in enumerate(gradients):
+            sim.use(gradient, spent=True)
+            for state in states[2 * number : 2 * number + 2]:
+                sim.use(state, write=True)
+    streamed = len(states) - (ram - len(gradients) - OUTLINED)
+    assert sim.moved[Action.READ, "s"] <= 5 * streamed
+    assert sim.moved[Action.WRITE, "s"] <= 5 * streamed
+    assert sim.moved[Action.H2D, "s"] <= 5 * len(states)
+    assert sim.moved[Action.READ, "g"] == sim.moved[Action.WRITE, "g"] == 0
