@@ -20,7 +20,8 @@ space that is free, or held by what is never needed again, it runs as far as it 
 Each tier has a cursor: up to there, all that is expected has been seen to. The block expected at the cursor, when it is missing, is
 fetched as soon as the first blocks of the policy's order can leave. While one of them is still to be used before the cursor, or is
 leased by its last use, or on its way, nothing else is evicted in its place: another victim would cost a transfer, waiting costs
-none. What is leased for long, or held, is passed over.
+none. What is leased for long, or held, is passed over. So too in RAM the clean copy of a block that is leased for writing is waited
+for, though what it holds is about to be of no use: the block comes back changed, and would have to push out another one for its extent.
 
 [Note: Room for what is yet to be written]
 A block without content (a gradient between two backward passes) has no extent, and the room that it left looks free. It is not:
@@ -159,6 +160,7 @@ class Placement(Extents):
         drops = self._unneeded(tier, target - arena.free_bytes, protect)
         missing = target - arena.free_bytes - sum(record.nbytes for record in drops)
         saves: list[Record] = []
+        changing: list[Record] = []
         coming = False
         too_soon = 0
         if missing > 0:
@@ -174,6 +176,9 @@ class Placement(Extents):
                 if copy.state is State.SAVING or copy.readers:
                     coming = True
                 elif copy.state is State.CLEAN:
+                    if tier is Tier.RAM and record.writer is not None:
+                        changing.append(record)
+                        continue
                     drops.append(record)
                 elif copy.state is State.DIRTY and record.save_error is None:
                     saves.append(record)
@@ -183,7 +188,7 @@ class Placement(Extents):
                 if missing <= 0:
                     break
         if missing > 0 and tier is Tier.RAM and before is None and self.has_nvme:
-            for record in self._stale.values():
+            for record in (*changing, *self._stale.values()):  # those will want it again, to be written back to
                 if record.ram.settled and record not in drops and not self._needed(record, tier, protect):
                     drops.append(record)
                     missing -= record.nbytes
@@ -230,6 +235,8 @@ class Placement(Extents):
                 continue
             if tier is Tier.RAM and not self.has_nvme:
                 continue
+            if tier is Tier.RAM and record.writer is not None:
+                break  # it comes back, changed, and wants its extent again
             if copy.state is State.SAVING or copy.readers:
                 coming = True
             elif copy.state is State.CLEAN:

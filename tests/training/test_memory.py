@@ -139,7 +139,6 @@ def test_nothing_grows_with_the_number_of_steps(when: str, activations: str, tmp
         assert store.stats().tiers["gpu"].evictions > STEPS
         assert all(store.stats().links[link].bytes > 0 for link in ("nvme_read", "nvme_write"))
     series = {key: [asdict(each)[key] for each in held] for key in asdict(SLACK)}
-        print(series)
     grown = {key: each for key, each in series.items() if min(each[-3:]) - max(each[2:5]) > asdict(SLACK)[key]}
     assert not grown, grown
 

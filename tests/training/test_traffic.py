@@ -27,7 +27,7 @@ DEVICE = 6
 LEARNT = 4
 """Steps after which the policy knows the period."""
 COUNTED = 3
-MORE = 1.3
+MORE = 1.5
 """The drive moves at most so many times what is said: where the policy's orders come late, what is at hand is evicted in their stead."""
 PAGE = 4096
 LINKS = ("h2d", "d2h", "nvme_read", "nvme_write")
