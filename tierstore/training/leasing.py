@@ -74,12 +74,14 @@ class Buffers:
         return _Lease(self.store.engine, names, write, None, fresh=fresh, spent=spent, owner=self.owner)
 
     @contextlib.contextmanager
-    def lease_all(self, names: list[str], *, write: Collection[str] = (), spent: Collection[str] = ()) -> Iterator[dict[str, Tensors]]:
+    def lease_all(
+        self, names: list[str], *, write: Collection[str] = (), fresh: Collection[str] = (), spent: Collection[str] = ()
+    ) -> Iterator[dict[str, Tensors]]:
         """As `lease`, of any number of blocks, by their names."""
         if not names:
             yield {}
             return
-        with self.lease(*names, write=write, spent=spent) as leased:
+        with self.lease(*names, write=write, fresh=fresh, spent=spent) as leased:
             yield dict(zip(names, (leased,) if len(names) == 1 else leased, strict=True))
 
     def declare(self, name: str, tensors: Collection[tuple[str, torch.dtype, tuple[int, ...]]], hold: str | None = None) -> None:

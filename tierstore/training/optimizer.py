@@ -34,7 +34,7 @@ from torch import Tensor
 from tierstore.catalog import PAGE, TENSOR_ALIGNMENT, round_up
 from tierstore.errors import CapacityError, OptionError, TrainingError
 from tierstore.residency import Tier
-from tierstore.training.chunks import MASTER, PREFIX, Chunk, Factory, Stepper, cut
+from tierstore.training.chunks import MASTER, PREFIX, Chunk, Factory, New, Stepper, cut
 from tierstore.training.gradients import Part, Sums
 from tierstore.training.layers import Tiered
 from tierstore.training.parameters import grouped
@@ -89,6 +89,15 @@ class Job:
         """
         with torch.inference_mode(False), torch.no_grad(), self.autocast.again():
             yield
+
+
+@dataclass(frozen=True, slots=True)
+class _Needs:
+    """What to lease, and how; see `Buffers.lease`."""
+
+    names: list[str]
+    write: list[str]
+    spent: list[str]
 
 
 class TieredOptimizer(torch.optim.Optimizer):
@@ -501,50 +510,80 @@ class TieredOptimizer(torch.optim.Optimizer):
         )
         torn, job.torn = job.torn, overwritten
         failure: BaseException | None = None
-        with self.tiered.buffers.lease(block.name, write=[block.name], fresh=[block.name] if overwritten else []) as weights_of_block:
+        # One lease of a block and of all there is to its only chunk costs half as much as two. But a fresh lease must not be left by an
+        # exception, by which alone what is spent keeps its content.
+        single = len(todo) == 1 and not (overwritten and job.detached)
+        together = self._needs(todo[0][0], job, given) if single else _Needs([], [], [])
+        names, write = [block.name, *together.names], [block.name, *together.write]
+        fresh = [block.name] if overwritten else []
+        new: New = {}
+        with self.tiered.buffers.lease_all(names, write=write, fresh=fresh, spent=together.spent) as leased:
+            values = leased[block.name]
             try:
                 for chunk, weights in todo:
-                    self._update_chunk(chunk, weights, weights_of_block, job, given, rewrite=overwritten)
+                    if single:
+                        new = self._update_chunk(chunk, weights, values, leased, job, given)
+                    else:
+                        needs = self._needs(chunk, job, given)
+                        with self.tiered.buffers.lease_all(needs.names, write=needs.write, spent=needs.spent) as of_chunk:
+                            made = self._update_chunk(chunk, weights, values, of_chunk, job, given)
+                        self._stepper.keep(chunk, made)
+                    if overwritten and len(weights) < len({piece.weight for piece in chunk.pieces}):
+                        self._rewrite([chunk], values)
                 if torn:
-                    self._rewrite(chunks, weights_of_block)
+                    self._rewrite(chunks, values)
             except BaseException as error:
                 job.failed = True
                 if not overwritten:
                     raise
-                self._rewrite(chunks, weights_of_block)
+                self._rewrite(chunks, values)
                 failure = error  # raised outside: what leaves a fresh lease by an exception has no content
         job.torn = False
         if failure is not None:
             raise failure
+        if new:
+            try:
+                self._stepper.keep(todo[0][0], new)
+            except BaseException:
+                job.failed = True
+                raise
 
-    def _update_chunk(
-        self, chunk: Chunk, weights: set[Weight], values: Mapping[str, Tensor], job: Job, given: Sums | None, *, rewrite: bool
-    ) -> None:
-        names = list(chunk.blocks)
-        write = list(names)
-        spent: list[str] = []
+    @staticmethod
+    def _needs(chunk: Chunk, job: Job, given: Sums | None) -> _Needs:
+        """What to lease for a chunk, beside its weights."""
+        names, write, spent = list(chunk.blocks), list(chunk.blocks), []
         if given is None:
             assert chunk.part is not None
             names.append(chunk.part.name)
             if job.detached:
-                spent = [chunk.part.name]
-        with self.tiered.buffers.lease_all(names, write=[*write, *spent], spent=spent) as leased:
+                write.append(chunk.part.name)
+                spent.append(chunk.part.name)
+        return _Needs(names, write, spent)
 
-            def gradient(piece: Piece) -> Tensor:
-                if given is not None:
-                    raw = piece.of(given[piece.weight])
-                else:
-                    assert chunk.part is not None
-                    raw = leased[chunk.part.name][piece.key]
-                return self._prepared(raw, piece.weight, job.coefficients)
+    def _update_chunk(
+        self,
+        chunk: Chunk,
+        weights: set[Weight],
+        values: Mapping[str, Tensor],
+        leased: Mapping[str, Mapping[str, Tensor]],
+        job: Job,
+        given: Sums | None,
+    ) -> New:
+        """Step on what is leased. Returns state that the step has made."""
 
-            gradients = dict.fromkeys(weights, gradient)
-            changed, new = self._stepper.step(chunk, values, gradients, leased, job.hyper[chunk.group], lambda: job.begun.add(chunk))
-        self._stepper.keep(chunk, new)
+        def gradient(piece: Piece) -> Tensor:
+            if given is not None:
+                raw = piece.of(given[piece.weight])
+            else:
+                assert chunk.part is not None
+                raw = leased[chunk.part.name][piece.key]
+            return self._prepared(raw, piece.weight, job.coefficients)
+
+        gradients = dict.fromkeys(weights, gradient)
+        changed, new = self._stepper.step(chunk, values, gradients, leased, job.hyper[chunk.group], lambda: job.begun.add(chunk))
         if changed:
             job.changed.setdefault(chunk.group, {}).update(changed)
-        if rewrite and len(weights) < len({piece.weight for piece in chunk.pieces}):
-            self._rewrite([chunk], values)
+        return new
 
     def _rewrite(self, chunks: Iterable[Chunk], values: Mapping[str, Tensor]) -> None:
         """Narrow masters into weights that no step has written."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.batchnorm import _NormBase
 
 from tierstore.errors import TrainingError
 from tierstore.training.activations import Kept
@@ -394,8 +394,8 @@ def check_splittable(unit: Unit) -> None:
     Raises:
         TrainingError: Batch statistics.
     """
-    for name, module in unit.module.named_modules():
-        if isinstance(module, _BatchNorm) and module.training:
+    for name, module in unit.batch_norms:
+        if module.training:
             raise TrainingError(
                 f"layer {unit.name!r} cannot be split into micro-batches: {name or 'it'} takes statistics over the batch",
                 remedy="leave micro_batch= out, or use a norm that looks at each row by itself",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import weakref
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -128,15 +130,28 @@ def sizes_of(batch: int, micro_batch: int) -> list[int]:
     return [micro_batch] * whole + ([rest] if rest else []) or [0]
 
 
-def _names_of_tensors(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
-    """For each tensor among the arguments, the name of the parameter of `forward` that has it."""
+_POSITIONAL: weakref.WeakKeyDictionary[Callable[..., Any], list[str]] = weakref.WeakKeyDictionary()
+"""What `_positional` found: to look at a signature takes longer than to run a small layer."""
+
+
+def _positional(forward: Callable[..., Any]) -> list[str]:
+    """Names of the parameters that take positional arguments."""
+    function = getattr(forward, "__func__", forward)  # one for all layers of a class
+    with contextlib.suppress(TypeError, KeyError):  # not everything can be referred to weakly
+        return _POSITIONAL[function]
     try:
         parameters = list(inspect.signature(forward).parameters.values())
     except (TypeError, ValueError):
         parameters = []
-    positional = [
-        parameter.name for parameter in parameters if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-    ]
+    names = [parameter.name for parameter in parameters if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)]
+    with contextlib.suppress(TypeError):
+        _POSITIONAL[function] = names
+    return names
+
+
+def _names_of_tensors(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    """For each tensor among the arguments, the name of the parameter of `forward` that has it."""
+    positional = _positional(forward)
     names: list[str] = []
     for index, value in enumerate(args):
         name = positional[index] if index < len(positional) else f"argument {index}"

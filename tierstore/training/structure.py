@@ -15,6 +15,7 @@ from enum import Enum
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from tierstore.errors import OptionError, TrainingError
 
@@ -96,6 +97,7 @@ class Unit:
         flat: Modules among them that keep a second list of their parameters (recurrent ones).
         inside: Ids of the module and all below it: those whose parameters are in place while the unit runs.
         census: The modules below each of them, and how many parameters it has: where these are computed again, none may come or go.
+        batch_norms: Modules among them, by name, that in training take statistics over the batch.
         inner: Units for the modules below, for when one of them is called without this one.
         places: (module, attribute, weight) of every parameter to be put in its place while the unit runs.
         blocks: What it leases, each once.
@@ -110,6 +112,7 @@ class Unit:
     buffers: list[tuple[nn.Module, str]] = field(default_factory=list)
     inner: list[Unit] = field(default_factory=list)
     flat: list[nn.Module] = field(default_factory=list)
+    batch_norms: list[tuple[str, nn.Module]] = field(default_factory=list)
     census: list[tuple[nn.Module, tuple[nn.Module | None, ...], int]] = field(default_factory=list)
     inside: frozenset[int] = frozenset()
 
@@ -298,7 +301,11 @@ def _units(model: nn.Module, layers: Sequence[nn.Module], weights: dict[int, Wei
         flat = [owner for owner in within if hasattr(owner, "_flat_weights_names")]
         watched = within if kind is not Kind.SCOPE else []
         census = [(owner, tuple(owner._modules.values()), len(owner._parameters)) for owner in watched]
-        return Unit(name, module, kind, places, buffers=buffers, flat=flat, census=census, inside=frozenset(map(id, within)))
+        norms: list[tuple[str, nn.Module]] = [
+            (path, owner) for path, owner in module.named_modules() if isinstance(owner, _BatchNorm) and owner in within
+        ]
+        inside = frozenset(map(id, within))
+        return Unit(name, module, kind, places, buffers=buffers, flat=flat, batch_norms=norms, census=census, inside=inside)
 
     def add(name: str, module: nn.Module, kind: Kind, within: list[nn.Module]) -> None:
         unit = unit_of(name, module, kind, within)
