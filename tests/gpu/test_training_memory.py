@@ -1,0 +1,110 @@
+"""What training takes on the device beside the budget, by the allocator's own count, against the formula."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tierstore import TierStore
+from tierstore.training import TieredOptimizer, attach
+from tierstore.training.memory import Shapes, bytes_outside
+
+pytestmark = pytest.mark.cuda
+
+LAYERS = 8
+WIDTH = 1024
+BUDGET = 192 << 20
+ROUNDED = 4 << 20
+"""The allocator rounds what it is asked for, and torch keeps small things of its own."""
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH, bias=False), nn.Linear(4 * WIDTH, WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Layer() for _ in range(LAYERS)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x.square().mean()
+
+
+def peak_of(run: object) -> int:
+    """Bytes beyond those before, at most, while it ran."""
+    assert callable(run)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def alone(rows: int, dtype: torch.dtype) -> int:
+    layer, x = Layer().to("cuda", dtype), torch.randn(rows, WIDTH, device="cuda", dtype=dtype, requires_grad=True)
+
+    def run() -> None:
+        y = layer(x)
+        torch.autograd.grad(y, [x, *layer.parameters()], torch.ones_like(y))
+
+    run()  # once without being looked at: cuBLAS takes a workspace, for good
+    return peak_of(run)
+
+
+CASES = list(itertools.product([(64, None), (4096, 256)], ["step", "deferred", "backward"], ["device", "ram"], [False, True]))
+
+
+@pytest.mark.parametrize(("batch", "when", "activations", "masters"), CASES, ids=str)
+def test_what_is_taken_beside_the_budget(batch: tuple[int, int | None], when: str, activations: str, masters: bool, tmp_path: Path) -> None:
+    rows, micro_batch = batch
+    dtype = torch.bfloat16 if masters else torch.float32
+    parameter = 4 * WIDTH * WIDTH
+    shapes = Shapes(
+        alone=alone(micro_batch or rows, dtype),
+        gradients=2 * parameter * dtype.itemsize,
+        gradient=parameter * dtype.itemsize,
+        inputs=rows * WIDTH * dtype.itemsize,
+        layers=LAYERS,
+        when=when,  # type: ignore[arg-type]
+        activations=activations,  # type: ignore[arg-type]
+        chunk=2 * parameter * 4,
+        temporaries=2.0,  # `foreach` makes its own for all of a chunk at once
+    )
+    model = Stack().to(dtype)
+    with TierStore(BUDGET, 3 << 30, tmp_path / "swap") as store:
+        tiered = attach(model, store, model.layers, micro_batch=micro_batch, activations=activations)  # type: ignore[arg-type]
+        optimizer = TieredOptimizer(
+            tiered,
+            torch.optim.AdamW,
+            lr=1e-3,
+            when=when,  # type: ignore[arg-type]
+            master_dtype=torch.float32 if masters else None,
+        )
+        held = torch.cuda.memory_allocated()
+
+        def run() -> None:
+            x = torch.randn(rows, WIDTH, device="cuda", dtype=dtype)
+            model(x).backward()
+            if when != "backward":
+                optimizer.clip_grad_norm_(1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        peak = max(peak_of(run) for _ in range(3))
+        assert store.stats().tiers["gpu"].evictions > 0
+        assert held <= BUDGET + ROUNDED, "the arena is the budget"
+    assert peak <= bytes_outside(shapes) + ROUNDED
+    assert peak > 0.4 * bytes_outside(shapes), "the formula promises nothing"

@@ -1,0 +1,97 @@
+"""What training takes beside the budget of the device, against the formula that says so."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.training.live import Live
+from tierstore import TierStore
+from tierstore.training import TieredOptimizer, attach
+from tierstore.training.memory import Shapes, bytes_outside
+
+LAYERS = 8
+WIDTH = 128
+BUDGET = 6 << 20
+
+Activations = Literal["device", "ram", "nvme"]
+When = Literal["step", "deferred", "backward"]
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH, bias=False), nn.Linear(4 * WIDTH, WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Layer() for _ in range(LAYERS)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x.square().mean()
+
+
+def alone(rows: int) -> int:
+    """Peak of one layer's forward and backward pass by itself."""
+    layer, x = Layer(), torch.randn(rows, WIDTH, requires_grad=True)
+    with Live() as live:
+        y = layer(x)
+        torch.autograd.grad(y, [x, *layer.parameters()], torch.ones_like(y))
+    return live.peak
+
+
+def measured(rows: int, micro_batch: int | None, when: When, activations: Activations, masters: bool, directory: Path) -> int:
+    """Peak of a step, once all state is there."""
+    model = Stack().to(torch.bfloat16 if masters else torch.float32)
+    with TierStore(BUDGET, 64 << 20, directory, device="cpu") as store:
+        tiered = attach(model, store, model.layers, micro_batch=micro_batch, activations=activations)
+        optimizer = TieredOptimizer(tiered, torch.optim.AdamW, lr=1e-3, when=when, master_dtype=torch.float32 if masters else None)
+        for _ in range(3):
+            with Live() as live:
+                x = torch.randn(rows, WIDTH).to(torch.bfloat16 if masters else torch.float32)
+                model(x).backward()
+                if when != "backward":
+                    optimizer.clip_grad_norm_(1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+        store.commit()
+    return live.peak
+
+
+BY_NIGHT = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
+WHOLE = list(itertools.product([(32, None), (32, 8), (1024, 32)], ["step", "deferred", "backward"], ["device", "ram"], [False, True]))
+
+
+@pytest.mark.parametrize(("batch", "when", "activations", "masters"), WHOLE if BY_NIGHT else WHOLE[::5], ids=str)
+def test_what_is_taken_beside_the_budget(
+    batch: tuple[int, int | None], when: When, activations: Activations, masters: bool, tmp_path: Path
+) -> None:
+    rows, micro_batch = batch
+    itemsize = 2 if masters else 4
+    parameter = 4 * WIDTH * WIDTH
+    shapes = Shapes(
+        alone=alone(micro_batch or rows) * itemsize // 4,
+        gradients=2 * parameter * itemsize,
+        gradient=parameter * itemsize,
+        inputs=rows * WIDTH * itemsize,
+        layers=LAYERS,
+        when=when,
+        activations=activations,
+        chunk=2 * parameter * 4,
+    )
+    peak = measured(rows, micro_batch, when, activations, masters, tmp_path / "swap")
+    assert peak <= bytes_outside(shapes)
+    assert peak > 0.5 * bytes_outside(shapes), "the formula promises nothing"

@@ -1,0 +1,62 @@
+"""What training takes on the device beside the budget of the store.
+
+[Note: Outside the budget]
+Leased weights, gradients and state lie in the budget. What torch allocates while one layer runs does not, and nobody but the layer knows
+how much that is; all else follows from the shapes. With N the bytes of a layer's input for the whole batch, and G those of its gradients:
+
+    kept      the inputs of all layers, N each, until their backward passes; with activations="ram" or "nvme" only small ones
+    forward   the input, the outputs of all micro-batches, and those put together: 3 N
+    backward  what one layer takes by itself for one micro-batch, its gradients included; the sums over micro-batches, G, and one more
+              gradient that is being added to them; the layer's input, the gradient of its output, those of its inputs by micro-batch, and
+              those put together: 4 N
+    update    of one chunk: its gradients clipped or widened, and what the optimizer makes for itself (AdamW: as much again); with "backward"
+              the layer's gradients are there as well, G, and 4 N as above
+
+A pass and an update do not come together: with "deferred" the update is over before the layer runs, and with "backward" the pass is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tierstore.training.activations import SMALL
+
+
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """What decides how much is taken. All in bytes but for `layers`.
+
+    Attributes:
+        alone: What the largest layer takes by itself: the peak of its forward and backward pass on one micro-batch, everything resident,
+            with its gradients and without its parameters and input.
+        gradients: Of the largest layer's parameters.
+        gradient: Of the largest parameter.
+        inputs: Of a layer's input, all rows of one backward call.
+        layers: How many there are.
+        when: As in `TieredOptimizer`.
+        activations: Where inputs wait for the backward pass.
+        chunk: Of the gradients that one update takes at once, in the dtype of the masters. See `chunks`.
+        temporaries: What the optimizer makes for itself, in multiples of `chunk`.
+    """
+
+    alone: int
+    gradients: int
+    gradient: int
+    inputs: int
+    layers: int
+    when: Literal["step", "deferred", "backward"]
+    activations: Literal["device", "ram", "nvme"]
+    chunk: int
+    temporaries: float = 1.0
+
+
+def bytes_outside(shapes: Shapes) -> int:
+    """Bytes on the device beside the store's budget, at most. See [Note: Outside the budget]."""
+    kept = shapes.layers * shapes.inputs if shapes.activations == "device" or shapes.inputs < SMALL else 0
+    forward = 3 * shapes.inputs
+    backward = shapes.alone + shapes.gradients + shapes.gradient + 4 * shapes.inputs
+    update = round((1 + shapes.temporaries) * shapes.chunk)
+    if shapes.when == "backward":
+        update += shapes.gradients + 4 * shapes.inputs
+    return kept + max(forward, backward, update)
