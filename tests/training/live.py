@@ -1,4 +1,4 @@
-"""Bytes that torch has allocated outside the store, counted operation by operation: what a CPU has in place of an allocator's statistics."""
+"""Bytes that torch has allocated outside the store, counted operation by operation: what a CPU has in place of an allocator."""
 
 from __future__ import annotations
 

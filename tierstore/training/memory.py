@@ -9,8 +9,8 @@ how much that is; all else follows from the shapes. With N the bytes of a layer'
     backward  what one layer takes by itself for one micro-batch, its gradients included; the sums over micro-batches, G, and one more
               gradient that is being added to them; the layer's input, the gradient of its output, those of its inputs by micro-batch, and
               those put together: 4 N
-    update    of one chunk: its gradients clipped or widened, and what the optimizer makes for itself (AdamW: as much again); with "backward"
-              the layer's gradients are there as well, G, and 4 N as above
+    update    of one chunk: its gradients clipped or widened, and what the optimizer makes for itself (AdamW: as much again); with
+              "backward" the layer's gradients are there as well, G, and 4 N as above
 
 A pass and an update do not come together: with "deferred" the update is over before the layer runs, and with "backward" the pass is.
 """
