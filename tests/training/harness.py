@@ -64,8 +64,8 @@ class Case:
         return torch.bfloat16 if self.precision in ("bf16", "master") else torch.float32
 
     def build(self) -> nn.Module:
-        # Where elements of 16 bits are updated on a CPU, parameters are taken whole, and need more room.
-        return build(self.model, MODELS[self.model].layers if self.dtype.itemsize < 4 else 6).to(self.dtype)
+        zoo = MODELS[self.model]
+        return build(self.model, zoo.layers_of_16_bits if self.dtype.itemsize < 4 else zoo.layers).to(self.dtype)
 
     @property
     def master_dtype(self) -> torch.dtype | None:
@@ -253,9 +253,7 @@ def run_streamed(case: Case, directory: Path) -> Outcome:
         except CapacityError:
             continue
         return _run_streamed(case, directory / "run", gpu)
-    return _run_streamed(
-        case, directory / "run", 3 * total // 4 // PAGE * PAGE
-    )  # one layer's update takes more than half of so small a model
+    raise AssertionError(f"half of {total} bytes of parameters is not room for a layer and its update: give the model more layers")
 
 
 def _run_streamed(case: Case, directory: Path, gpu: int) -> Outcome:

@@ -245,7 +245,8 @@ class Zoo:
 
     Attributes:
         make: Builds it with so many layers, 6 or more.
-        layers: As many as let half the parameters be room for a layer and its update, where that has to take whole parameters.
+        layers: As many as let half the parameters be room for a layer and its update.
+        layers_of_16_bits: The same for elements of 16 bits, which on a CPU are updated whole parameters at a time.
         batch: Makes a batch of so many rows from a generator.
         splits: Whether its layers may be split into micro-batches.
     """
@@ -253,7 +254,8 @@ class Zoo:
     make: Callable[[int], nn.Module]
     batch: Callable[[int, torch.Generator], Batch]
     splits: bool = True
-    layers: int = 10
+    layers: int = 6
+    layers_of_16_bits: int = 10
 
 
 def _tokens(rows: int, generator: torch.Generator) -> Batch:
@@ -273,10 +275,10 @@ MODELS = {
     "stack": Zoo(Stack, _rows),
     "twice": Zoo(Twice, _rows),
     "experts": Zoo(Experts, _tokens),
-    "vision": Zoo(Vision, _images, splits=False, layers=14),
+    "vision": Zoo(Vision, _images, splits=False, layers=9, layers_of_16_bits=20),
     "seq2seq": Zoo(Seq2Seq, _tokens),
     "recurrent": Zoo(Recurrent, _tokens, splits=False),
-    "uneven": Zoo(Uneven, _rows, layers=14),
+    "uneven": Zoo(Uneven, _rows, layers_of_16_bits=14),
 }
 
 

@@ -21,7 +21,7 @@ from tierstore.errors import OptionError, TierstoreError, TrainingError
 from tierstore.training.rules import KNOWN
 
 BASE = int(os.environ.get("TIERSTORE_SIMULATION_BASE") or os.environ.get("GITHUB_RUN_NUMBER") or 0)
-CASES = int(os.environ.get("TIERSTORE_CASES") or 30)
+CASES = int(os.environ.get("TIERSTORE_CASES") or 60)
 
 REFUSED = ("LBFGS", "SparseAdam")
 
