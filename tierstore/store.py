@@ -342,7 +342,7 @@ def close_dropped(engine: Engine) -> None:
 
 def warn_of_loss(lost: int) -> None:
     if lost:
-        log.warning("a store was closed with %d block(s) that were changed, added or deleted since the last commit: that is undone", lost)
+        log.warning("a store was closed with %d block(s) changed, added or deleted since the last commit: only commit() keeps that", lost)
 
 
 class AsyncUse(UseBase):

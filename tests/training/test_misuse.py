@@ -172,7 +172,7 @@ def test_what_a_placeholder_tells_without_values(pair: Pair) -> None:
 def test_the_error_at_a_gradient_names_what_to_call_instead(pair: Pair) -> None:
     with pytest.raises(PlaceholderError, match=r"TieredOptimizer\.clip_grad_norm_"):
         torch.nn.utils.clip_grad_norm_(pair.model.parameters(), 1.0)
-    with pytest.raises(PlaceholderError, match=r"detach\(\), change requires_grad"):
+    with pytest.raises(PlaceholderError, match=r"set it before attach\(\)"):
         pair.model.requires_grad_(False)
 
 
@@ -1053,3 +1053,130 @@ def test_what_attach_and_the_optimizer_refuse(store: TierStore) -> None:
         tiered.gradient("nothing")
     with pytest.raises(TensorError):
         store.write("into", {"into.bias": torch.zeros(3)})
+
+
+# -- what a first conversion of a loop of one's own gets wrong -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layers", ["blocks.*", "blocks", "block*", ["blocks.*"]])
+def test_a_pattern_means_the_outermost_modules_of_that_name(store: TierStore, layers: Any) -> None:
+    model = language()
+    tiered = attach(model, store, layers=layers)
+    assert "2 layers" in repr(tiered)
+    tokens = torch.randint(30, (2, 8))
+    model(tokens, tokens).backward()
+
+
+def test_layers_that_match_nothing_are_answered_with_the_lists_that_there_are(store: TierStore) -> None:
+    with pytest.raises(OptionError, match=r"'layers\.\*'; there is blocks\.\*"):
+        attach(language(), store, layers="layers.*")
+    with pytest.raises(OptionError, match="have a int"):
+        attach(language(), store, layers=3)
+
+
+def test_a_state_dict_is_refused_with_what_there_is_instead(store: TierStore) -> None:
+    model: Any = language()
+    tiered = attach(model, store)
+    for module in (model, model.blocks):
+        with pytest.raises(PlaceholderError, match=r"commit\(\) keeps the training.*detach\(\)"):
+            module.state_dict()
+    assert tiered.detach().state_dict().keys() == language().state_dict().keys()
+
+
+def test_no_optimizer_but_one_of_torch_from_before(store: TierStore, caplog: pytest.LogCaptureFixture) -> None:
+    model = language()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attach(model, store)
+    tokens = torch.randint(30, (2, 8))
+    for _ in range(2):
+        model(tokens, tokens).backward()
+        optimizer.step()
+    assert caplog.text.count("no TieredOptimizer") == 1
+
+
+def test_what_is_given_in_place_of_the_attached_model_or_of_a_class(store: TierStore) -> None:
+    model = language()
+    of_torch = torch.optim.AdamW(model.parameters())
+    tiered = attach(model, store)
+    with pytest.raises(OptionError, match="needed what attach\\(\\) returned; have Language"):
+        TieredOptimizer(model, torch.optim.AdamW)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="needed its class"):
+        TieredOptimizer(tiered, of_torch)  # type: ignore[arg-type]
+    optimizer = TieredOptimizer(tiered, torch.optim.AdamW)
+    with pytest.raises(OptionError, match="params="):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_other_groups_than_in_the_commit_are_no_damage(tmp_path: Path) -> None:
+    for number in range(2):
+        with opened(tmp_path) as store:
+            tiered = attach(language(), store)
+            params = [{"params": [name]} for name in ("blocks.*", "norm*")] if number else ["blocks.*", "norm*"]
+            TieredOptimizer(tiered, torch.optim.AdamW, params=params)
+            if number:
+                with pytest.raises(TrainingError, match="needed 1 groups; have 2 groups"):
+                    tiered.resume()
+            else:
+                tiered.resume()
+                store.commit()
+
+
+def test_a_schedule_that_resume_is_not_given_is_told(store: TierStore, caplog: pytest.LogCaptureFixture) -> None:
+    tiered = attach(language(), store)
+    optimizer = TieredOptimizer(tiered, torch.optim.AdamW)
+    tiered.resume()
+    assert not caplog.records
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    tiered.resume()
+    assert "schedule was not given" in caplog.text
+
+
+@pytest.mark.parametrize("commits", [True, False])
+def test_the_end_of_a_run_whose_last_step_was_committed_warns_of_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, commits: bool
+) -> None:
+    with opened(tmp_path) as store:
+        model = language()
+        tiered = attach(model, store)
+        optimizer = TieredOptimizer(tiered, torch.optim.AdamW, when="deferred")
+        tokens = torch.randint(30, (2, 8))
+        model(tokens, tokens).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if commits:
+            store.commit()
+        tiered.detach()
+    assert ("since the last commit" in caplog.text) is not commits
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_compiler_does_not_look_into_leases(store: TierStore, whole: bool) -> None:
+    seen: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        seen.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model: Any = language()
+    plain = language()
+    if not whole:
+        for block in model.blocks:
+            block.compile(backend=backend)
+    tiered = attach(model, store)
+    run = torch.compile(model, backend=backend) if whole else model
+    tokens = torch.randint(30, (2, 8))
+    losses = []
+    for each in (run, plain):
+        torch.manual_seed(1)
+        losses.append(each(tokens, tokens))
+        losses[-1].backward()
+    assert torch.equal(*losses)
+    for name, parameter in plain.named_parameters():
+        gradient = tiered.gradient(name)
+        assert gradient is not None
+        assert parameter.grad is not None
+        assert torch.equal(gradient, parameter.grad), name
+    assert not any("linear" in str(graph.code) for graph in seen)
+    torch._dynamo.reset()

@@ -430,8 +430,8 @@ async def close(engine: Engine) -> int:
     lost = 0
     if engine.directory is not None:
         present = [record for record in engine.placement.records.values() if record.born is not None and not record.blank]
-        lost = sum(engine.committed_versions.get(record) != record.version for record in present)
-        lost += len(engine.committed_versions.keys() - set(present))
+        changed = [record for record in present if engine.committed_versions.get(record) != record.version]
+        lost = len({record.block.name for record in [*changed, *(engine.committed_versions.keys() - set(present))]})
         await engine.directory.close()
     return lost
 

@@ -287,7 +287,7 @@ def _small_blocks(mean_bytes: float, rate: str) -> Explanation:
     return (
         Cause.SMALL_BLOCKS,
         f"{format_bytes(mean_bytes)} a transfer: {rate}",
-        "put tensors that are used together into one block, of 16 MB or more",
+        "put tensors that are used together into one block, of 16 MB or more; for an attached model, raise gpu=",
     )
 
 

@@ -20,7 +20,7 @@ from tierstore.training.gradients import Gradients, Sums
 from tierstore.training.initial import Fill, Source, check_buffers, filler, given_memory, owners
 from tierstore.training.leasing import Buffers
 from tierstore.training.pieces import Piece
-from tierstore.training.placeholders import Placeholder
+from tierstore.training.placeholders import Placeholder, refuse_saving
 from tierstore.training.running import check_splittable, copies_for, run_unit
 from tierstore.training.splitting import plan_split, sizes_of, take_apart
 from tierstore.training.state import State
@@ -57,9 +57,9 @@ def attach(
 
     Args:
         model: Any module. Parameters on the meta device are initialised block by block, see `init`.
-        store: Open, with room for the largest block twice.
-        layers: The modules that run one after the other and make up most of the model: a list, a pattern of names ("model.layers.*"), or
-            None for the largest `ModuleList` and those like it.
+        store: Open, with room on the device for the largest layer's parameters, and an optimizer's work on a piece of it beside them.
+        layers: The modules that run one after the other and make up most of the model: a list, a pattern of names ("model.layers.*"; the
+            outermost of that name count), or None for the largest `ModuleList` and those like it.
         micro_batch: Rows that a layer computes at once; None: all. With it, a layer is fetched once for all micro-batches of a step.
         activations: Where the inputs of layers wait for the backward pass.
         split: Names of the arguments of layers that micro-batches split, beside the first tensor. None: tensors with as many rows as it.
@@ -145,6 +145,7 @@ class Tiered:
         self._num_uses = 0
         self._wrapped: list[tuple[nn.Module, Any]] = []
         self._attached = True
+        self._told = False
         self._undo: list[Callable[[], None]] = []
         self._units = {id(each.module): each for unit in structure.units for each in (unit, *unit.inner)}
         self._together: dict[tuple[int, ...], Unit] = {}
@@ -215,8 +216,7 @@ class Tiered:
             different = next((name for name in {**need, **have} if need.get(name) != have.get(name)), block.name)
             raise TensorError(
                 f"block {block.name!r} of the store does not fit the model",
-                need=f"{different!r}: {need.get(different, 'nothing')}"
-                + ("" if have != need else ", trainable" if block.trainable else ", frozen"),
+                need=f"{different!r}: {need.get(different, 'nothing')}" if have != need else "trainable" if block.trainable else "frozen",
                 have=str(have.get(different, "nothing")) if have != need else "frozen" if info.frozen else "trainable",
                 remedy="attach the model that was committed, or open another directory",
                 block=block.name,
@@ -234,10 +234,10 @@ class Tiered:
             self.store.put(block.name, tensors, frozen=not block.trainable)
         except CapacityError as error:
             raise CapacityError(
-                f"{block.name!r} does not fit: a module's parameters are on the device together while it runs",
+                f"{block.name!r} does not fit: a module's parameters move, and are on the device, all together",
                 need=error.need,
                 have=error.have,
-                remedy="name smaller modules in layers=, or raise the budget",
+                remedy="name smaller modules in layers=, or raise the smaller of gpu= and ram=",
                 block=block.name,
             ) from error
 
@@ -275,6 +275,7 @@ class Tiered:
         for module in self.model.modules():
             # Without it a load that assigns would put parameters beside the store's, and one that copies be told by an odd error.
             self._undo.append(module.register_load_state_dict_pre_hook(_refuse_loading).remove)
+            self._undo.append(module.register_state_dict_pre_hook(refuse_saving).remove)
             config: Any = getattr(module, "config", None)
             if getattr(config, "use_cache", None) is True:  # a cache would be filled a second time in the backward pass
                 config.use_cache = False
@@ -287,7 +288,8 @@ class Tiered:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             return run(forward, args, kwargs)
 
-        self._replace(module, "forward", wrapper)
+        # A compiler that looked into a lease would draw other random numbers when the layer is computed once more: dropout would be wrong.
+        self._replace(module, "forward", torch.compiler.disable(wrapper))
 
     def _replace(self, module: nn.Module, name: str, value: object) -> None:
         before = module.__dict__.get(name, self)
@@ -531,6 +533,9 @@ class Tiered:
             self.buffers.back_to(before)
 
     def _join(self, block: WeightBlock, sums: Sums) -> None:
+        if not self.optimizers and not self._told:
+            self._told = True
+            log.warning("gradients are kept, but no TieredOptimizer updates this model; one of torch made before attach() changes nothing")
         for optimizer in self.optimizers:
             if optimizer.takes(block):
                 sums = optimizer.take_gradients(block, sums)
@@ -651,7 +656,7 @@ def check_unchanged(unit: Unit) -> None:
             raise TrainingError(
                 f"parameter {weight.name!r} was replaced while the model is attached",
                 need="the parameters that it was attached with",
-                remedy="detach(), tie or replace parameters, attach() again; to change values only, store.write()",
+                remedy="tie or replace before attach(), or detach() and attach() to another directory; for values only, store.write()",
                 tensor=weight.name,
             )
     for module, below, count in unit.census:
@@ -659,7 +664,7 @@ def check_unchanged(unit: Unit) -> None:
             raise TrainingError(
                 f"parameters or modules were added to {unit.name!r}, or taken from it, while the model is attached",
                 need="the modules that it was attached with",
-                remedy="detach(), change the model, attach() again",
+                remedy="change the model before attach(), or detach() and attach() to another directory",
             )
 
 

@@ -34,8 +34,8 @@ def chunked_loss(
         head: From (tokens, width) to (tokens, vocabulary).
         hidden: (..., width), the input of `norm`, or of `head`.
         targets: (...), one for each row of `hidden`. To predict the next token, shift them before.
-        fn: Of (logits, targets) of one chunk, to the sum, a single number, of its tokens' losses. None: cross-entropy in fp32, and the
-            result is the mean over all targets but -100.
+        fn: Of (logits, targets) of one chunk, to the sum (not the mean), a single number, of its tokens' losses. None:
+            cross-entropy in fp32, and the result is the mean over all targets but -100.
         norm: Applied before `head`.
         chunk: Tokens at once.
 

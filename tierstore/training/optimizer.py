@@ -138,6 +138,15 @@ class TieredOptimizer(torch.optim.Optimizer):
         **options: Any,
     ) -> None:
         """See the class."""
+        if not hasattr(tiered, "_check_attached"):
+            raise OptionError("tiered= is not understood", need="what attach() returned", have=type(tiered).__name__, remedy="give that")
+        if isinstance(factory, torch.optim.Optimizer):
+            raise OptionError(
+                "factory= is an optimizer already",
+                need="its class, since state is made and kept a chunk at a time",
+                have=f"a {type(factory).__name__}",
+                remedy="give the class, and its options to TieredOptimizer: TieredOptimizer(tiered, torch.optim.AdamW, lr=3e-4)",
+            )
         if when not in ("step", "deferred", "backward"):
             raise OptionError(
                 "when= is not understood", need="'step', 'deferred' or 'backward'", have=repr(when), remedy="give one of these"
@@ -180,6 +189,17 @@ class TieredOptimizer(torch.optim.Optimizer):
         self._cut()
         tiered.state.restore_optimizer(self)
         tiered.optimizers.append(self)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """For torch, while this is made. Afterwards groups are as they are: where state and gradients lie depends on them.
+
+        Raises:
+            OptionError: It was made already.
+        """
+        if hasattr(self, "_stepper"):
+            remedy = "give all groups as params=, with lr=0 for what is to be trained later; or make a second TieredOptimizer"
+            raise OptionError("add_param_group() after the optimizer was made", remedy=remedy)
+        super().add_param_group(param_group)
 
     def _check_accepted(self, name: str, weights: Iterable[Weight]) -> None:
         for weight in weights:
@@ -242,7 +262,7 @@ class TieredOptimizer(torch.optim.Optimizer):
                     need=f"{need} bytes, for {weights} of weights of {block.name!r}, and {gradient + state} of gradient and state, each in "
                     "one piece",
                     have=f"{device_bytes} bytes",
-                    remedy="name smaller modules in layers=, use an optimizer that is elementwise (AdamW is), or raise gpu=",
+                    remedy="raise gpu=, name smaller modules in layers=, or use an optimizer that is elementwise (AdamW is)",
                     block=block.name,
                 )
 

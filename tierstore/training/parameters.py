@@ -29,6 +29,8 @@ def grouped(tiered: Tiered, params: Iterable[Any] | None) -> tuple[list[dict[str
         OptionError: What is not in the model, is frozen, is named twice, or a group of nothing.
     """
     weights = tiered.structure.weights
+    if params is None and not any(weight.requires_grad for weight in weights):
+        raise OptionError("no parameter of the model is trainable", remedy="set requires_grad before attach()")
     if params is None:
         items: list[Any] = [{"params": [weight for weight in weights if weight.requires_grad]}]
     else:

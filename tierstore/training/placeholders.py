@@ -57,6 +57,9 @@ _ANSWERED = {
 }
 
 
+_CONVERSIONS = ("to", "cpu", "cuda", "half", "float", "double", "bfloat16", "type")
+
+
 def _getters() -> dict[Any, str]:
     found: dict[Any, str] = {}
     for name in [*_TOLD, "device", "is_cpu", "is_cuda", "grad", "data"]:
@@ -126,16 +129,41 @@ class Placeholder(nn.Parameter):
             me = next((value for value in found if isinstance(value, cls)), None)
         if func in _SETTERS:
             raise _frozen_at_attach(me)
-        raise _untouchable(me, f"used by {getattr(func, '__name__', func)}" if name is None else f"asked for .{name}")
+        raise _untouchable(me, _how(func) if name is None else f"asked for .{name}")
 
 
 def _name(me: Placeholder | None) -> str:
     return repr(me.__dict__["parameter_name"]) if me is not None else "of an attached model"
 
 
+def _how(func: Callable[..., Any]) -> str:
+    name = getattr(func, "__name__", str(func))
+    if name in ("__get__", "__set__", "__delete__"):  # of an attribute: the name is that of the slot
+        attribute = getattr(getattr(func, "__self__", None), "__name__", "an attribute")
+        return f"asked for .{attribute}" if name == "__get__" else f"given another .{attribute}"
+    return f"used by {name}"
+
+
+def refuse_saving(module: nn.Module, *_: object) -> None:
+    """For `state_dict()` of an attached model, which would end at the first parameter by a name that says little."""
+    me = next((parameter for parameter in module.parameters() if isinstance(parameter, Placeholder)), None)
+    if me is not None:
+        raise PlaceholderError(
+            "state_dict() of an attached model, whose parameters are in the store",
+            need="its values",
+            have=f"placeholders, such as {_name(me)}",
+            remedy="store.commit() keeps the training; for the weights, detach() the model at the end, or `tierstore export` a commit",
+        )
+
+
 def _untouchable(me: Placeholder | None, how: str) -> PlaceholderError:
-    if how == "asked for .grad":
-        remedy = "gradients are in the store: clip with TieredOptimizer.clip_grad_norm_(), erase with TieredOptimizer.zero_grad()"
+    if how in ("asked for .grad", "given another .grad"):
+        remedy = (
+            "gradients are in the store: read one with gradient(name) of what attach() returned; update with a TieredOptimizer, clip with "
+            "TieredOptimizer.clip_grad_norm_(), erase with TieredOptimizer.zero_grad()"
+        )
+    elif how.removeprefix("used by ") in _CONVERSIONS:
+        remedy = "leave it out: parameters are on the device when they are needed; convert them before attach(), or detach()"
     else:
         remedy = (
             "only the module that owns it may use it, in its forward; let that module be called, or name it in layers=. For its values: "
@@ -145,5 +173,5 @@ def _untouchable(me: Placeholder | None, how: str) -> PlaceholderError:
 
 
 def _frozen_at_attach(me: Placeholder | None) -> PlaceholderError:
-    remedy = "detach(), change requires_grad, attach() again"
+    remedy = "set it before attach(); to freeze from here on, detach(), set it, and attach() to a store on another directory"
     return PlaceholderError(f"parameter {_name(me)}: requires_grad is fixed while the model is attached", remedy=remedy)

@@ -41,6 +41,8 @@ class Call:
         buffers: What buffers held before each micro-batch, of those that it changed.
     """
 
+    _ended = True  # of an object that never got to its `__init__`, as torch.compile makes some
+
     def __init__(self, tiered: Tiered, unit: Unit, forward: Callable[..., Any], arguments: Arguments) -> None:
         self._awaited = False
         self._ended = False

@@ -45,10 +45,20 @@ def write_state(store: TierStore, tensors: dict[str, Tensor]) -> None:
     capacities = [arena.capacity_bytes for arena in store.engine.placement.arenas.values()]
     length = max(PAGE, min(capacities) // SHARE // PAGE * PAGE)
     payload = torch.frombuffer(bytearray(save(tensors)), dtype=torch.uint8)
+    pieces = {f"{BLOCK}/{number}" if number else BLOCK: piece for number, piece in enumerate(payload.split(length))}
+    if _holds(store, pieces):
+        return  # not to be a change since the last commit
     for name in [name for name in store if name == BLOCK or name.startswith(f"{BLOCK}/")]:
         store.delete(name)
-    for number, piece in enumerate(payload.split(length)):
-        store.put(f"{BLOCK}/{number}" if number else BLOCK, piece)
+    for name, piece in pieces.items():
+        store.put(name, piece)
+
+
+def _holds(store: TierStore, pieces: Mapping[str, Tensor]) -> bool:
+    if pieces.keys() != {name for name in store if name == BLOCK or name.startswith(f"{BLOCK}/")}:
+        return False
+    present = {name: store.read(name) for name in pieces}
+    return all(isinstance(have, Tensor) and torch.equal(have, pieces[name]) for name, have in present.items())
 
 
 def read_state(store: TierStore) -> dict[str, Tensor]:
@@ -262,7 +272,7 @@ class State:
         if have != need:
             example = min(need[2] ^ have[2], default=None)
             raise TrainingError(
-                f"the commit has the state of another optimizer {optimizer.name!r}",
+                f"the commit's optimizer {optimizer.name!r} is another one",
                 need=f"{need[0]}, masters {need[1]}, {len(need[2])} parameters",
                 have=f"{have[0]}, masters {have[1]}, {len(have[2])} parameters" + (f"; one has {example!r}" if example else ""),
                 remedy="make it as it was made for the commit, or give it another name= to begin anew",
@@ -294,6 +304,8 @@ class State:
             if not (callable(getattr(each, "state_dict", None)) and callable(getattr(each, "load_state_dict", None))):
                 remedy = "give an object that has both, or keep the value in the commit's metadata"
                 raise TrainingError(f"{name!r} has no state_dict() and load_state_dict()", have=type(each).__name__, remedy=remedy)
+        if not objects and any(getattr(optimizer.step, "_wrapped_by_lr_sched", False) for optimizer in self._tiered.optimizers):
+            log.warning("a learning-rate schedule was not given to tiered.resume(): it is in no commit, and begins anew in the next run")
         self._objects.update(objects)
         self._resumed = True
         if not self._found:
@@ -306,6 +318,13 @@ class State:
         for optimizer in self._tiered.optimizers:
             found = self._found["optimizers"].get(optimizer.name)
             if found is not None:
+                if len(found["groups"]) != len(optimizer.param_groups):
+                    raise TrainingError(
+                        f"optimizer {optimizer.name!r} has other groups than in the commit",
+                        need=f"{len(found['groups'])} groups",
+                        have=f"{len(optimizer.param_groups)} groups",
+                        remedy="give params= as it was for the commit",
+                    )
                 with damaged_unless_sound():
                     for group, packed in zip(optimizer.param_groups, found["groups"], strict=True):
                         group.update({key: value for key, value in self._unpack(packed).items() if key != "params"})

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import fnmatch
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import nn
@@ -159,21 +160,20 @@ def find_layers(model: nn.Module, layers: object) -> list[nn.Module]:
     names = {id(module): name for name, module in model.named_modules()}
     if layers is None:
         found = _largest_lists(model)
-    elif isinstance(layers, str):
-        found = [module for name, module in model.named_modules() if fnmatch.fnmatchcase(name, layers)]
-    elif isinstance(layers, nn.Module) and not isinstance(layers, nn.ModuleList | nn.Sequential):
+    elif isinstance(layers, nn.Module) and not isinstance(layers, nn.ModuleList | nn.ModuleDict | nn.Sequential):
         found = [layers]
     elif isinstance(layers, nn.ModuleDict):
         found = list(layers.values())
     else:
-        found = list(layers)  # type: ignore[call-overload]
-    found = list(dict.fromkeys(found))
+        given: list[Any] = [layers] if isinstance(layers, str) else list(layers) if isinstance(layers, Iterable) else [layers]
+        found = [module for each in given for module in (_matching(model, each) if isinstance(each, str) else [each])]
+    found = list(dict.fromkeys(module for each in found for module in _callable(each)))
     strange = [module for module in found if not isinstance(module, nn.Module) or id(module) not in names]
     if strange or (not found and layers is not None):
         raise OptionError(
-            "layers= is not understood" if not strange else "layers= names what is not in the model",
+            "layers= has what is no module of this model" if strange else "layers= matches no module of this model",
             need="modules of this model, or a pattern of their names such as 'model.layers.*'",
-            have=repr(layers) if not strange else type(strange[0]).__name__,
+            have=(f"a {type(strange[0]).__name__}" if strange else repr(layers)) + _lists_of(names, model),
             remedy="give such, or leave it out to have the largest ModuleList taken",
         )
     chosen = {id(module) for module in found}
@@ -186,6 +186,24 @@ def find_layers(model: nn.Module, layers: object) -> list[nn.Module]:
         if module is model:
             raise OptionError("the model itself cannot be a layer", remedy="give the modules it is built of")
     return [module for module in found if any(True for _ in module.parameters())]
+
+
+def _matching(model: nn.Module, pattern: str) -> list[nn.Module]:
+    """The outermost modules of such a name: a * also stands for dots."""
+    found = [module for name, module in model.named_modules() if fnmatch.fnmatchcase(name, pattern)]
+    inside = {id(below) for module in found for below in module.modules() if below is not module}
+    return [module for module in found if id(module) not in inside]
+
+
+def _callable(module: nn.Module) -> list[nn.Module]:
+    """The module itself; of a mere list, which is never called, what is in it."""
+    is_list = isinstance(module, nn.ModuleList | nn.ModuleDict) and type(module).forward is nn.Module.forward
+    return [below for child in module.children() for below in _callable(child)] if is_list else [module]
+
+
+def _lists_of(names: Mapping[int, str], model: nn.Module) -> str:
+    lists = [f"{names[id(module)]}.*" for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    return f"; there is {', '.join(lists[:3])}" if lists else ""
 
 
 def _largest_lists(model: nn.Module) -> list[nn.Module]:
