@@ -135,12 +135,14 @@ class Tiered:
         self.anchor = torch.zeros((), device=self.device, requires_grad=True)
         self.optimizers: list[TieredOptimizer] = []
         self.still_buffers: set[tuple[nn.Module, str]] = set()
+        self.still_generators: set[tuple[Unit, bool]] = set()
         self._anchor_node = torch.autograd.graph.get_gradient_edge(self.anchor).node
         self._awaited: dict[WeightBlock, set[int]] = {}
         self._local = Local()
-        self._copies: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
+        self._copies: dict[int, tuple[weakref.ref[Tensor], Tensor, int]] = {}
         self._tasks: set[int] = set()
         self._crowd = threading.Lock()
+        self.settling = threading.RLock()
         self._user: int | None = None
         self._num_uses = 0
         self._wrapped: list[tuple[nn.Module, Any]] = []
@@ -309,9 +311,11 @@ class Tiered:
         Pending updates are carried out; gradients are lost.
 
         Raises:
-            TrainingError: It is detached already.
+            TrainingError: It is detached already, or one of its modules runs.
         """
         self._check_attached()
+        if self._num_uses:
+            raise TrainingError("detach() while a module of the model runs", remedy="call it when forward and backward passes are over")
         self.finish()
         for block in self.structure.blocks:
             values = self.store.read(block.name)
@@ -375,13 +379,15 @@ class Tiered:
     def _run_unit(self, unit: Unit, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._local.has(unit):
             return forward(*args, **kwargs)
-        arguments, tensors = take_apart(args, kwargs)
+        split = unit.kind is Kind.LAYER and self.micro_batch is not None
+        arguments, tensors = take_apart(args, kwargs, merge=not split)
         if torch.is_grad_enabled():
             refuse_caches(arguments.leaves, unit)
-        if unit.kind is Kind.LAYER and self.micro_batch is not None:
+        if split:
+            assert self.micro_batch is not None
             check_splittable(unit)
             plan_split(arguments, tensors, self.micro_batch, forward=forward, split=self.split, args=args, kwargs=kwargs, layer=unit.name)
-        return run_unit(self, unit, forward, arguments, tensors)
+        return run_unit(self, unit, forward, arguments, tensors, (args, kwargs))
 
     def run_together(self, modules: list[nn.Module], function: Callable[..., Any], args: tuple[Tensor, ...], rows: int) -> Any:
         """Run a function of several modules as one unit, over some rows of its arguments at a time, which come to one row of the result."""
@@ -460,7 +466,9 @@ class Tiered:
     def latest_copy(self, tensor: Tensor) -> Tensor:
         """What the last unit that used the tensor passed on of it. See `running`, [Note: A unit in the graph]."""
         entry = self._copies.get(id(tensor))
-        return entry[1] if entry is not None and entry[0]() is tensor else tensor
+        # What was changed in place since has another history: the copy leads past the change.
+        same = entry is not None and entry[0]() is tensor and entry[2] == tensor._version
+        return entry[1] if entry is not None and same else tensor
 
     def note_copy(self, tensor: Tensor, copy: Tensor) -> None:
         key = id(tensor)
@@ -471,7 +479,7 @@ class Tiered:
             if entry is not None and entry[0] is reference:
                 del copies[key]
 
-        copies[key] = (weakref.ref(tensor, gone), copy)
+        copies[key] = (weakref.ref(tensor, gone), copy, tensor._version)
 
     # -- gradients -------------------------------------------------------------------------------------------------------
 
@@ -497,11 +505,21 @@ class Tiered:
         return wanted
 
     def sums_so_far(self, unit: Unit) -> Sums:
-        """What this backward pass has come to so far for the unit's parameters."""
+        """What this backward pass has come to so far for the unit's parameters.
+
+        Raises:
+            TrainingError: Another pass, inside of which this one is, has a sum that is not complete.
+        """
         task = torch._C._current_graph_task_id()
         sums: Sums = {}
         for block in unit.blocks:
             if block.trainable:
+                partial = self.gradients._partials.get(block)
+                if partial is not None and partial.task != task and partial.task in self._tasks and partial.sum.present:
+                    raise TrainingError(
+                        f"a backward pass inside of another one comes upon {block.name!r}, whose gradient the other one is adding up",
+                        remedy="have torch.utils.checkpoint not nest them: use_reentrant=False",
+                    )
                 sums.update(self.gradients.begin(block, task))
         return sums
 
@@ -518,7 +536,7 @@ class Tiered:
                 self.gradients.keep(block, task, mine)
                 if task not in self._tasks:
                     self._tasks.add(task)
-                    _ENGINE.queue_callback(functools.partial(self._end_backward, task, self.buffers.owner))
+                    _ENGINE.queue_callback(_AtEnd(self, task, self.buffers.owner))
             else:
                 self._join(block, mine)
 
@@ -615,13 +633,29 @@ class Tiered:
     # -- updates put off -------------------------------------------------------------------------------------------------
 
     def settle(self, blocks: Collection[WeightBlock]) -> None:
-        """Carry out what is pending for these blocks."""
-        for optimizer in self.optimizers:
-            optimizer.settle(blocks)
+        """Carry out what is pending for these blocks. Any thread may come by that reads a block: each update is made once."""
+        with self.settling:
+            for optimizer in self.optimizers:
+                optimizer.settle(blocks)
 
     def finish(self) -> None:
         """Carry out all pending updates."""
         self.settle(self.structure.blocks)
+
+
+class _AtEnd:
+    """Called when a backward pass is over. Let go without having been called when it has failed."""
+
+    def __init__(self, tiered: Tiered, task: int, owner: int) -> None:
+        self._tiered = tiered
+        self._task = task
+        self._owner = owner
+
+    def __call__(self) -> None:
+        self._tiered._end_backward(self._task, self._owner)
+
+    def __del__(self) -> None:
+        self._tiered._tasks.discard(self._task)
 
 
 def tiered_of(modules: Collection[nn.Module]) -> Tiered | None:

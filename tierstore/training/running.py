@@ -7,17 +7,28 @@ the results and, behind them, every input that needs a gradient once more: whoev
 gradient comes by here, and this unit's contributions are added to it one by one, last use first, which is the order in which autograd
 adds them where no unit stands in between. The sums of parameters are handed on in the same way (`gradients`). In a recomputed graph a sum
 goes in as the gradient of the leaf itself, which autograd adds first of all.
+
+[Note: Only through the door]
+So nothing else may lead into a unit or out of it. A tensor that needs a gradient and comes in through an attribute, a closure or an object
+that pytree does not know would never get one, and neither would the unit from a loss that it leaves in an attribute: the graph of its
+forward pass is thrown away. Both would train, and wrongly. The first is found where the graph of the results ends in a leaf that is none of
+the unit's, the second by hooks on its leaves, which no gradient may ever reach.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+import functools
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.utils._pytree import tree_leaves
 
 from tierstore.errors import TrainingError
 from tierstore.training.activations import Kept
@@ -30,6 +41,39 @@ if TYPE_CHECKING:
     from tierstore.training.layers import Tiered
 
 Buffer = tuple[nn.Module, str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Generators:
+    """Where random generators are: torch's, and, for units that draw from them, those of Python and NumPy.
+
+    To ask the latter takes a tenth of a millisecond, so it is done for the first calls of a unit, and for later ones if those drew.
+    """
+
+    of_torch: RandomState
+    others: tuple[Any, Any] | None
+
+    @staticmethod
+    def now(device: torch.device, others: bool = True) -> _Generators:
+        return _Generators(RandomState.now(device), (random.getstate(), np.random.get_state()) if others else None)
+
+    def others_are_now(self) -> bool:
+        """Whether nothing was drawn from Python's and NumPy's since."""
+        if self.others is None:
+            return True
+        python, numpy = self.others
+        current: Any = np.random.get_state()
+        return python == random.getstate() and numpy[2:] == current[2:] and bool(np.array_equal(numpy[1], current[1]))
+
+    def is_now(self, device: torch.device) -> bool:
+        """Whether nothing was drawn since."""
+        return self.of_torch.is_now(device) and self.others_are_now()
+
+    def set(self, device: torch.device) -> None:
+        self.of_torch.set(device)
+        if self.others is not None:
+            random.setstate(self.others[0])
+            np.random.set_state(self.others[1])
 
 
 class Call:
@@ -53,8 +97,8 @@ class Call:
         self.outputs: Outputs | None = None
         self._forward = forward
         self._autocast = Autocast.now(tiered.device.type)
-        self._random: list[RandomState | None] = []
-        self._buffers: list[dict[Buffer, Tensor]] = []
+        self._random: list[_Generators | None] = []
+        self._buffers: list[dict[Buffer, Tensor | None]] = []
         self._num_inputs = 0
         self._owner = tiered.buffers.owner
         tiered.settle(unit.blocks)  # before the versions are noted with which it computes
@@ -78,27 +122,91 @@ class Call:
 
     # -- forward ---------------------------------------------------------------------------------------------------------
 
-    def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The forward pass alone, under whatever gradient mode is on; nothing is kept."""
+    def run(self, tensors: Sequence[Tensor], given: tuple[tuple[Any, ...], dict[str, Any]] | None = None) -> list[Tensor]:
+        """The forward pass alone, under whatever gradient mode is on; nothing is kept.
+
+        Args:
+            tensors: Among the arguments.
+            given: The arguments themselves, which the unit may fill (a cache of keys) where they are not split.
+        """
+
+        def compute(index: int, chunk: list[Tensor]) -> Any:
+            if given is None or self.arguments.sizes is not None:
+                result = self._once(chunk)
+            else:
+                with self._autocast.again():
+                    result = self._forward(*given[0], **given[1])
+            if torch.is_grad_enabled() and not self.unit.trainable:
+                self._check_closed(result, ())
+            return result
+
         with self._placed(requires_grad=torch.is_grad_enabled()):
-            return self._all(tensors, lambda index, chunk: self._once(chunk))
+            return self._all(tensors, compute)
 
     def first(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The forward pass of training: results without their graph, and what it takes to compute them again."""
         self._num_inputs = len(tensors)
         watched = _Buffers(self.unit, self.tiered)
+        key = (self.unit, self.unit.module.training)
+        others = key not in self.tiered.still_generators
+        drew: list[int] = []
+
+        never = functools.partial(_never, self.unit.name)
 
         def compute(index: int, chunk: list[Tensor]) -> Any:
-            random = RandomState.now(self.tiered.device)
+            generators = _Generators.now(self.tiered.device, others)
             watched.note()
-            with torch.autograd.graph.saved_tensors_hooks(_forget, _never), self._inputs_unchanged(chunk):
-                result = self._once([tensor.detach().requires_grad_(tensor.requires_grad) for tensor in chunk])
+            mine = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in chunk]
+            for tensor in mine:
+                if tensor.requires_grad:
+                    tensor.register_hook(never)
+            with torch.autograd.graph.saved_tensors_hooks(_forget, never), self._inputs_unchanged(chunk):
+                result = self._once(mine)
+            if not index:
+                self._check_closed(result, [*leaves.values(), *mine])
             self._buffers.append(watched.changed())
-            self._random.append(None if random.is_now(self.tiered.device) else random)
+            self._random.append(None if generators.is_now(self.tiered.device) else generators)
+            if others and not generators.others_are_now():
+                drew.append(index)
             return result
 
-        with torch.enable_grad(), self._placed():
-            return self._all(tensors, compute)
+        with torch.enable_grad(), self._placed() as leaves:
+            for leaf in leaves.values():
+                if leaf.requires_grad:
+                    leaf.register_hook(never)
+            results = self._all(tensors, compute)
+        if others and not drew:
+            self.tiered.still_generators.add(key)
+        return results
+
+    def _check_closed(self, result: Any, allowed: Iterable[Tensor]) -> None:
+        """Refuse results through which a gradient would have to reach anything else. See [Note: Only through the door].
+
+        Raises:
+            TrainingError: There is such a way.
+        """
+        mine = {id(tensor) for tensor in allowed}
+        found = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        ends: list[Any] = [tensor for tensor in found if tensor.grad_fn is None]
+        nodes: list[Any] = [tensor.grad_fn for tensor in found if tensor.grad_fn is not None]
+        seen = set(nodes)
+        while nodes:
+            below = nodes.pop().next_functions
+            for node, _ in below:
+                if node is None or node in seen:
+                    continue
+                seen.add(node)
+                if node.next_functions:
+                    nodes.append(node)
+                else:
+                    ends.append(getattr(node, "variable", None))
+        if any(end is not None and id(end) not in mine for end in ends):
+            raise TrainingError(
+                f"{self.unit.name!r} computes with a tensor that needs a gradient and is neither an argument nor a parameter of its own",
+                need="all that needs a gradient among its arguments: in tuples, lists, dicts, or classes registered with torch's pytree",
+                have="one from an attribute, a closure, an object of another class, or the parameters of a module that is not below it",
+                remedy="pass it as an argument, or detach() it",
+            )
 
     @contextlib.contextmanager
     def _inputs_unchanged(self, chunk: Sequence[Tensor]) -> Iterator[None]:
@@ -144,7 +252,9 @@ class Call:
     def _once(self, tensors: Sequence[Tensor]) -> Any:
         args, kwargs = self.arguments.rebuild(tensors)
         with self._autocast.again():
-            return self._forward(*args, **kwargs)
+            result = self._forward(*args, **kwargs)
+        self.arguments.check_unchanged(args, kwargs, tensors, self.unit.name)
+        return result
 
     @contextlib.contextmanager
     def _placed(self, requires_grad: bool = True) -> Iterator[dict[Weight, Tensor]]:
@@ -318,16 +428,16 @@ class Call:
     def _as_before(self) -> Iterator[Callable[[int], None]]:
         """Have random numbers and buffers be as they were before each micro-batch's forward pass; afterwards, as they are now."""
         device = self.tiered.device
-        drawn = any(random is not None for random in self._random)
-        now = RandomState.now(device) if drawn else None
+        drawn = any(generators is not None for generators in self._random)
+        now = _Generators.now(device) if drawn else None
         present = {(module, name): module._buffers[name] for changed in self._buffers for module, name in changed}
 
         def put_back(index: int) -> None:
-            random = self._random[index]
-            if random is not None:
-                random.set(device)
+            generators = self._random[index]
+            if generators is not None:
+                generators.set(device)
             for (module, name), value in self._buffers[index].items():
-                module._buffers[name] = value.clone()
+                module._buffers[name] = None if value is None else value.clone()
 
         try:
             yield put_back
@@ -351,8 +461,13 @@ def _forget(tensor: Tensor) -> None:
     return None
 
 
-def _never(_: object) -> Tensor:
-    raise AssertionError("the graph of a unit's forward pass is thrown away")
+def _never(unit: str, _: object) -> NoReturn:
+    raise TrainingError(
+        f"a gradient came upon what {unit!r} has left behind of its forward pass, whose graph is not kept",
+        need="what needs a gradient among what forward() returns: in tuples, lists, dicts, or classes registered with torch's pytree",
+        have="a tensor kept in an attribute (an auxiliary loss), given to a hook, in an object of another class, or differentiated within",
+        remedy="return it, or detach() it",
+    )
 
 
 class _Buffers:
@@ -364,22 +479,27 @@ class _Buffers:
     def __init__(self, unit: Unit, tiered: Tiered) -> None:
         self._unit = unit
         self._still = tiered.still_buffers
-        self._noted: dict[Buffer, tuple[Tensor, int, Tensor | None]] = {}
+        self._noted: dict[Buffer, tuple[Tensor | None, int, Tensor | None]] = {}
 
     def note(self) -> None:
         self._noted = {}
         for module, name in self._unit.buffers:
             buffer = module._buffers.get(name)
-            if buffer is not None:
+            if buffer is None:
+                self._noted[module, name] = (None, 0, None)
+            else:
                 small = buffer.numel() * buffer.element_size() <= self.LARGE
                 copied = small or (module, name) not in self._still or isinstance(module, _NormBase)
                 self._noted[module, name] = (buffer, buffer._version, buffer.detach().clone() if copied else None)
 
-    def changed(self) -> dict[Buffer, Tensor]:
+    def changed(self) -> dict[Buffer, Tensor | None]:
         """What those buffers held that have changed since, or may have: batch norm updates its statistics behind autograd's back."""
-        found: dict[Buffer, Tensor] = {}
+        found: dict[Buffer, Tensor | None] = {}
         for (module, name), (buffer, version, copy) in self._noted.items():
-            if module._buffers.get(name) is buffer and buffer._version == version:
+            if buffer is None:
+                if module._buffers.get(name) is not None:
+                    found[module, name] = None
+            elif module._buffers.get(name) is buffer and buffer._version == version:
                 self._still.add((module, name))
                 if copy is not None and copy.is_floating_point():
                     found[module, name] = copy
@@ -408,13 +528,15 @@ class _Run(torch.autograd.Function):
     """See [Note: A unit in the graph]."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, anchor: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, call: Call, anchor: Tensor | None, *last_first: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
+        tensors = last_first[::-1]
         results = call.first(tensors)
         assert call.outputs is not None
         ctx.call = call
         ctx.needs = [tensor.requires_grad for tensor in tensors]
-        ctx.save_for_backward(*call.keep(tensors))
+        # Not the inputs themselves, which would live as long as the graph, and the graph with `Tiered.note_copy`'s copies as long as they.
+        ctx.save_for_backward(*call.keep([tensor.detach() for tensor in tensors]))
         flows = call.outputs.differentiable
         ctx.mark_non_differentiable(*[tensor for tensor, differentiable in zip(results, flows, strict=True) if not differentiable])
         call.await_backward()
@@ -423,18 +545,26 @@ class _Run(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
-        return (None, None, *call.backward(ctx.saved_tensors, ctx.needs, grads))
+        return (None, None, *reversed(call.backward(ctx.saved_tensors, ctx.needs, grads)))
 
 
-def run_unit(tiered: Tiered, unit: Unit, forward: Callable[..., Any], arguments: Arguments, tensors: list[Tensor]) -> Any:
-    """Run a unit whose arguments have been taken apart."""
+def run_unit(
+    tiered: Tiered,
+    unit: Unit,
+    forward: Callable[..., Any],
+    arguments: Arguments,
+    tensors: list[Tensor],
+    given: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
+) -> Any:
+    """Run a unit whose arguments, `given`, have been taken apart."""
     call = Call(tiered, unit, forward, arguments)
     needed = torch.is_grad_enabled() and (unit.trainable or any(tensor.requires_grad for tensor in tensors))
     if not needed:
-        results = call.run(tensors)
+        results = call.run(tensors, given)
         assert call.outputs is not None
         return call.outputs.rebuild(results)
-    copies = [tiered.latest_copy(tensor) for tensor in tensors]
+    # Last first: of a tensor that is given twice, autograd adds the gradients in the order of a node's inputs, and of its uses last first.
+    copies = [tiered.latest_copy(tensor) for tensor in reversed(tensors)]
     found = _Run.apply(call, tiered.anchor if unit.trainable else None, *copies)  # type: ignore[no-untyped-call]
     assert call.outputs is not None
     count = len(call.outputs.where)

@@ -16,7 +16,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from tierstore.errors import TrainingError
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
-"""Outputs beside tensors that can be compared."""
+"""Arguments that cannot change, and outputs beside tensors that can be compared."""
 
 
 @dataclass(slots=True)
@@ -25,20 +25,22 @@ class Arguments:
 
     Attributes:
         leaves: All leaves of the argument tree; None where a tensor was.
-        where: Positions of the tensors among the leaves.
+        where: For each tensor, its positions among the leaves.
         splits: For each tensor, whether it is split.
         batch: Length of the first dimension of those that are; -1: nothing is.
         sizes: Rows of each micro-batch; None: nothing is split.
         one_row_each: Each micro-batch comes to one row of the result, instead of as many as it has itself.
+        containers: There may be lists or dicts among the arguments.
     """
 
     spec: TreeSpec
     leaves: list[Any]
-    where: list[int]
+    where: list[tuple[int, ...]]
     splits: list[bool]
     batch: int = -1
     sizes: list[int] | None = None
     one_row_each: bool = False
+    containers: bool = False
 
     @property
     def count(self) -> int:
@@ -53,10 +55,36 @@ class Arguments:
     def rebuild(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """(args, kwargs) with these tensors in place of those that were taken out."""
         leaves = list(self.leaves)
-        for position, tensor in zip(self.where, tensors, strict=True):
-            leaves[position] = tensor
+        for positions, tensor in zip(self.where, tensors, strict=True):
+            for position in positions:
+                leaves[position] = tensor
         args, kwargs = tree_unflatten(leaves, self.spec)
         return args, kwargs
+
+    def check_unchanged(self, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: Sequence[Tensor], layer: str) -> None:
+        """Refuse a call that has changed a list or dict that it was given: those were made for it, and whoever has the others sees nothing.
+
+        Args:
+            args, kwargs: As `rebuild` returned them for `tensors`; the call is over.
+            tensors: As above.
+            layer: Its name.
+
+        Raises:
+            TrainingError: It has.
+        """
+        if not self.containers:
+            return
+        leaves, spec = tree_flatten((args, kwargs))
+        expected = list(self.leaves)
+        for positions, tensor in zip(self.where, tensors, strict=True):
+            for position in positions:
+                expected[position] = tensor
+        if len(leaves) != len(expected) or any(one is not other for one, other in zip(leaves, expected, strict=True)) or spec != self.spec:
+            raise TrainingError(
+                f"{layer!r} changes a list or dict that it was given",
+                need="arguments that stay as they are: the backward pass computes with them once more",
+                remedy="return what is new, and have the caller put it there",
+            )
 
     def of_micro_batch(self, tensors: Sequence[Tensor], index: int) -> list[Tensor]:
         """The tensors of one micro-batch; those that are not split, whole."""
@@ -66,14 +94,26 @@ class Arguments:
         return [tensor.narrow(0, start, self.sizes[index]) if split else tensor for tensor, split in zip(tensors, self.splits, strict=True)]
 
 
-def take_apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Arguments, list[Tensor]]:
-    """Flatten arguments. Returns them, and the tensors among them."""
+def take_apart(args: tuple[Any, ...], kwargs: dict[str, Any], *, merge: bool = False) -> tuple[Arguments, list[Tensor]]:
+    """Flatten arguments. Returns them, and the tensors among them.
+
+    Args:
+        args, kwargs: The arguments.
+        merge: Have a tensor that is given more than once be one there too: attention asks whether queries and keys are the same object,
+            and computes in another way if they are. Micro-batches are split off for each argument by itself.
+    """
     leaves, spec = tree_flatten((args, kwargs))
-    where = [position for position, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    tensors = [leaves[position] for position in where]
-    for position in where:
-        leaves[position] = None
-    return Arguments(spec, leaves, where, [False] * len(where)), tensors
+    places: dict[int, list[int]] = {}
+    for position, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor):
+            places.setdefault(id(leaf) if merge else position, []).append(position)
+    where = [tuple(positions) for positions in places.values()]
+    tensors = [leaves[positions[0]] for positions in where]
+    for positions in where:
+        for position in positions:
+            leaves[position] = None
+    containers = any(not isinstance(value, (Tensor, *PLAIN)) for value in (*args, *kwargs.values()))
+    return Arguments(spec, leaves, where, [False] * len(where), containers=containers), tensors
 
 
 def plan_split(

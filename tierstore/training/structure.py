@@ -185,7 +185,31 @@ def find_layers(model: nn.Module, layers: object) -> list[nn.Module]:
             )
         if module is model:
             raise OptionError("the model itself cannot be a layer", remedy="give the modules it is built of")
-    return [module for module in found if any(True for _ in module.parameters())]
+    called = list(dict.fromkeys(each for module in found for each in _called(module)))
+    return [module for module in called if any(True for _ in module.parameters())]
+
+
+def _is_container(module: nn.Module) -> bool:
+    """Whether a module is never called: what is in it is used by whoever has it."""
+    has_forward = "forward" in module.__dict__ or getattr(type(module), "forward", None) is not nn.Module.forward
+    return not has_forward or isinstance(module, nn.ModuleList | nn.ModuleDict)
+
+
+def _called(module: nn.Module) -> Iterator[nn.Module]:
+    """The module, or in place of a mere container what is in it."""
+    if _is_container(module):
+        for child in module.children():
+            yield from _called(child)
+    else:
+        yield module
+
+
+def _loose(module: nn.Module) -> Iterator[nn.Module]:
+    """Containers (a `ParameterList`) whose parameters the module uses in its own forward."""
+    for child in module.children():
+        if _is_container(child):
+            yield child
+            yield from _loose(child)
 
 
 def _matching(model: nn.Module, pattern: str) -> list[nn.Module]:
@@ -280,7 +304,11 @@ def read_structure(model: nn.Module, layers: Sequence[nn.Module]) -> Structure:
 def _weights(model: nn.Module) -> dict[int, Weight]:
     """Every parameter by its id, in the order of `model.parameters()`."""
     found: dict[int, Weight] = {}
+    memory: dict[int, tuple[str, torch.Tensor]] = {}
     for prefix, module in model.named_modules():
+        _check_module(prefix or ROOT, module)
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            _check_memory(f"{prefix}.{name}" if prefix else name, tensor, memory)
         for attribute, parameter in module._parameters.items():
             if parameter is None:
                 continue
@@ -295,6 +323,40 @@ def _weights(model: nn.Module) -> dict[int, Weight]:
                 weight = found[id(parameter)] = Weight(name, len(found), parameter.shape, parameter.dtype, parameter.requires_grad)
             weight.slots.append((module, attribute))
     return found
+
+
+def _check_module(name: str, module: nn.Module) -> None:
+    """Refuse what could be attached, but not trained.
+
+    Raises:
+        TrainingError: Such a module.
+    """
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TrainingError(f"module {name!r} is compiled by torch.jit", remedy="attach the module that it was made of")
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        if module.max_norm is not None:
+            remedy = "build it without, and bound the norms in the forward pass"
+            raise TrainingError(f"module {name!r} has max_norm=: it rewrites its weights whenever it runs", remedy=remedy)
+        if module.sparse and module.weight.requires_grad:
+            raise TrainingError(f"module {name!r} has sparse gradients", remedy="build it with sparse=False")
+
+
+def _check_memory(name: str, tensor: torch.Tensor | None, memory: dict[int, tuple[str, torch.Tensor]]) -> None:
+    """Refuse tensors that share memory without being one object: each would go on with values of its own.
+
+    Raises:
+        TrainingError: It shares that of another.
+    """
+    if tensor is None or tensor.is_meta or tensor.layout is not torch.strided or not tensor.numel():
+        return
+    other, first = memory.setdefault(tensor.data_ptr(), (name, tensor))
+    if first is not tensor and isinstance(tensor, nn.Parameter) | isinstance(first, nn.Parameter):
+        raise TrainingError(
+            f"{name!r} and {other!r} share memory, but are two tensors",
+            need="one parameter in both places, or two with values of their own",
+            remedy="tie them by assigning the parameter itself: module.weight = other.weight",
+            tensor=name,
+        )
 
 
 def _units(model: nn.Module, layers: Sequence[nn.Module], weights: dict[int, Weight]) -> list[Unit]:
@@ -315,7 +377,7 @@ def _units(model: nn.Module, layers: Sequence[nn.Module], weights: dict[int, Wei
         ]
         if not places:
             return None
-        buffers = [(owner, attribute) for owner in within for attribute, buffer in owner._buffers.items() if buffer is not None]
+        buffers = [(owner, attribute) for owner in within for attribute in owner._buffers]
         flat = [owner for owner in within if hasattr(owner, "_flat_weights_names")]
         watched = within if kind is not Kind.SCOPE else []
         census = [(owner, tuple(owner._modules.values()), len(owner._parameters)) for owner in watched]
@@ -336,21 +398,23 @@ def _units(model: nn.Module, layers: Sequence[nn.Module], weights: dict[int, Wei
             unit.inner = [each for each in found if each is not None]
 
     seen: set[int] = set()
+    held: set[int] = set()
 
     def walk(name: str, module: nn.Module) -> None:
         if id(module) in seen:
             return
         seen.add(id(module))
-        if id(module) in chosen:
-            add(name, module, Kind.LAYER, list(module.modules()))
-        elif id(module) in above:
-            add(name, module, Kind.SCOPE, [module])
+        if _is_container(module) and module is not model:
             for key, child in module.named_children():
                 walk(f"{name}.{key}" if name else key, child)
-        elif type(module).forward is nn.Module.forward or isinstance(module, nn.ModuleList | nn.ModuleDict):
-            for key, child in module.named_children():  # a mere container is never called
+        elif id(module) in chosen:
+            add(name, module, Kind.LAYER, list(module.modules()))
+        elif id(module) in above:
+            owners = [owner for owner in (module, *_loose(module)) if owner is module or id(owner) not in held]
+            held.update(map(id, owners))
+            add(name, module, Kind.SCOPE, owners)
+            for key, child in module.named_children():
                 walk(f"{name}.{key}" if name else key, child)
-            add(name, module, Kind.OUTER, [module])
         else:
             add(name, module, Kind.OUTER, list(module.modules()))
 
