@@ -453,7 +453,8 @@ class TieredOptimizer(torch.optim.Optimizer):
         """Carry out what is pending for these blocks."""
         if not self._pending:
             return
-        with torch.inference_mode(False), torch.no_grad():  # new state is to be changed by later steps
+        # Any thread may come by that commits or reads: each update is made once. New state is to be changed by later steps.
+        with self.tiered.settling, torch.inference_mode(False), torch.no_grad():
             self._settle(blocks)
 
     def _settle(self, blocks: Collection[WeightBlock]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import math
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,8 +50,11 @@ def pack(value: Any, tensors: dict[str, Tensor], what: str = "state") -> Any:
         return {"number": number, "dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape), "device": _place(value)}
     if isinstance(value, Tensor):
         name = str(len(tensors))
-        tensors[name] = value.detach().cpu().clone()
-        return {"tensor": name, "device": _place(value)}
+        tensors[name] = value.detach().cpu().contiguous().clone()
+        packed: dict[str, Any] = {"tensor": name, "device": _place(value)}
+        if not value.is_contiguous() and _is_dense(value.shape, value.stride()):  # in another layout kernels may compute other bits
+            packed["stride"] = list(value.stride())
+        return packed
     if isinstance(value, np.ndarray | np.generic):
         array = np.asarray(value)
         if array.dtype.kind in ARRAY_KINDS and array.dtype.itemsize <= 8:
@@ -72,6 +75,16 @@ def pack(value: Any, tensors: dict[str, Tensor], what: str = "state") -> Any:
         need="numbers, text, tensors, and containers of such",
         remedy="leave it out of what state_dict() returns",
     )
+
+
+def _is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether elements lie in memory without gaps, each once."""
+    expected = 1
+    for step, size in sorted((step, size) for size, step in zip(shape, stride, strict=True) if size != 1):
+        if step != expected:
+            return False
+        expected *= size
+    return True
 
 
 def _place(value: Tensor) -> str:
@@ -124,7 +137,12 @@ def _unpack(packed: Any, tensors: Mapping[str, Tensor], device: torch.device) ->
         number = torch.tensor(_unpack(content, tensors, device), dtype=_dtype(packed["dtype"])).reshape(packed["shape"])
         return number.to(_device(packed, device))
     if kind == "tensor":
-        return tensors[content].clone().to(_device(packed, device))
+        value, stride = tensors[content].clone(), packed.get("stride")
+        if stride is not None:
+            if not _is_dense(value.shape, stride):
+                raise ValueError(f"a stride of {stride}")
+            value = torch.empty_strided(value.shape, stride, dtype=value.dtype).copy_(value)
+        return value.to(_device(packed, device))
     if kind == "array":
         dtype = np.dtype(packed["dtype"])
         if dtype.kind not in ARRAY_KINDS:
