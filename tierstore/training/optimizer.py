@@ -171,14 +171,14 @@ class TieredOptimizer(torch.optim.Optimizer):
         self._rules: dict[torch.dtype, Rules] = {dtype: rules_of(factory, options, dtype, tiered.device) for dtype in dtypes}
         self._writes_gradients = any(rules.writes_gradients for rules in self._rules.values())
         likes = [torch.empty(0, dtype=master_dtype or weight.dtype, device=tiered.device) for weight in weights]
-        options = {**options, **resolved_implementation(factory, options, likes)}
+        self._implementation = resolved_implementation(factory, options, likes)
         self._check_accepted(factory_name(factory), weights)
         like = next(iter(weights))
         sample = torch.zeros([1] * len(like.shape), dtype=master_dtype or like.dtype, device=tiered.device)
         defaults = factory([sample], **options).defaults
         self._weights: dict[Weight, int] = weights
         super().__init__(groups, defaults)
-        self._stepper = Stepper(tiered.buffers, factory, options, master_dtype, factory_name(factory))
+        self._stepper = Stepper(tiered.buffers, factory, {**options, **self._implementation}, master_dtype, factory_name(factory))
         self._coefficients: list[Coefficient] = []
         self._norms: dict[Weight, Tensor] = {}
         self._norm_type: float | None = None
@@ -495,11 +495,15 @@ class TieredOptimizer(torch.optim.Optimizer):
             self._changed.append(job)
 
     def _snapshot(self) -> list[dict[str, Any]]:
+        """The options of all groups, now. Which implementation is not left to each chunk: it would choose by what it has of a group."""
         return [
             {
-                key: value.clone() if isinstance(value, Tensor) else value
-                for key, value in group.items()
-                if key not in ("params", "param_names")
+                **{
+                    key: value.clone() if isinstance(value, Tensor) else value
+                    for key, value in group.items()
+                    if key not in ("params", "param_names")
+                },
+                **(self._implementation if group.get("foreach") is None and group.get("fused") is None else {}),
             }
             for group in self.param_groups
         ]
