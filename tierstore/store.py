@@ -266,6 +266,7 @@ class UseBase:
             raise OptionError("timeout= is not understood", need="seconds, or None", have=repr(timeout), remedy="give it as such")
         if isinstance(write, bool):
             self._write: bool | frozenset[str] = write
+            assert write or not (fresh or spent)
             return
         wanted = [write] if isinstance(write, str) else list(write) if isinstance(write, Collection) else None
         if wanted is None:
@@ -274,8 +275,9 @@ class UseBase:
         if unknown:
             raise LeaseError(f"write= names blocks that use() does not: {unknown!r}", remedy="name them in use() too")
         self._write = frozenset(wanted)
+        assert self._write >= {*fresh, *spent}
 
-    def _check_fresh(self) -> None:
+    def _check_unused(self) -> None:
         if self._ticket is not None:
             raise LeaseError("one use() context cannot be entered twice", remedy="call use() again")
 
@@ -349,7 +351,7 @@ class AsyncUse(UseBase):
     """`async with store.use(...)`."""
 
     async def __aenter__(self) -> Leased:
-        self._check_fresh()
+        self._check_unused()
         try:
             future = self._begin(asyncio.current_task())
             if future is not None:

@@ -26,7 +26,7 @@ class Use(UseBase):
     """`with store.use(...)`."""
 
     def __enter__(self) -> Leased:
-        self._check_fresh()
+        self._check_unused()
         try:
             future = self._begin(threading.get_ident())
             if future is not None:
