@@ -442,3 +442,16 @@ def test_what_is_not_refused_when_it_is_made_does(gpu: int, factory: Any, tmp_pa
         assert gpu > 5, "this cannot be enough"
         loop(model, [optimizer], [], 2)
         tiered.detach()
+
+
+def test_an_epsilon_that_the_first_parameters_dtype_decides(tmp_path: Path) -> None:
+    """Adafactor's: of a group with two dtypes, parameters that are updated apart from the first would get another."""
+    torch.manual_seed(0)
+    model = build("stack")
+    model.layers[1].to(torch.bfloat16)  # type: ignore[index]
+    with TierStore("1MiB", "8MiB", tmp_path / "swap", device="cpu") as store:
+        tiered = attach(model, store, model.layers)  # type: ignore[arg-type]
+        with pytest.raises(OptionError, match="epsilon") as caught:
+            TieredOptimizer(tiered, torch.optim.Adafactor)
+        assert "eps=" in str(caught.value.remedy)
+        TieredOptimizer(tiered, torch.optim.Adafactor, eps=(1e-8, 1e-3))

@@ -201,9 +201,26 @@ class TieredOptimizer(torch.optim.Optimizer):
             raise OptionError("add_param_group() after the optimizer was made", remedy=remedy)
         super().add_param_group(param_group)
 
-    def _check_accepted(self, name: str, weights: Iterable[Weight]) -> None:
-        for weight in weights:
-            rules = self._rules[self.master_dtype or weight.dtype]
+    def _check_accepted(self, name: str, weights: Mapping[Weight, int]) -> None:
+        """Refuse parameters that the class does not take, or not beside one another.
+
+        Args:
+            name: Of the class.
+            weights: All, with the numbers of their groups.
+        """
+        dtypes: dict[int, torch.dtype] = {}
+        for weight, group in weights.items():
+            dtype = self.master_dtype or weight.dtype
+            rules = self._rules[dtype]
+            first = dtypes.setdefault(group, dtype)
+            if dtype != first and not rules.mixed_dtypes:
+                raise OptionError(
+                    f"{name} takes its epsilon from the dtype of a group's first parameter",
+                    need="parameters of one dtype in each group, or an epsilon",
+                    have=f"{first} and {dtype} in group {group}",
+                    remedy="give eps= in numbers, or put parameters of another dtype into a group of their own",
+                    optimizer=name,
+                )
             if not rules.accepts(weight.shape):
                 raise OptionError(
                     f"{name} does not take parameter {weight.name!r}",
