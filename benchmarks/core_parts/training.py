@@ -89,7 +89,7 @@ def _measured(when: str, *, clip: bool) -> Callable[[Plan], list[Row]]:
         parameters = sum(parameter.numel() for parameter in Model(layers, width).parameters())
         state = 4 * 4 * parameters
         generator = torch.Generator().manual_seed(1)
-        with TierStore(state + state // 8 + layers * 16 * PAGE, 64 * MIB + state, device=plan.device) as store:
+        with TierStore(state + state // 8 + layers * 16 * PAGE, 256 * MIB + state + state // 8, device=plan.device) as store:
             loops = _loops(plan, store, layers, width, rows, when)
             for number in range(steps + 3):
                 batch = torch.randn(rows, width, generator=generator).to(plan.device)
