@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tierstore import TierStore
-from tierstore.training import attach
+from tierstore.training import activations, attach
 
 
 @pytest.mark.parametrize("tier", ["ram", "nvme"])
@@ -25,6 +26,53 @@ def test_inputs_that_come_to_lie_where_others_lay(tier: str, tmp_path: Path) -> 
         model(x).square().sum().backward()
         assert any(name.startswith("activations/") for name in store)
         for name, parameter in zip([weight.name for weight in tiered.structure.weights], resident, strict=True):
+            grad, want = tiered.gradient(name), parameter.grad
+            assert grad is not None
+            assert want is not None
+            assert torch.equal(grad, want), name
+        tiered.detach()
+
+
+class Behind(nn.Module):
+    """Gives its layers what begins in the middle of other memory, and not where a vector may begin."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Sequential(nn.Linear(37, 37), nn.Tanh()) for _ in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)[1:]
+        return x
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_an_input_comes_back_to_such_a_place_as_it_was_in(
+    twice: bool, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a tensor begins decides how its products are summed."""
+    monkeypatch.setattr(activations, "SMALL", 0)
+    torch.manual_seed(0)
+    model = Behind()
+    plain = copy.deepcopy(model).to(device)
+    x = torch.randn(12, 37)
+    places: list[list[int]] = [[], []]
+    for number, each in enumerate((model, plain)):
+        for layer in each.layers:
+            layer[0].register_forward_pre_hook(lambda _, args, to=places[number]: to.append(args[0].data_ptr() % 64))  # type: ignore[misc, index]
+    loss = plain(x.to(device)).square().sum()
+    loss.backward(retain_graph=twice)
+    if twice:
+        loss.backward()
+    with TierStore(gpu=100_000, ram=1_000_000, nvme=tmp_path, device=device) as store:
+        tiered = attach(model, store, list(model.layers), activations="ram")
+        loss = model(x.to(device)).square().sum()
+        loss.backward(retain_graph=twice)
+        if twice:
+            loss.backward()
+        assert any(places[1][1:]), "all of them begin where a vector may"
+        assert places[0] == [*places[1], *(places[1][::-1] * (1 + twice))]
+        for name, parameter in plain.named_parameters():
             grad, want = tiered.gradient(name), parameter.grad
             assert grad is not None
             assert want is not None

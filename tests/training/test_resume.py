@@ -161,6 +161,22 @@ def assert_same_state(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert not different, different
 
 
+class Scaled(nn.Module):
+    """What the model owns itself is one number, in a block and a chunk of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(2)])
+        self.out = nn.Linear(8, 4)
+        self.scale = nn.Parameter(torch.full((1,), 2.0))
+
+    def forward(self, x: Tensor, targets: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return F.mse_loss(self.out(x * self.scale), targets)
+
+
 WAYS: dict[str, dict[str, Any]] = {
     "deferred": {},
     "step": {"when": "step"},
@@ -172,6 +188,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "within accumulation, masters": {"commit_within": True, "accumulation": 3, "master": True},
     "a state of two kinds": {"factory": torch.optim.Adafactor},
     "numbers in groups": {"factory": torch.optim.ASGD},
+    "state of one element, made with the optimizer": {"make": Scaled, "data": "stack", "factory": torch.optim.Adagrad},
 }
 
 

@@ -18,6 +18,9 @@ PREFIX = "activations/"
 SMALL = 1 << 16
 """Tensors of fewer bytes stay on the device: to move them would cost more than they take."""
 
+PLACES = 256
+"""Kernels choose by where a tensor begins, and then add in another order; none looks beyond multiples of so many bytes."""
+
 Key = tuple[torch.dtype, tuple[int, ...]]
 Place = tuple[Any, Any, int, torch.dtype, torch.Size, tuple[int, ...]]
 
@@ -31,6 +34,7 @@ class Kept:
         shape, stride: Of the tensor; the block has the same elements in the order in which they lie in memory.
         here: Where it lay on the device, and with which content.
         memory: Tells whether that memory is still the tensor's: what was let go is soon another's.
+        place: How far behind a multiple of `PLACES` bytes it began.
         uses: How many calls still need it.
     """
 
@@ -40,6 +44,7 @@ class Kept:
     stride: tuple[int, ...]
     here: Place
     memory: StorageWeakRef
+    place: int
     uses: int = 1
 
 
@@ -81,22 +86,21 @@ class Activations:
             self._buffers.declare(name, [("x", tensor.dtype, tuple(flat.shape))], hold=self._tier)
         with self._buffers.lease(name, write=[name], fresh=[name]) as block:
             block["x"].copy_(flat)
-        self._here[here] = kept = Kept(name, key, tensor.shape, tensor.stride(), here, memory)
+        self._here[here] = kept = Kept(name, key, tensor.shape, tensor.stride(), here, memory, tensor.data_ptr() % PLACES)
         return kept
 
     def look_at(self, kept: Kept) -> Tensor:
         """A copy on the device, which will be needed again."""
         with self._buffers.lease(kept.name) as block:
-            flat: Tensor = block["x"].clone()
-        return flat.as_strided(kept.shape, kept.stride)
+            return _copy(block["x"], kept)
 
     def take(self, kept: Kept) -> Tensor:
         """A copy on the device, and no more need for this use of it."""
         last = kept.uses == 1
         with self._buffers.lease(kept.name, write=[kept.name] if last else [], spent=[kept.name] if last else []) as block:
-            flat: Tensor = block["x"].clone()
+            found = _copy(block["x"], kept)
         self.drop(kept)
-        return flat.as_strided(kept.shape, kept.stride)
+        return found
 
     def drop(self, kept: Kept) -> None:
         """One use less. Any thread, also from a finaliser: what it means is seen to later."""
@@ -127,6 +131,14 @@ class Activations:
         self._free.clear()
         self._here.clear()
         self._count = 0
+
+
+def _copy(flat: Tensor, kept: Kept) -> Tensor:
+    """A copy that begins at such a place as the tensor did."""
+    memory = torch.empty(flat.numel() + PLACES // flat.element_size(), dtype=flat.dtype, device=flat.device)
+    skip = (kept.place - memory.data_ptr()) % PLACES // flat.element_size()
+    memory[skip : skip + flat.numel()].copy_(flat)
+    return memory.as_strided(kept.shape, kept.stride, skip)
 
 
 def _in_memory_order(tensor: Tensor) -> Tensor | None:

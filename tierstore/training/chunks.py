@@ -145,7 +145,7 @@ class Stepper:
         inner = chunk.inner
         if inner is None:
             inner = chunk.inner = self._factory(list(leaves.values()), **self._options)
-            if not chunk.blocks:
+            if not (chunk.blocks or any(chunk.values.values())):  # state of one element is in no block
                 self._note_made(chunk, leaves, new)
         active = [piece for piece in chunk.pieces if piece.weight in gradients]
         inner.state.clear()
