@@ -33,14 +33,14 @@ def lease(store: TierStore, *names: str, fresh: Collection[str] = (), spent: Col
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[TierStore]:
-    """Room for four blocks on the device and six in RAM."""
-    with TierStore(gpu=4 * PAYLOAD, ram=6 * PAYLOAD + (1 << 20), nvme=tmp_path / "swap", device="cpu") as store:
+    """Room for four blocks on the device and six in RAM. What is loaded is loaded for leases: nobody guesses what comes next."""
+    with TierStore(gpu=4 * PAYLOAD, ram=6 * PAYLOAD + (1 << 20), nvme=tmp_path / "swap", device="cpu", policy="lru") as store:
         yield store
 
 
 @pytest.fixture
 def two_tiers() -> Iterator[TierStore]:
-    with TierStore(gpu=4 * PAYLOAD, ram=8 * PAYLOAD, device="cpu") as store:
+    with TierStore(gpu=4 * PAYLOAD, ram=8 * PAYLOAD, device="cpu", policy="lru") as store:
         yield store
 
 
