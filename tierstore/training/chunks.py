@@ -213,9 +213,9 @@ class Stepper:
                 if self._master_dtype is not None:
                     piece.of(weights[piece.weight.name]).copy_(leaves[piece])
             owns = self._buffers.store.engine.device.owns
-            for place, value in new.items():
+            for where, value in new.items():
                 if owns(value):
-                    new[place] = value.clone()
+                    new[where] = value.clone()
 
             def is_changed(key: str, value: Any) -> bool:
                 if key not in given:
