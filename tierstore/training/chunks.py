@@ -9,7 +9,9 @@ single) is used differs in the last bit, so it is resolved once, as torch does f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import copy
+import functools
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +22,7 @@ from tierstore.errors import TrainingError
 from tierstore.training.gradients import Part
 from tierstore.training.leasing import Buffers
 from tierstore.training.pieces import Piece
+from tierstore.training.probe import name_of, same
 from tierstore.training.structure import Weight, WeightBlock
 
 PREFIX = "optimizer/"
@@ -31,6 +34,9 @@ rest of a tensor by other code."""
 Factory = Callable[..., torch.optim.Optimizer]
 New = dict[tuple[Piece, str], Tensor]
 """State that has no place in the store yet."""
+
+CONTAINERS = (list, dict, set)
+"""Options of these types may be changed in place."""
 
 
 @dataclass(eq=False)
@@ -103,12 +109,44 @@ def cut(
     return [chunk for chunk in chunks if chunk]
 
 
+def in_group(factory: Factory, options: Mapping[str, Any]) -> Factory:
+    """A factory of instances with these options in their group: some make state by them, before the first step."""
+    if not options:
+        return factory
+
+    @functools.wraps(factory, assigned=("__name__", "__qualname__"), updated=())
+    def make(params: Iterable[Tensor], **others: Any) -> torch.optim.Optimizer:
+        return factory([{**own_options(options), "params": list(params)}], **others)
+
+    if isinstance(factory, functools.partial):
+        make.__name__ = make.__qualname__ = name_of(factory)
+    return make
+
+
+def own_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a group for one who may change them in place."""
+
+    def own(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.clone()
+        return copy.deepcopy(value) if isinstance(value, CONTAINERS) else value
+
+    return {key: own(value) for key, value in options.items()}
+
+
 class Stepper:
     """Takes steps of one optimizer class on chunks."""
 
-    def __init__(self, buffers: Buffers, factory: Factory, options: Mapping[str, Any], master_dtype: torch.dtype | None, name: str) -> None:
+    def __init__(
+        self,
+        buffers: Buffers,
+        factories: Sequence[Factory],
+        options: Mapping[str, Any],
+        master_dtype: torch.dtype | None,
+        name: str,
+    ) -> None:
         self._buffers = buffers
-        self._factory = factory
+        self._factories = factories
         self._options = options
         self._master_dtype = master_dtype
         self.name = name
@@ -144,7 +182,7 @@ class Stepper:
         leaves = {piece: self._leaf(chunk, piece, weights, stored, new) for piece in chunk.pieces}
         inner = chunk.inner
         if inner is None:
-            inner = chunk.inner = self._factory(list(leaves.values()), **self._options)
+            inner = chunk.inner = self._factories[chunk.group](list(leaves.values()), **self._options)
             if not (chunk.blocks or any(chunk.values.values())):  # state of one element is in no block
                 self._note_made(chunk, leaves, new)
         active = [piece for piece in chunk.pieces if piece.weight in gradients]
@@ -158,7 +196,10 @@ class Stepper:
             if found:
                 inner.state[leaf] = found
         group = inner.param_groups[0]
-        group.update(hyper)
+        given = own_options(hyper)
+        group.update(given)
+        known = set(group)
+        versions = {key: value._version for key, value in given.items() if isinstance(value, Tensor)}
         group["params"] = [leaves[piece] for piece in active]
         places = [leaves[piece].data_ptr() for piece in active]
         begin()
@@ -172,10 +213,20 @@ class Stepper:
                 if self._master_dtype is not None:
                     piece.of(weights[piece.weight.name]).copy_(leaves[piece])
             owns = self._buffers.store.engine.device.owns
-            for key, value in new.items():
-                if owns(value):  # the gradient itself, say
-                    new[key] = value.clone()
-            return {key: group[key] for key, value in hyper.items() if group[key] is not value}, new
+            for where, value in new.items():
+                if owns(value):
+                    new[where] = value.clone()
+
+            def is_changed(key: str, value: Any) -> bool:
+                if key not in given:
+                    return key not in known
+                if value is not given[key]:
+                    return True
+                if isinstance(value, Tensor):  # not by its value, for which a device would be waited for
+                    return value._version != versions[key]
+                return isinstance(value, CONTAINERS) and not same(value, hyper[key])
+
+            return {key: value for key, value in group.items() if key != "params" and is_changed(key, value)}, new
         finally:
             group["params"] = []
             inner.state.clear()
@@ -201,9 +252,9 @@ class Stepper:
         elif MASTER in chunk.tensors[piece]:
             stored(piece, MASTER).copy_(leaf)
 
-    def made_state(self, leaf: Tensor) -> dict[str, Any]:
+    def made_state(self, leaf: Tensor, group: int) -> dict[str, Any]:
         """The state that a parameter has before its first step, of classes that make it when they are made."""
-        return dict(self._factory([leaf], **self._options).state.get(leaf, {}))
+        return dict(self._factories[group]([leaf], **self._options).state.get(leaf, {}))
 
     @staticmethod
     def _note_made(chunk: Chunk, leaves: Mapping[Piece, Tensor], new: New) -> None:
@@ -218,16 +269,31 @@ class Stepper:
 
     def _note_state(self, chunk: Chunk, piece: Piece, state: Mapping[str, Any], stored: Callable[[Piece, str], Tensor], new: New) -> None:
         """What a step has left behind: most optimizers change their tensors in place, some put others in their stead."""
+        tensors, values = chunk.tensors[piece], chunk.values[piece]
+        owns = self._buffers.store.engine.device.owns
+        found: dict[str, Any] = {}
         for key, value in state.items():
+            # Memory of the store in another place than its own: the gradient itself, or two tensors that have changed places, of which
+            # neither may be written before the other is read.
+            elsewhere = isinstance(value, Tensor) and not (key in tensors and value is stored(piece, key)) and owns(value)
+            found[key] = value.clone() if elsewhere else value
+        for key in (tensors.keys() | values.keys()) - found.keys() - {MASTER}:  # it was dropped
+            tensors.pop(key, None)
+            values.pop(key, None)
+        for key, value in found.items():
             if not isinstance(value, Tensor) or value.numel() <= 1:
-                chunk.values[piece][key] = value
-            elif key in chunk.tensors[piece]:
-                mine = stored(piece, key)
-                if value is not mine:
-                    _check_same(mine, value, key, self.name)
-                    mine.copy_(value)
-            else:
+                tensors.pop(key, None)
+                new.pop((piece, key), None)
+                values[key] = value
+                continue
+            values.pop(key, None)  # None, say, until there is a tensor
+            if key not in tensors:
                 new[piece, key] = value
+                continue
+            mine = stored(piece, key)
+            if value is not mine:
+                _check_same(mine, value, key, self.name)
+                mine.copy_(value)
 
     def keep(self, chunk: Chunk, new: New) -> None:
         """State that a step has created becomes a block."""

@@ -34,7 +34,7 @@ from torch import Tensor
 from tierstore.catalog import PAGE, TENSOR_ALIGNMENT, round_up
 from tierstore.errors import CapacityError, OptionError, TrainingError
 from tierstore.residency import Tier
-from tierstore.training.chunks import MASTER, PREFIX, Chunk, Factory, New, Stepper, cut
+from tierstore.training.chunks import MASTER, PREFIX, Chunk, Factory, New, Stepper, cut, in_group, own_options
 from tierstore.training.gradients import Part, Sums
 from tierstore.training.layers import Tiered
 from tierstore.training.parameters import grouped
@@ -167,18 +167,21 @@ class TieredOptimizer(torch.optim.Optimizer):
             other = next((other for other in tiered.optimizers if weight in other._weights), None)
             if other is not None:
                 raise TrainingError(f"parameter {weight.name!r} belongs to another optimizer", remedy="give each its own params=")
-        dtypes = dict.fromkeys(master_dtype or weight.dtype for weight in weights)
-        self._rules: dict[torch.dtype, Rules] = {dtype: rules_of(factory, options, dtype, tiered.device) for dtype in dtypes}
+        factories = [in_group(factory, {key: value for key, value in group.items() if key != "params"}) for group in groups]
+        kinds = dict.fromkeys((group, master_dtype or weight.dtype) for weight, group in weights.items())
+        self._rules: dict[tuple[int, torch.dtype], Rules] = {
+            (group, dtype): rules_of(factories[group], options, dtype, tiered.device) for group, dtype in kinds
+        }
         self._writes_gradients = any(rules.writes_gradients for rules in self._rules.values())
         likes = [torch.empty(0, dtype=master_dtype or weight.dtype, device=tiered.device) for weight in weights]
         self._implementation = resolved_implementation(factory, options, likes)
+        self._weights: dict[Weight, int] = weights
         self._check_accepted(factory_name(factory), weights)
         like = next(iter(weights))
         sample = torch.zeros([1] * len(like.shape), dtype=master_dtype or like.dtype, device=tiered.device)
         defaults = factory([sample], **options).defaults
-        self._weights: dict[Weight, int] = weights
         super().__init__(groups, defaults)
-        self._stepper = Stepper(tiered.buffers, factory, {**options, **self._implementation}, master_dtype, factory_name(factory))
+        self._stepper = Stepper(tiered.buffers, factories, {**options, **self._implementation}, master_dtype, factory_name(factory))
         self._coefficients: list[Coefficient] = []
         self._norms: dict[Weight, Tensor] = {}
         self._norm_type: float | None = None
@@ -211,7 +214,7 @@ class TieredOptimizer(torch.optim.Optimizer):
         dtypes: dict[int, torch.dtype] = {}
         for weight, group in weights.items():
             dtype = self.master_dtype or weight.dtype
-            rules = self._rules[dtype]
+            rules = self._rules_for(weight)
             first = dtypes.setdefault(group, dtype)
             if dtype != first and not rules.mixed_dtypes:
                 raise OptionError(
@@ -251,17 +254,20 @@ class TieredOptimizer(torch.optim.Optimizer):
                 mine = {weight for weight, number in self._weights.items() if number == group and weight.block is block}
                 if not mine:
                     continue
-                ranges = all(self._rules[self.master_dtype or weight.dtype].elementwise for weight in mine)
+                ranges = all(self._rules_for(weight).elementwise for weight in mine)
                 for pieces in cut(block, mine, self._bytes_per_element, limit, ranges=ranges):
                     chunks.append(Chunk(f"{PREFIX}{self.name}/{block.name}/{len(chunks)}", block, pieces, group))
             self._chunks[block] = chunks
             self._check_fits(block, chunks, device_bytes)
             self.tiered.cut_gradients(block, self, [chunk.pieces for chunk in chunks])
 
+    def _rules_for(self, weight: Weight) -> Rules:
+        return self._rules[self._weights[weight], self.master_dtype or weight.dtype]
+
     def _bytes_per_element(self, weight: Weight) -> float:
         dtype = self.master_dtype or weight.dtype
         own = dtype.itemsize if self.master_dtype is not None else 0
-        return max(self._rules[dtype].state_bytes_per_element + own, weight.dtype.itemsize)
+        return max(self._rules_for(weight).state_bytes_per_element + own, weight.dtype.itemsize)
 
     def _check_fits(self, block: WeightBlock, chunks: Collection[Chunk], device_bytes: int) -> None:
         """Refuse what an update could not lease. See [Note: Room for an update]."""
@@ -286,7 +292,7 @@ class TieredOptimizer(torch.optim.Optimizer):
     def _state_sizes(self, piece: Piece) -> list[int]:
         """Bytes of the tensors that hold the state of a piece, master included, at most."""
         dtype = self.master_dtype or piece.weight.dtype
-        rules = self._rules[dtype]
+        rules = self._rules_for(piece.weight)
         sizes = [piece.numel * dtype.itemsize] if self.master_dtype is not None else []
         own = rules.state_bytes(piece.shape)
         total = own if own is not None else int(piece.numel * rules.state_bytes_per_element)
@@ -515,11 +521,7 @@ class TieredOptimizer(torch.optim.Optimizer):
         """The options of all groups, now. Which implementation is not left to each chunk: it would choose by what it has of a group."""
         return [
             {
-                **{
-                    key: value.clone() if isinstance(value, Tensor) else value
-                    for key, value in group.items()
-                    if key not in ("params", "param_names")
-                },
+                **own_options({key: value for key, value in group.items() if key not in ("params", "param_names")}),
                 **(self._implementation if group.get("foreach") is None and group.get("fused") is None else {}),
             }
             for group in self.param_groups
@@ -721,10 +723,10 @@ class TieredOptimizer(torch.optim.Optimizer):
             blocks: dict[str, Any] = {name: self.tiered.store.read(name) for name in dict.fromkeys(chunk.tensors[piece].values())}
             for key, name in chunk.tensors[piece].items():
                 parts.setdefault(key, []).append(blocks[name][f"{key}.{piece.key}"])
-        if not found and not parts and self._rules[self.master_dtype or weight.dtype].state_at_construction:
+        if not found and not parts and self._rules_for(weight).state_at_construction:
             value = self.tiered.store.read(weight.block.name)[weight.name]  # type: ignore[index]
             leaf = value.to(self.tiered.device, self.master_dtype or weight.dtype)
-            found.update(self._stepper.made_state(leaf))
+            found.update(self._stepper.made_state(leaf, self._weights[weight]))
         for key, tensors in parts.items():
             found[key] = tensors[0] if len(pieces) == 1 else torch.cat([tensor.reshape(-1) for tensor in tensors]).view(weight.shape)
         return {key: value.cpu().clone() if isinstance(value, Tensor) else value for key, value in found.items()}
@@ -776,7 +778,8 @@ class TieredOptimizer(torch.optim.Optimizer):
         for group, loaded in zip(self.param_groups, groups, strict=True):
             for parameter, number in zip(group["params"], loaded["params"], strict=True):
                 weights[by_stand_in[parameter]] = number
-            group.update({key: value for key, value in loaded.items() if key not in ("params", "param_names")})
+            # Copies: a schedule writes into a learning rate that is a tensor, and must not reach what was loaded.
+            group.update(own_options({key: value for key, value in loaded.items() if key not in ("params", "param_names")}))
         masters = state_dict.get("masters", {})
         for chunks in self._chunks.values():
             for chunk in chunks:
@@ -788,16 +791,24 @@ class TieredOptimizer(torch.optim.Optimizer):
                     if self.master_dtype is not None and number in masters:
                         found[MASTER] = masters[number]
                     for key, value in found.items():
-                        if isinstance(value, Tensor) and value.numel() > 1:
+                        if not isinstance(value, Tensor):
+                            values[piece][key] = value
+                        elif value.numel() > 1:
                             new[piece, key] = self._cast(piece.of(value.contiguous()), piece.weight, key)
                         else:
-                            values[piece][key] = value.clone() if isinstance(value, Tensor) else value
+                            device = self.tiered.device if self._is_moved(chunk, key) else value.device
+                            values[piece][key] = self._cast(value, piece.weight, key).to(device, copy=True)
                 self._stepper.replace(chunk, new, values)
 
     def _cast(self, value: Tensor, weight: Weight, key: str) -> Tensor:
-        """As torch does with the state it loads: floating-point state has the parameter's dtype."""
+        """As torch does with the state that it loads: all but counts of steps has the parameter's dtype, also what is a single number."""
         dtype = self.master_dtype or weight.dtype
-        return value.to(dtype) if dtype.is_floating_point and value.is_floating_point() and key != "step" else value
+        return value.to(dtype) if dtype.is_floating_point and key != "step" else value
+
+    def _is_moved(self, chunk: Chunk, key: str) -> bool:
+        """Whether torch takes a number of the state that it loads to the device."""
+        group = self.param_groups[chunk.group]
+        return key != "step" or bool(group.get("capturable") or group.get("fused"))
 
     def let_go(self) -> None:
         """The model is detached: state stays in the store, and is of no use to this object any more."""

@@ -380,7 +380,7 @@ def _watched_step(run: _Run, gradients: Sequence[torch.Tensor | None]) -> None:
     run.changed_attributes |= _changed(attributes, vars(instance)) - _OF_TORCH
     for number, parameter in enumerate(run.parameters):
         run.replaces_parameters |= _place(parameter) != places[number]
-        run.writes_gradients |= not _same(parameter.grad, gradients[number])
+        run.writes_gradients |= not same(parameter.grad, gradients[number])
         for key, value in run.state(number).items():
             old, place = before.get((number, key), (value, _place(value)))
             if isinstance(value, torch.Tensor) and (old is not value or place != _place(value)):
@@ -410,19 +410,19 @@ def _snapshot(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> frozenset[str]:
-    return frozenset(key for key in after if key != "params" and (key not in before or not _same(before[key], after[key])))
+    return frozenset(key for key in after if key != "params" and (key not in before or not same(before[key], after[key])))
 
 
-def _same(one: Any, other: Any) -> bool:
+def same(one: Any, other: Any) -> bool:
     """Bit for bit, so that NaN equals itself and -0.0 is not 0.0."""
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         if (one.shape, one.dtype, one.device) != (other.shape, other.dtype, other.device):
             return False
         return torch.equal(*(tensor.detach().contiguous().view(-1).view(torch.uint8) for tensor in (one, other)))
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
-        return len(one) == len(other) and all(map(_same, one, other))
+        return len(one) == len(other) and all(map(same, one, other))
     if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
     if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
         return np.array_equal(one, other)
     return one is other or (type(one) is type(other) and bool(one == other))
@@ -484,13 +484,13 @@ def _check_updates_are_not_lost(instance: Optimizer, dtype: torch.dtype, device:
 
 def _same_when_alone(run: _Run, alone: Mapping[int, _Run]) -> bool:
     return all(
-        _same(run.parameters[position], single.parameters[0]) and _same(run.state(position), single.state(0))
+        same(run.parameters[position], single.parameters[0]) and same(run.state(position), single.state(0))
         for position, single in enumerate(alone.values())
     )
 
 
 def _same_run(one: _Run, other: _Run) -> bool:
-    return _same(one.parameters, other.parameters) and _same(one.state(0), other.state(0))
+    return same(one.parameters, other.parameters) and same(one.state(0), other.state(0))
 
 
 def _couples(name: str) -> OptionError:
@@ -520,15 +520,15 @@ def _ranges_agree(factory: Factory, options: Mapping[str, Any], sample: _Sample,
     except Exception:  # it takes no vectors, say
         return False
     pieces = range(len(run.parameters))
-    if not _same(torch.cat([run.parameters[piece].detach() for piece in pieces]), whole.parameters[0].detach().view(-1)):
+    if not same(torch.cat([run.parameters[piece].detach() for piece in pieces]), whole.parameters[0].detach().view(-1)):
         return False
     for key, value in whole.state(0).items():
         parts = [run.state(piece).get(key) for piece in pieces]
         tensors = [part for part in parts if isinstance(part, torch.Tensor)]
         if isinstance(value, torch.Tensor) and value.shape == sample.value.shape:
-            if len(tensors) != len(parts) or not _same(torch.cat(tensors), value.reshape(-1)):
+            if len(tensors) != len(parts) or not same(torch.cat(tensors), value.reshape(-1)):
                 return False
-        elif not all(_same(part, value) for part in parts):
+        elif not all(same(part, value) for part in parts):
             return False
     return all(run.state(piece).keys() == whole.state(0).keys() for piece in pieces)
 
@@ -576,7 +576,7 @@ def _random_numbers_kept(device: torch.device) -> Iterator[Callable[[], bool]]:
 
     before, python, numpy = states(), random.getstate(), np.random.get_state(legacy=False)
     try:
-        yield lambda: not (_same(before, states()) and python == random.getstate() and _same(numpy, np.random.get_state(legacy=False)))
+        yield lambda: not (same(before, states()) and python == random.getstate() and same(numpy, np.random.get_state(legacy=False)))
     finally:
         torch.set_rng_state(before[0])
         if has_generator:
