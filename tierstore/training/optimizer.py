@@ -172,6 +172,14 @@ class TieredOptimizer(torch.optim.Optimizer):
         self._rules: dict[tuple[int, torch.dtype], Rules] = {
             (group, dtype): rules_of(factories[group], options, dtype, tiered.device) for group, dtype in kinds
         }
+        own = sorted({attribute for rules in self._rules.values() for attribute in rules.changed_attributes})
+        if own:
+            log.warning(
+                "%s changes attributes of its own in step() (%s): each part of the parameters has its own, and no commit has them. "
+                "Keep such values in param_groups or in the state",
+                factory_name(factory),
+                ", ".join(own),
+            )
         self._writes_gradients = any(rules.writes_gradients for rules in self._rules.values())
         likes = [torch.empty(0, dtype=master_dtype or weight.dtype, device=tiered.device) for weight in weights]
         self._implementation = resolved_implementation(factory, options, likes)
