@@ -341,7 +341,9 @@ class Placement(Extents):
             # what a prefetch evicts must not in turn push out what is to be prefetched; a demand holds its extent by then
             kept = {record, *protect} if kind is Kind.PREFETCH else protect
             offset = self.room(Tier.GPU, record.nbytes, protect=kept, before=before, low=record.hold is Tier.GPU)
-            if offset is not None:
+            if offset is not None and kind is Kind.PREFETCH and record.ram.moving:
+                self.arenas[Tier.GPU].release(offset)  # making room has moved the source; expectations may be others once it has arrived
+            elif offset is not None:
                 self.reserve(record, Tier.GPU, offset)
         if record.ram.valid:
             if gpu.state is State.RESERVED and not record.ram.moving and self.link_free(Link.H2D):

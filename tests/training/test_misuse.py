@@ -701,7 +701,7 @@ def test_a_factory_that_raises_spends_nothing(when: str, store: TierStore) -> No
         return torch.optim.AdamW(params, **options)
 
     pair = Pair(store, when=when, factory=torch.optim.AdamW)
-    pair.optimizer._stepper._factory = factory
+    pair.optimizer._stepper._factories = [factory]
     pair.backward()
     calls.arm(ValueError("struck"))
     if when == "backward":
