@@ -48,14 +48,18 @@ def write_state(store: TierStore, tensors: dict[str, Tensor]) -> None:
     pieces = {f"{BLOCK}/{number}" if number else BLOCK: piece for number, piece in enumerate(payload.split(length))}
     if _holds(store, pieces):
         return  # not to be a change since the last commit
-    for name in [name for name in store if name == BLOCK or name.startswith(f"{BLOCK}/")]:
+    for name in _names(store):
         store.delete(name)
     for name, piece in pieces.items():
         store.put(name, piece)
 
 
+def _names(store: TierStore) -> list[str]:
+    return [name for name in store if name == BLOCK or name.startswith(f"{BLOCK}/")]
+
+
 def _holds(store: TierStore, pieces: Mapping[str, Tensor]) -> bool:
-    if pieces.keys() != {name for name in store if name == BLOCK or name.startswith(f"{BLOCK}/")}:
+    if pieces.keys() != set(_names(store)):
         return False
     present = {name: store.read(name) for name in pieces}
     return all(isinstance(have, Tensor) and torch.equal(have, pieces[name]) for name, have in present.items())
