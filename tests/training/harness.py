@@ -37,7 +37,7 @@ class Case:
         schedule: None, "lambda", or "cycle", which changes betas or the momentum as well.
         clip: None, "global" or "layer".
         share: The device's budget as a share of the parameters' bytes; 0: the least that fits.
-        ram: That of RAM, as a share of what the parameters, their gradients and three moments take.
+        ram: That of RAM, as a share of what the parameters, their state and their gradients take.
         precision: "fp32", "bf16", "master" (bf16 with fp32 masters) or "autocast".
     """
 
@@ -210,9 +210,26 @@ def parameter_bytes(model: nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
+def moved_bytes(case: Case) -> int:
+    """What the parameters, their state and, where they are kept for step(), their gradients take: by a step of plain torch."""
+    model = case.build()
+    parameters = dict(model.named_parameters())
+    total = parameter_bytes(model) * (1 if case.when == "backward" else 2)
+    for parameter in parameters.values():
+        parameter.data = parameter.data.to(case.master_dtype or parameter.dtype)
+        parameter.grad = torch.zeros_like(parameter)
+        total += parameter.nbytes if case.master_dtype is not None else 0
+    for recipe in recipes(case, model):
+        names = parameters if recipe.params is None else [name for group in recipe.params for name in group["params"]]
+        optimizer = recipe.factory([parameters[name] for name in names if parameters[name].requires_grad], **recipe.options)
+        optimizer.step()
+        total += sum(value.nbytes for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
+    return total
+
+
 def ram_bytes(case: Case, model: nn.Module, gpu: int) -> int:
-    """So little that state moves on to the drive."""
-    ram = max(gpu, int(case.ram * 5 * parameter_bytes(model)) // PAGE * PAGE)
+    """So little that not all of it stays off the drive."""
+    ram = max(gpu, int(case.ram * moved_bytes(case)) // PAGE * PAGE)
     if case.activations == "ram":
         ram += (len(layers_of(model)) + 4) * (4 if case.model == "vision" else 2) * PAGE  # held there
     return ram + NUM_SLOTS * slot_bytes(ram)
@@ -272,7 +289,7 @@ def _run_streamed(case: Case, directory: Path, gpu: int) -> Outcome:
                 assert any(name.startswith(activations.PREFIX) for name in store), "no activations in the store"
             # Not by detach(): of so many so small chunks a commit says more than so little device memory has room for.
             parameters = {name: tensor for block in tiered.structure.blocks for name, tensor in store.read(block.name).items()}  # type: ignore[union-attr]
-            parameters.update((name, buffer.detach().clone()) for name, buffer in model.named_buffers())
+            parameters.update((name, buffer.detach().to("cpu", copy=True)) for name, buffer in model.named_buffers())
     finally:
         activations.SMALL = small
     if case.master_dtype is not None:  # what never had a gradient has no master yet; there is one in the reference

@@ -293,13 +293,13 @@ def _images(rows: int, generator: torch.Generator) -> Batch:
 
 MODELS = {
     "language": Zoo(Language, _tokens),
-    "stack": Zoo(Stack, _rows),
-    "twice": Zoo(Twice, _rows),
+    "stack": Zoo(Stack, _rows, layers=7),
+    "twice": Zoo(Twice, _rows, layers=8),
     "experts": Zoo(Experts, _tokens),
     "vision": Zoo(Vision, _images, splits=False, layers=9, layers_of_16_bits=20),
     "seq2seq": Zoo(Seq2Seq, _tokens),
     "recurrent": Zoo(Recurrent, _tokens, splits=False),
-    "uneven": Zoo(Uneven, _rows, layers_of_16_bits=14),
+    "uneven": Zoo(Uneven, _rows, layers_of_16_bits=16),
 }
 
 

@@ -266,7 +266,7 @@ def test_no_range_is_a_single_element(tmp_path: Path) -> None:
         pair = Pair(store, Wide)
         weight = next(weight for weight in pair.tiered.structure.weights if weight.name == "long")
         for limit in range(64 * 8, 2100 * 8, 64 * 8):
-            ranges = cut(weight.block, [weight], lambda _: 8.0, limit, ranges=True)
+            ranges = cut(weight.block, [weight], lambda _: 8.0, limit, ranges=[weight])
             bounds = [pieces.bounds(piece) for chunk in ranges for piece in chunk]
             assert bounds[0][0] == 0
             assert bounds[-1][1] == 2049

@@ -268,13 +268,16 @@ def test_ranges_give_the_bits_of_whole_parameters(cls: type[Optimizer], options:
     if is_broken(cls, options, dtype, device):
         refused(cls, options, dtype, device)
         return
-    elementwise = rules_of(cls, options, dtype, torch.device(device)).elementwise
+    rules = rules_of(cls, options, dtype, torch.device(device))
+    elementwise = rules.elementwise
+    assert rules.may_cut((LENGTH,)) == (elementwise and not (device == "cuda" and options.get("fused")))
+    length = LENGTH // rules.multiple * rules.multiple
     sixteen_on_cpu = device == "cpu" and dtype is torch.bfloat16 and not options.get("fused")
     assert elementwise == (cls.__name__ not in ("Adafactor", "Muon") and not sixteen_on_cpu)
     if elementwise:
-        whole = in_ranges(cls, options, [slice(0, LENGTH)], LENGTH, dtype, device)
+        whole = in_ranges(cls, options, [slice(0, length)], length, dtype, device)
         assert not torch.equal(whole[0], whole[1])
-        assert equal(in_ranges(cls, options, slices(LENGTH, RAGGED), LENGTH, dtype, device), whole)
+        assert equal(in_ranges(cls, options, slices(length, RAGGED), length, dtype, device), whole)
 
 
 @pytest.mark.skipif(os.environ.get("HYPOTHESIS_PROFILE") != "nightly", reason="longer: HYPOTHESIS_PROFILE=nightly")
@@ -286,9 +289,12 @@ def test_any_ranges_give_the_bits_of_whole_parameters(num_threads: int, device: 
     try:
         for cls, options in (case.values for case in SETTINGS):
             for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-                if is_broken(cls, options, dtype, device) or not rules_of(cls, options, dtype, torch.device(device)).elementwise:
+                if is_broken(cls, options, dtype, device):
                     continue
-                length = draw.choice([draw.randrange(1, 5_000), draw.randrange(30_000, 300_000)])
+                rules = rules_of(cls, options, dtype, torch.device(device))
+                if not rules.elementwise:
+                    continue
+                length = rules.multiple * (draw.choice([draw.randrange(4, 5_000), draw.randrange(30_000, 300_000)]) // rules.multiple)
                 starts = sorted({0, *(64 * draw.randrange(-(-length // 64)) for _ in range(draw.randrange(1, 6)))})
                 whole = in_ranges(cls, options, [slice(0, length)], length, dtype, device)
                 assert equal(in_ranges(cls, options, slices(length, starts), length, dtype, device), whole), (
@@ -438,7 +444,7 @@ def test_nesterov_sgd_overwrites_gradients_in_its_foreach_form(how: dict[str, An
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_adagrad_goes_on_from_state_given_after_construction(fused: bool) -> None:
-    """How a driver brings state from elsewhere into a class that makes its own when it is constructed; dropping that is as good."""
+    """How a driver brings state from elsewhere into a class that makes its own, when it is constructed (up to torch 2.11) or later."""
 
     def step(instance: Optimizer, parameter: torch.Tensor, seed: int) -> None:
         parameter.grad = torch.randn(40, generator=torch.Generator().manual_seed(seed))
@@ -449,7 +455,9 @@ def test_adagrad_goes_on_from_state_given_after_construction(fused: bool) -> Non
     whole = torch.optim.Adagrad([reference], **options)
     driven = torch.ones(40, requires_grad=True)
     first = torch.optim.Adagrad([driven], **options)
+    made = dict(first.state[driven])
     first.state.clear()
+    first.state[driven] = made
     for instance, parameter in ((whole, reference), (first, driven)):
         step(instance, parameter, 1)
     assert state_bits(whole.state[reference]) == state_bits(first.state[driven])
@@ -902,6 +910,8 @@ def has_kernels(request: pytest.FixtureRequest, device: str, monkeypatch: pytest
 
 @pytest.mark.parametrize(("cls", "asked"), CHOICES)
 def test_the_implementation_is_the_one_torch_takes(cls: type[Optimizer], asked: dict[str, Any], has_kernels: bool, device: str) -> None:
+    if is_broken(cls, asked, torch.float32, device):
+        return  # there is no such kernel here
     parameters = [torch.nn.Parameter(torch.ones(3, 4, device=device)), torch.ones(5, device=device, requires_grad=True)]
     expected = taken(cls, asked, parameters)
     found = resolved_implementation(cls, asked, parameters)

@@ -72,7 +72,12 @@ class Chunk:
 
 
 def cut(
-    block: WeightBlock, weights: Collection[Weight], bytes_per_element: Callable[[Weight], float], limit_bytes: int, *, ranges: bool
+    block: WeightBlock,
+    weights: Collection[Weight],
+    bytes_per_element: Callable[[Weight], float],
+    limit_bytes: int,
+    *,
+    ranges: Collection[Weight],
 ) -> list[list[Piece]]:
     """Pieces of a block's weights, chunk by chunk.
 
@@ -81,7 +86,7 @@ def cut(
         weights: Those of it to cut.
         bytes_per_element: What one element of a weight takes in a chunk.
         limit_bytes: What a chunk takes at most, where that is possible.
-        ranges: Whether a weight may be cut.
+        ranges: Those that may be cut into flat ranges.
     """
     chunks: list[list[Piece]] = []
     room = 0.0
@@ -89,7 +94,7 @@ def cut(
         if weight not in weights:
             continue
         each = max(bytes_per_element(weight), 1e-9)
-        if ranges and weight.numel * each > limit_bytes and weight.numel > ALIGN:
+        if weight in ranges and weight.numel * each > limit_bytes and weight.numel > ALIGN:
             most = max(ALIGN, int(limit_bytes / each) // ALIGN * ALIGN)
             count = -(-weight.numel // most)
             length = -(-weight.numel // count // ALIGN) * ALIGN if count > 1 else weight.numel

@@ -262,7 +262,7 @@ class TieredOptimizer(torch.optim.Optimizer):
                 mine = {weight for weight, number in self._weights.items() if number == group and weight.block is block}
                 if not mine:
                     continue
-                ranges = all(self._rules_for(weight).elementwise for weight in mine)
+                ranges = {weight for weight in mine if self._rules_for(weight).may_cut(weight.shape)}
                 for pieces in cut(block, mine, self._bytes_per_element, limit, ranges=ranges):
                     chunks.append(Chunk(f"{PREFIX}{self.name}/{block.name}/{len(chunks)}", block, pieces, group))
             self._chunks[block] = chunks

@@ -37,11 +37,12 @@ Factory = Callable[..., Optimizer]
 
 # Sizes that tell dimensions apart, so that a state tensor's shape can be read as the parameter's. Two matrices and two vectors, because
 # coupling takes two, and not every class accepts more than one kind.
-SHAPES: tuple[tuple[int, ...], ...] = ((5, 29), (3, 11), (133,), (13,), (2, 3, 7), (2, 3, 5, 7), ())
+SHAPES: tuple[tuple[int, ...], ...] = ((4, 29), (3, 11), (133,), (13,), (2, 3, 7), (2, 3, 5, 7), ())
 MAX_NDIM = 4  # of SHAPES
 # Steps, and in which of them every second parameter has no gradient.
 NUM_STEPS, STEP_WITH_MISSING = 3, 1
 RANGE = 64  # elements: flat ranges begin at multiples of it
+FUSED_ON_GPU = 4  # elements that the fused kernels compute at a time there, of parameters of a multiple of it
 
 PLAIN = (bool, int, float, str, type(None))
 
@@ -87,6 +88,7 @@ class Probe:
     replaces_parameters: bool  # step() gives parameters another storage
     writes_gradients: bool  # step() changes gradients in place
     has_hooks: bool  # on this instance, or a step() of its own
+    multiple: int  # elements: of parameters of a multiple of it only is the following said
     ranges_agree: bool  # flat ranges gave the bits that whole parameters gave
 
 
@@ -214,10 +216,11 @@ def _look(factory: Factory, options: Mapping[str, Any], dtype: torch.dtype, devi
         if not _same_when_alone(run, alone):
             again = {number: _run(factory, options, [samples[number]], name) for number in alone}
             raise _couples(name) if all(_same_run(alone[number], again[number]) for number in alone) else _varies(name)
+        multiple = FUSED_ON_GPU if device.type == "cuda" and run.group.get("fused") else 1
         ranges_agree = all(
             _ranges_agree(factory, options, samples[number], alone[number], name)
             for number in alone
-            if samples[number].value.numel() > RANGE
+            if samples[number].value.numel() > RANGE and samples[number].value.numel() % multiple == 0
         )
     instance = run.instance
     return Probe(
@@ -232,6 +235,7 @@ def _look(factory: Factory, options: Mapping[str, Any], dtype: torch.dtype, devi
         replaces_parameters=run.replaces_parameters,
         writes_gradients=run.writes_gradients,
         has_hooks=_has_hooks(instance),
+        multiple=multiple,
         ranges_agree=ranges_agree,
     )
 

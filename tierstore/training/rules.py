@@ -11,6 +11,10 @@ There is one exception. On CPUs torch shares out a tensor of more than 32,768 el
 what is less than a vector at the end of each share one by one. In float32 and float64 that gives the same numbers (the sign of a NaN may
 differ). 16-bit dtypes are rounded at other points then, so that a range, which is shared out differently, gets other numbers. The fused
 kernels share out whole cache lines, and are not affected.
+
+There is another on GPUs: the fused kernels compute four elements at a time where a parameter has a multiple of four, and one by one where
+it has not; the compiler rounds the two differently (seen of Adam with weight decay). A range has a multiple of four, but for the last of a
+parameter that has not: such parameters stay whole.
 """
 
 from __future__ import annotations
@@ -72,6 +76,7 @@ class Rules:
 
     name: str  # the class's, for messages
     elementwise: bool  # flat ranges of a parameter get the bits that the whole parameter gets: see the Note above
+    multiple: int  # of parameters of a multiple of so many elements only
     mixed_dtypes: bool  # parameters of several dtypes may be spread over instances that have one each
     state_bytes_per_element: float  # of state of the parameter's shape, at most, per element of a parameter
     entries: tuple[StateEntry, ...]  # the state, by the parameter's number of dimensions
@@ -92,6 +97,10 @@ class Rules:
     def accepts(self, shape: Iterable[int]) -> bool:
         """Whether the class takes parameters of this shape; more dimensions than were tried are taken to go as the most that were."""
         return min(len(tuple(shape)), MAX_NDIM) in self.ndims
+
+    def may_cut(self, shape: Iterable[int]) -> bool:
+        """Whether flat ranges of a parameter of this shape get the bits that the whole parameter gets."""
+        return self.elementwise and math.prod(shape) % self.multiple == 0
 
     def state_bytes(self, shape: Iterable[int]) -> int | None:
         """Bytes of all state tensors of a parameter, None where only a step can tell."""
@@ -145,6 +154,7 @@ def rules_of(factory: Factory, options: Mapping[str, Any], dtype: torch.dtype, d
     return Rules(
         name=name,
         elementwise=elementwise,
+        multiple=seen.multiple,
         mixed_dtypes=not _takes_epsilon_from_first_dtype(seen),
         state_bytes_per_element=float(max(per_ndim.values())),
         entries=seen.entries,
