@@ -18,6 +18,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
+from tests.torch_threads import torch_threads
 from tierstore import TierStore
 from tierstore.cli import main
 from tierstore.demo.smollm2 import requirements
@@ -439,10 +440,8 @@ def shrunk(tiny: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[
     monkeypatch.setattr(run, "DEFAULTS", Recipe(steps=6, batch=2, window=32, lr=2e-3))
     for name, value in SETTINGS.items():
         monkeypatch.setattr(run, name, value)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield tiny[0]
-    torch.set_num_threads(threads)
+    with torch_threads(1):
+        yield tiny[0]
 
 
 def committed(directory: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

@@ -227,20 +227,20 @@ def moved_bytes(case: Case) -> int:
     return total
 
 
-def ram_bytes(case: Case, model: nn.Module, gpu: int) -> int:
-    """So little that not all of it stays off the drive."""
-    ram = max(gpu, int(case.ram * moved_bytes(case)) // PAGE * PAGE)
+def ram_bytes(case: Case, model: nn.Module, gpu: int, moved: int) -> int:
+    """So little that not all that moves stays off the drive."""
+    ram = max(gpu, int(case.ram * moved) // PAGE * PAGE)
     if case.activations == "ram":
         ram += (len(layers_of(model)) + 4) * (4 if case.model == "vision" else 2) * PAGE  # held there
     return ram + NUM_SLOTS * slot_bytes(ram)
 
 
 @contextlib.contextmanager
-def attached(case: Case, directory: Path, gpu: int) -> Iterator[tuple[nn.Module, TierStore, Any, list[TieredOptimizer]]]:
-    """A model and its optimizers on a store with so much device memory."""
+def attached(case: Case, directory: Path, gpu: int, moved: int) -> Iterator[tuple[nn.Module, TierStore, Any, list[TieredOptimizer]]]:
+    """A model and its optimizers on a store with so much device memory, of a case that moves so many bytes."""
     model = case.build()
     params = recipes(case, model)
-    with TierStore(gpu=gpu, ram=ram_bytes(case, model, gpu), nvme=directory, device=case.device, policy=case.policy) as store:
+    with TierStore(gpu=gpu, ram=ram_bytes(case, model, gpu, moved), nvme=directory, device=case.device, policy=case.policy) as store:
         tiered = attach(model, store, layers_of(model), micro_batch=case.micro_batch, activations=case.activations)  # type: ignore[arg-type]
         optimizers = [
             TieredOptimizer(
@@ -261,22 +261,22 @@ def run_streamed(case: Case, directory: Path) -> Outcome:
 
     What `attach` and `TieredOptimizer` do not refuse must do: an error later fails the test.
     """
-    total = parameter_bytes(case.build())
+    total, moved = parameter_bytes(case.build()), moved_bytes(case)
     most = total // 2 // PAGE * PAGE
     for gpu in range(max(PAGE, int(case.share * total) // PAGE * PAGE), most + 1, PAGE):
         try:
-            with attached(case, directory / str(gpu), gpu):
+            with attached(case, directory / str(gpu), gpu, moved):
                 pass
         except CapacityError:
             continue
-        return _run_streamed(case, directory / "run", gpu)
+        return _run_streamed(case, directory / "run", gpu, moved)
     raise AssertionError(f"half of {total} bytes of parameters is not room for a layer and its update: give the model more layers")
 
 
-def _run_streamed(case: Case, directory: Path, gpu: int) -> Outcome:
+def _run_streamed(case: Case, directory: Path, gpu: int, moved: int) -> Outcome:
     small, activations.SMALL = activations.SMALL, 0 if case.activations != "device" else activations.SMALL
     try:
-        with attached(case, directory, gpu) as (model, store, tiered, optimizers):
+        with attached(case, directory, gpu, moved) as (model, store, tiered, optimizers):
             losses, norms = train(case, model, optimizers, schedulers(case, list(optimizers)))
             stats = store.stats()
             state = {
