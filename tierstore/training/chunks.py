@@ -5,18 +5,24 @@ An optimizer that treats its parameters separately does the same to each whether
 each: its arithmetic is that of the elements, not of their number. So each chunk has an instance of its own, made by the user's factory,
 whose parameters and state tensors are views of leased blocks while it takes its step. Which of torch's implementations (fused, foreach,
 single) is used differs in the last bit, so it is resolved once, as torch does for the whole set.
+
+[Note: What steps change beside parameters]
+Some optimizers count their steps in the group's options, or in an attribute of the instance. One instance for all would change these
+once in a step, also where no parameter has a gradient; ours begin each step with what they were before it, and what they are after it is
+found by one more instance that takes the same step on a parameter of one element (`rehearse`). So it is known in `step()` already, when
+updates are put off: a schedule goes on from it.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tierstore.errors import TrainingError
 from tierstore.training.gradients import Part
 from tierstore.training.leasing import Buffers
 from tierstore.training.pieces import Piece
@@ -33,6 +39,12 @@ New = dict[tuple[Piece, str], Tensor]
 """State that has no place in the store yet."""
 
 
+class Attribute(str):
+    """Among the options of a step: the name of an attribute of the instance. See [Note: What steps change beside parameters]."""
+
+    __slots__ = ()
+
+
 @dataclass(eq=False)
 class Chunk:
     """Pieces of one block of weights that are updated together, and where their state is.
@@ -44,6 +56,7 @@ class Chunk:
         tensors: By piece and key: the block that holds the tensor.
         values: By piece and key: what is kept here instead: numbers, and tensors of one element.
         part: The gradients of the same pieces.
+        unkept: State for which there was no room yet, or whose step failed: it is the pieces' as what is in the store is.
     """
 
     name: str
@@ -55,6 +68,7 @@ class Chunk:
     blocks: list[str] = field(default_factory=list)
     tensors: dict[Piece, dict[str, str]] = field(default_factory=dict)
     values: dict[Piece, dict[str, Any]] = field(default_factory=dict)
+    unkept: New = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.tensors = {piece: {} for piece in self.pieces}
@@ -104,14 +118,34 @@ def cut(
 
 
 class Stepper:
-    """Takes steps of one optimizer class on chunks."""
+    """Takes steps of one optimizer class on chunks.
 
-    def __init__(self, buffers: Buffers, factory: Factory, options: Mapping[str, Any], master_dtype: torch.dtype | None, name: str) -> None:
+    Args:
+        buffers: Where state is kept.
+        factory, options: What makes an instance.
+        master_dtype: Of masters, if there are any.
+        name: Of the class.
+        changes: Options that a step changes.
+        attributes: Attributes that a step changes.
+    """
+
+    def __init__(
+        self,
+        buffers: Buffers,
+        factory: Factory,
+        options: Mapping[str, Any],
+        master_dtype: torch.dtype | None,
+        name: str,
+        changes: Collection[str] = (),
+        attributes: Collection[str] = (),
+    ) -> None:
         self._buffers = buffers
         self._factory = factory
         self._options = options
         self._master_dtype = master_dtype
         self.name = name
+        self._changes = frozenset(changes)
+        self._attributes = frozenset(attributes)
 
     @torch.no_grad()
     def step(
@@ -120,9 +154,9 @@ class Stepper:
         weights: Mapping[str, Tensor],
         gradients: Mapping[Weight, Callable[[Piece], Tensor]],
         state: Mapping[str, Mapping[str, Tensor]],
-        hyper: dict[str, Any],
+        hyper: Mapping[str, Any],
         begin: Callable[[], None],
-    ) -> tuple[dict[str, Any], New]:
+    ) -> New:
         """One step on one chunk. Inside a lease of its weights and state (to be written) and of its gradients.
 
         Args:
@@ -134,108 +168,154 @@ class Stepper:
             begin: Called when values are about to change: until then a step that failed may be taken again.
 
         Returns:
-            Options that the step has changed, and state that it has made, to be given to `keep` once the lease of the old has ended.
+            State that the step has made, to be given to `keep` once the lease of the old has ended.
         """
-        new: New = {}
+        new: New = dict(chunk.unkept)
+        values = {piece: dict(chunk.values[piece]) for piece in chunk.pieces}
 
         def stored(piece: Piece, key: str) -> Tensor:
             return state[chunk.tensors[piece][key]][f"{key}.{piece.key}"]
 
-        leaves = {piece: self._leaf(chunk, piece, weights, stored, new) for piece in chunk.pieces}
+        homes = {piece: self._home(chunk, piece, weights, stored, new) for piece in chunk.pieces}
+        # As in plain torch: some optimizers pass by what is no parameter, or requires no gradient.
+        leaves = {piece: nn.Parameter(home) for piece, home in homes.items()}
         inner = chunk.inner
         if inner is None:
-            inner = chunk.inner = self._factory(list(leaves.values()), **self._options)
-            if not (chunk.blocks or any(chunk.values.values())):  # state of one element is in no block
-                self._note_made(chunk, leaves, new)
+            inner = self._factory(list(leaves.values()), **self._options)
+            if not (chunk.blocks or any(chunk.values.values()) or chunk.unkept):  # state of one element is in no block
+                self._note_made(inner, leaves, new, values)
         active = [piece for piece in chunk.pieces if piece.weight in gradients]
-        inner.state.clear()
-        for piece in active:
-            leaf = leaves[piece]
-            leaf.grad = gradients[piece.weight](piece)
-            found: dict[str, Any] = {key: stored(piece, key) for key in chunk.tensors[piece] if key != MASTER}
-            found.update((key, value) for key, value in chunk.values[piece].items() if key != MASTER)
-            found.update((key, value) for (other, key), value in new.items() if other is piece and key != MASTER)
-            if found:
-                inner.state[leaf] = found
         group = inner.param_groups[0]
-        group.update(hyper)
-        group["params"] = [leaves[piece] for piece in active]
-        places = [leaves[piece].data_ptr() for piece in active]
-        begin()
         try:
-            inner.step()
-            for piece, place in zip(active, places, strict=True):
-                if leaves[piece].data_ptr() != place:  # given another storage
-                    self._copy_back(chunk, piece, leaves[piece], weights, stored)
+            inner.state.clear()
             for piece in active:
-                self._note_state(chunk, piece, inner.state.get(leaves[piece], {}), stored, new)
-                if self._master_dtype is not None:
-                    piece.of(weights[piece.weight.name]).copy_(leaves[piece])
-            owns = self._buffers.store.engine.device.owns
-            for key, value in new.items():
-                if owns(value):  # the gradient itself, say
-                    new[key] = value.clone()
-            return {key: group[key] for key, value in hyper.items() if group[key] is not value}, new
+                leaf = leaves[piece]
+                leaf.grad = gradients[piece.weight](piece)
+                # Aliases: what an optimizer does to a tensor's `data`, it does not do to what the lease has given out.
+                found: dict[str, Any] = {key: stored(piece, key).detach() for key in chunk.tensors[piece] if key != MASTER}
+                found.update((key, value) for key, value in values[piece].items() if key != MASTER)
+                found.update((key, value) for (other, key), value in new.items() if other is piece and key != MASTER)
+                if found:
+                    inner.state[leaf] = found
+            self._set(inner, hyper)
+            group["params"] = [leaves[piece] for piece in active]
+            begin()
+            chunk.inner, chunk.values, chunk.unkept = inner, values, new
+            try:
+                inner.step()
+            finally:  # also what a step that failed has done, as in plain torch
+                for piece in active:
+                    if leaves[piece].data_ptr() != homes[piece].data_ptr():  # given another storage
+                        homes[piece].copy_(leaves[piece])
+                    self._note_state(chunk, piece, inner.state.get(leaves[piece], {}), stored)
+            if self._master_dtype is not None:
+                for piece in active:
+                    piece.of(weights[piece.weight.name]).copy_(homes[piece])
+            return new
         finally:
             group["params"] = []
             inner.state.clear()
 
-    def _leaf(self, chunk: Chunk, piece: Piece, weights: Mapping[str, Tensor], stored: Callable[[Piece, str], Tensor], new: New) -> Tensor:
-        """What the optimizer updates: the weight, or its master."""
+    def _home(self, chunk: Chunk, piece: Piece, weights: Mapping[str, Tensor], stored: Callable[[Piece, str], Tensor], new: New) -> Tensor:
+        """Where the optimizer's update is to end up: the weight, or its master."""
         own = piece.of(weights[piece.weight.name])
         if self._master_dtype is None:
             return own
         if MASTER in chunk.tensors[piece]:
             return stored(piece, MASTER)
-        master = chunk.values[piece].get(MASTER)
+        master = chunk.values[piece].get(MASTER, new.get((piece, MASTER)))
         if master is None:
             master = new[piece, MASTER] = own.to(self._master_dtype, copy=True)
         assert isinstance(master, Tensor)
         return master
 
-    def _copy_back(
-        self, chunk: Chunk, piece: Piece, leaf: Tensor, weights: Mapping[str, Tensor], stored: Callable[[Piece, str], Tensor]
-    ) -> None:
-        if self._master_dtype is None:
-            piece.of(weights[piece.weight.name]).copy_(leaf)
-        elif MASTER in chunk.tensors[piece]:
-            stored(piece, MASTER).copy_(leaf)
+    def _set(self, inner: torch.optim.Optimizer, hyper: Mapping[str, Any]) -> dict[str, Any]:
+        """Give an instance the options of a step, and its attributes. What it may change is its own."""
+        options: dict[str, Any] = {}
+        for key, value in hyper.items():
+            if isinstance(key, Attribute):
+                setattr(inner, key, fresh(value))
+            else:
+                options[key] = value if isinstance(value, Tensor) and key not in self._changes else fresh(value)
+        inner.param_groups[0].update(options)
+        return options
 
-    def made_state(self, leaf: Tensor) -> dict[str, Any]:
+    @torch.no_grad()
+    def rehearse(self, like: Tensor, hyper: Mapping[str, Any], *, gradient: bool) -> dict[str, Any]:
+        """What a step changes of a group's options, and of the attributes. See [Note: What steps change beside parameters].
+
+        Args:
+            like: A parameter of one element.
+            hyper: The options.
+            gradient: Whether any parameter of the group has one.
+        """
+        leaf = nn.Parameter(like)
+        inner = self._factory([leaf], **self._options)
+        leaf.grad = torch.zeros_like(like) if gradient else None
+        options = self._set(inner, hyper)
+        inner.step()
+        group = inner.param_groups[0]
+        changed = {
+            key: value
+            for key, value in group.items()
+            if key != "params" and (key in self._changes or key not in options or value is not options[key])
+        }
+        present = vars(inner)
+        changed.update((Attribute(key), present[key]) for key in self._attributes if key in present and _is_data(present[key]))
+        return changed
+
+    @torch.no_grad()
+    def made_state(self, value: Tensor) -> dict[str, Any]:
         """The state that a parameter has before its first step, of classes that make it when they are made."""
+        leaf = nn.Parameter(value)
         return dict(self._factory([leaf], **self._options).state.get(leaf, {}))
 
     @staticmethod
-    def _note_made(chunk: Chunk, leaves: Mapping[Piece, Tensor], new: New) -> None:
+    def _note_made(inner: torch.optim.Optimizer, leaves: Mapping[Piece, Tensor], new: New, values: dict[Piece, dict[str, Any]]) -> None:
         """State that the optimizer makes when it is made."""
-        assert chunk.inner is not None
         for piece, leaf in leaves.items():
-            for key, value in chunk.inner.state.get(leaf, {}).items():
+            for key, value in inner.state.get(leaf, {}).items():
                 if isinstance(value, Tensor) and value.numel() > 1:
                     new[piece, key] = value
                 else:
-                    chunk.values[piece][key] = value
+                    values[piece][key] = value
 
-    def _note_state(self, chunk: Chunk, piece: Piece, state: Mapping[str, Any], stored: Callable[[Piece, str], Tensor], new: New) -> None:
-        """What a step has left behind: most optimizers change their tensors in place, some put others in their stead."""
-        for key, value in state.items():
+    def _note_state(self, chunk: Chunk, piece: Piece, state: Mapping[str, Any], stored: Callable[[Piece, str], Tensor]) -> None:
+        """What a step has left behind: most optimizers change their tensors in place, some put others in their stead or take some away."""
+        owns = self._buffers.store.engine.device.owns
+        places, values, new = chunk.tensors[piece], chunk.values[piece], chunk.unkept
+        replaced: dict[str, Tensor] = {}
+        for key in [*places, *values, *(key for other, key in new if other is piece)]:
+            if key != MASTER and key not in state:
+                places.pop(key, None)
+                values.pop(key, None)
+                new.pop((piece, key), None)
+        for key, left in state.items():
+            if isinstance(left, Tensor) and key in places and _is_same_memory(left, mine := stored(piece, key)):
+                continue
+            # What is leased is the gradient itself, say, or what another key had.
+            value = left.clone() if isinstance(left, Tensor) and owns(left) else left
             if not isinstance(value, Tensor) or value.numel() <= 1:
-                chunk.values[piece][key] = value
-            elif key in chunk.tensors[piece]:
-                mine = stored(piece, key)
-                if value is not mine:
-                    _check_same(mine, value, key, self.name)
-                    mine.copy_(value)
+                values[key] = value
+                places.pop(key, None)
+                new.pop((piece, key), None)
+            elif key in places and (value.shape, value.dtype) == (mine.shape, mine.dtype):
+                replaced[key] = value
             else:
                 new[piece, key] = value
+                places.pop(key, None)
+                values.pop(key, None)
+        for key, value in replaced.items():
+            stored(piece, key).copy_(value)
 
     def keep(self, chunk: Chunk, new: New) -> None:
-        """State that a step has created becomes a block."""
+        """State that a step has created becomes a block. Where that fails, it is kept beside the store until there is room."""
         for (piece, key), value in new.items():
             if value.numel() <= 1:
                 chunk.values[piece][key] = value
         tensors = {(piece, key): value for (piece, key), value in new.items() if value.numel() > 1}
         if not tensors:
+            chunk.unkept = {}
             return
         # One block for all: pieces whose first gradient comes later than that of others do not each get one of their own.
         before = list(chunk.blocks)
@@ -245,6 +325,7 @@ class Stepper:
                 for piece, names in chunk.tensors.items():
                     tensors.update({(piece, key): blocks[name][f"{key}.{piece.key}"].clone() for key, name in names.items()})
         self._new_block(chunk, tensors)
+        chunk.unkept = {}
         for name in before:
             chunk.blocks.remove(name)
             self._buffers.delete(name)
@@ -254,6 +335,7 @@ class Stepper:
         for name in chunk.blocks:
             self._buffers.delete(name)
         chunk.blocks = []
+        chunk.unkept = {}
         chunk.tensors = {piece: {} for piece in chunk.pieces}
         chunk.values = values
         if new:
@@ -264,19 +346,31 @@ class Stepper:
         while name in chunk.blocks or name in self._buffers.store:  # also of chunks that were cut in another way
             name += "+"
         self._buffers.declare(name, [(f"{key}.{piece.key}", value.dtype, tuple(value.shape)) for (piece, key), value in tensors.items()])
-        with self._buffers.lease(name, write=[name], fresh=[name]) as block:
-            for (piece, key), value in tensors.items():
-                block[f"{key}.{piece.key}"].copy_(value)
+        try:
+            with self._buffers.lease(name, write=[name], fresh=[name]) as block:
+                for (piece, key), value in tensors.items():
+                    block[f"{key}.{piece.key}"].copy_(value)
+        except BaseException:
+            self._buffers.delete(name)
+            raise
         chunk.blocks.append(name)
         for piece, key in tensors:
             chunk.tensors[piece][key] = name
 
 
-def _check_same(mine: Tensor, value: Tensor, key: str, name: str) -> None:
-    if value.shape != mine.shape or value.dtype != mine.dtype:
-        raise TrainingError(
-            f"{name} has changed the shape or dtype of its state {key!r}",
-            need=f"{tuple(mine.shape)}, {mine.dtype}",
-            have=f"{tuple(value.shape)}, {value.dtype}",
-            remedy="use an optimizer whose state keeps its shape",
-        )
+def fresh(value: Any) -> Any:
+    """A copy of an option, where it can be changed in place."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    return copy.deepcopy(value) if isinstance(value, list | dict | set) else value
+
+
+def _is_data(value: Any) -> bool:
+    """Whether an attribute means the same to another instance: no table of parameters, say."""
+    if isinstance(value, list | tuple):
+        return all(map(_is_data, value))
+    return value is None or isinstance(value, bool | int | float | str | Tensor)
+
+
+def _is_same_memory(one: Tensor, other: Tensor) -> bool:
+    return one.data_ptr() == other.data_ptr() and (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)

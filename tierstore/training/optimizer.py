@@ -34,7 +34,7 @@ from torch import Tensor
 from tierstore.catalog import PAGE, TENSOR_ALIGNMENT, round_up
 from tierstore.errors import CapacityError, OptionError, TrainingError
 from tierstore.residency import Tier
-from tierstore.training.chunks import MASTER, PREFIX, Chunk, Factory, New, Stepper, cut
+from tierstore.training.chunks import MASTER, PREFIX, Attribute, Chunk, Factory, New, Stepper, cut, fresh
 from tierstore.training.gradients import Part, Sums
 from tierstore.training.layers import Tiered
 from tierstore.training.parameters import grouped
@@ -76,7 +76,6 @@ class Job:
     gradients: dict[Part, set[Weight]]
     autocast: Autocast
     detached: bool = False
-    changed: dict[int, dict[str, Any]] = field(default_factory=dict)
     begun: set[Chunk] = field(default_factory=set)
     failed: bool = False
     torn: bool = False
@@ -178,14 +177,21 @@ class TieredOptimizer(torch.optim.Optimizer):
         defaults = factory([sample], **options).defaults
         self._weights: dict[Weight, int] = weights
         super().__init__(groups, defaults)
-        self._stepper = Stepper(tiered.buffers, factory, {**options, **self._implementation}, master_dtype, factory_name(factory))
+        changes = {key for rules in self._rules.values() for key in rules.changed_options}
+        changing = {key for rules in self._rules.values() for key in rules.changed_attributes}
+        self._rehearses = bool(changes or changing)
+        self._attributes: dict[str, Any] = {}
+        self._stepper = Stepper(
+            tiered.buffers, factory, {**options, **self._implementation}, master_dtype, factory_name(factory), changes, changing
+        )
         self._coefficients: list[Coefficient] = []
         self._norms: dict[Weight, Tensor] = {}
         self._norm_type: float | None = None
         self._pending: dict[WeightBlock, Job] = {}
         self._updated: set[WeightBlock] = set()
-        self._changed: list[Job] = []  # whose changes of options hold from the next step() on
+        self._stepped: set[int] = set()  # groups that had gradients since the last step()
         self._chunks: dict[WeightBlock, list[Chunk]] = {}
+        tiered.finish()  # what other optimizers have put off is for gradients in the pieces in which they are
         self._cut()
         tiered.state.restore_optimizer(self)
         tiered.optimizers.append(self)
@@ -319,6 +325,7 @@ class TieredOptimizer(torch.optim.Optimizer):
                 remedy="use when='deferred' to accumulate gradients over several backward passes",
             )
         self._updated.add(block)
+        self._stepped.update(self._weights[weight] for weight in mine)
         job = Job(self._snapshot(), [], {}, Autocast.off(self.tiered.device.type))
         self._run(block, job, mine)
         return {weight: grad for weight, grad in sums.items() if weight not in mine}
@@ -364,14 +371,19 @@ class TieredOptimizer(torch.optim.Optimizer):
         coefficients = list(self._coefficients)
         self._norms.clear()
         self._updated.clear()
+        jobs: dict[WeightBlock, Job] = {}
         for block, chunks in self._chunks.items():
             found: dict[Part, set[Weight]] = {}
             for chunk in chunks:
                 if chunk.part is not None and chunk.part.present:
                     found[chunk.part] = set(chunk.part.present)
-            if not found:
-                continue
-            job = Job(hyper, coefficients, found, autocast)
+                    self._stepped.add(chunk.group)
+            if found:
+                jobs[block] = Job(hyper, coefficients, found, autocast)
+        if self._rehearses:
+            self._rehearse(hyper, self._stepped)
+        self._stepped.clear()
+        for block, job in jobs.items():
             if self.when == "step":
                 self._run(block, job)
             else:
@@ -484,11 +496,11 @@ class TieredOptimizer(torch.optim.Optimizer):
                     self.tiered.store.engine.unsettled.pop(block.name, None)
 
     def finish(self) -> None:
-        """Carry out all that is pending, and have the groups' options as the steps have left them."""
+        """Carry out all that is pending, and have all state in the store."""
         self.settle(list(self._pending))
-        for job in self._changed:
-            self._note_changed(job)
-        self._changed.clear()
+        for chunk in self.chunks:
+            if chunk.unkept:
+                self._stepper.keep(chunk, chunk.unkept)
 
     def _run(self, block: WeightBlock, job: Job, given: Sums | None = None) -> None:
         """Update one block.
@@ -508,28 +520,45 @@ class TieredOptimizer(torch.optim.Optimizer):
             raise
         if job.detached and job.failed:
             self.tiered.buffers.give_up([part.name for part in job.gradients if not part.present])
-        if job.changed:
-            self._changed.append(job)
 
     def _snapshot(self) -> list[dict[str, Any]]:
         """The options of all groups, now. Which implementation is not left to each chunk: it would choose by what it has of a group."""
+        attributes: dict[str, Any] = {Attribute(key): value for key, value in self._attributes.items()}
         return [
             {
-                **{
-                    key: value.clone() if isinstance(value, Tensor) else value
-                    for key, value in group.items()
-                    if key not in ("params", "param_names")
-                },
+                **{key: fresh(value) for key, value in group.items() if key not in ("params", "param_names")},
                 **(self._implementation if group.get("foreach") is None and group.get("fused") is None else {}),
+                **attributes,
             }
             for group in self.param_groups
         ]
 
-    def _note_changed(self, job: Job) -> None:
-        """Options that steps have changed, a count of steps for one, are the group's from here on."""
-        for index, changed in job.changed.items():
-            for key, value in changed.items():
-                self.param_groups[index][key] = value
+    def _rehearse(self, hyper: list[dict[str, Any]], stepped: Collection[int]) -> None:
+        """Options and attributes that steps change, a count of steps for one, are what they are after the step from here on.
+
+        Args:
+            hyper: The groups' options.
+            stepped: The groups that have gradients.
+        """
+        attributes: dict[str, Any] = {}
+        with torch.inference_mode(False):
+            for number in sorted(range(len(hyper)), key=lambda number: number not in stepped):
+                weight = next(weight for weight, group in self._weights.items() if group == number)
+                like = torch.zeros([1] * len(weight.shape), dtype=self.master_dtype or weight.dtype, device=self.tiered.device)
+                for key, value in self._stepper.rehearse(like, hyper[number], gradient=number in stepped).items():
+                    if isinstance(key, Attribute):
+                        attributes.setdefault(str(key), value)
+                    else:
+                        self._set_option(self.param_groups[number], key, value)
+        self._attributes.update(attributes)
+
+    @staticmethod
+    def _set_option(group: dict[str, Any], key: str, value: Any) -> None:
+        before = group.get(key)
+        if isinstance(before, Tensor) and isinstance(value, Tensor) and (before.shape, before.dtype) == (value.shape, value.dtype):
+            before.copy_(value)  # others may hold it: schedules fill it
+        else:
+            group[key] = value
 
     def _update(self, block: WeightBlock, job: Job, given: Sums | None) -> None:
         todo: list[tuple[Chunk, set[Weight]]] = []
@@ -622,10 +651,7 @@ class TieredOptimizer(torch.optim.Optimizer):
             return self._prepared(raw, piece.weight, job.coefficients)
 
         gradients = dict.fromkeys(weights, gradient)
-        changed, new = self._stepper.step(chunk, values, gradients, leased, job.hyper[chunk.group], lambda: job.begun.add(chunk))
-        if changed:
-            job.changed.setdefault(chunk.group, {}).update(changed)
-        return new
+        return self._stepper.step(chunk, values, gradients, leased, job.hyper[chunk.group], lambda: job.begun.add(chunk))
 
     def _rewrite(self, chunks: Iterable[Chunk], values: Mapping[str, Tensor]) -> None:
         """Narrow masters into weights that no step has written."""
@@ -717,14 +743,15 @@ class TieredOptimizer(torch.optim.Optimizer):
         found: dict[str, Any] = {}
         parts: dict[str, list[Tensor]] = {}
         for chunk, piece in pieces:
+            if chunk.unkept:
+                self._stepper.keep(chunk, chunk.unkept)
             found.update(chunk.values[piece])
             blocks: dict[str, Any] = {name: self.tiered.store.read(name) for name in dict.fromkeys(chunk.tensors[piece].values())}
             for key, name in chunk.tensors[piece].items():
                 parts.setdefault(key, []).append(blocks[name][f"{key}.{piece.key}"])
         if not found and not parts and self._rules[self.master_dtype or weight.dtype].state_at_construction:
             value = self.tiered.store.read(weight.block.name)[weight.name]  # type: ignore[index]
-            leaf = value.to(self.tiered.device, self.master_dtype or weight.dtype)
-            found.update(self._stepper.made_state(leaf))
+            found.update(self._stepper.made_state(value.to(self.tiered.device, self.master_dtype or weight.dtype)))
         for key, tensors in parts.items():
             found[key] = tensors[0] if len(pieces) == 1 else torch.cat([tensor.reshape(-1) for tensor in tensors]).view(weight.shape)
         return {key: value.cpu().clone() if isinstance(value, Tensor) else value for key, value in found.items()}
@@ -776,28 +803,75 @@ class TieredOptimizer(torch.optim.Optimizer):
         for group, loaded in zip(self.param_groups, groups, strict=True):
             for parameter, number in zip(group["params"], loaded["params"], strict=True):
                 weights[by_stand_in[parameter]] = number
-            group.update({key: value for key, value in loaded.items() if key not in ("params", "param_names")})
-        masters = state_dict.get("masters", {})
+        for weight, number in weights.items():
+            self._check_loaded(weight, state_dict["state"].get(number, {}))
+        for group, loaded in zip(self.param_groups, groups, strict=True):
+            group.update({key: fresh(value) for key, value in loaded.items() if key not in ("params", "param_names")})
+        masters = state_dict.get("masters")
         for chunks in self._chunks.values():
             for chunk in chunks:
                 new: dict[tuple[Piece, str], Tensor] = {}
                 values: dict[Piece, dict[str, Any]] = {piece: {} for piece in chunk.pieces}
+                # Torch's own state has no masters: those that are there stay, as parameters do.
+                present = self._masters_of(chunk) if masters is None else {}
                 for piece in chunk.pieces:
                     number = weights[piece.weight]
                     found = dict(state_dict["state"].get(number, {}))
-                    if self.master_dtype is not None and number in masters:
+                    if self.master_dtype is not None and masters is not None and number in masters:
                         found[MASTER] = masters[number]
                     for key, value in found.items():
+                        if isinstance(value, Tensor):
+                            value = self._cast(value, piece.weight, key)  # noqa: PLW2901
                         if isinstance(value, Tensor) and value.numel() > 1:
-                            new[piece, key] = self._cast(piece.of(value.contiguous()), piece.weight, key)
+                            new[piece, key] = piece.of(value.contiguous())
                         else:
                             values[piece][key] = value.clone() if isinstance(value, Tensor) else value
+                    if piece in present and present[piece].numel() > 1:
+                        new[piece, MASTER] = present[piece]
+                    elif piece in present:
+                        values[piece][MASTER] = present[piece]
                 self._stepper.replace(chunk, new, values)
 
+    def _check_loaded(self, weight: Weight, state: Mapping[str, Any]) -> None:
+        """Refuse state of a parameter of another shape: it would be found out only in the middle of a step.
+
+        Raises:
+            TrainingError: It is.
+        """
+        entries = self._rules[self.master_dtype or weight.dtype].entries
+        alike = {entry.key for entry in entries if entry.kind is Kind.SAME and entry.ndim == min(len(weight.shape), MAX_NDIM)}
+        for key, value in state.items():
+            if key in alike and isinstance(value, Tensor) and value.shape != weight.shape:
+                raise TrainingError(
+                    f"the state {key!r} of parameter {weight.name!r} is of a parameter of another shape",
+                    need=str(tuple(weight.shape)),
+                    have=str(tuple(value.shape)),
+                    remedy="load state of the same model, with its parameters in the same order",
+                )
+
+    def _masters_of(self, chunk: Chunk) -> dict[Piece, Tensor]:
+        """Copies of what there is of masters."""
+        found: dict[Piece, Tensor] = {}
+        for piece in chunk.pieces:
+            if MASTER in chunk.tensors[piece]:
+                block = self.tiered.store.read(chunk.tensors[piece][MASTER])
+                assert isinstance(block, dict)
+                found[piece] = block[f"{MASTER}.{piece.key}"]
+            elif MASTER in chunk.values[piece]:
+                found[piece] = chunk.values[piece][MASTER]
+        return found
+
     def _cast(self, value: Tensor, weight: Weight, key: str) -> Tensor:
-        """As torch does with the state it loads: floating-point state has the parameter's dtype."""
-        dtype = self.master_dtype or weight.dtype
-        return value.to(dtype) if dtype.is_floating_point and value.is_floating_point() and key != "step" else value
+        """As torch does with the state it loads: floating-point state has the parameter's dtype, and is on its device.
+
+        Steps are left as they are and where they are, unless an implementation needs them on the device.
+        """
+        if key == "step":
+            group = self.param_groups[self._weights[weight]]
+            on_device = group.get("fused") or group.get("capturable")
+            return value.to(self.tiered.device, torch.float32) if on_device else value
+        dtype = (self.master_dtype or weight.dtype) if value.is_floating_point() else value.dtype
+        return value.to(dtype) if value.numel() > 1 else value.to(self.tiered.device, dtype)  # what is larger is copied into the store
 
     def let_go(self) -> None:
         """The model is detached: state stays in the store, and is of no use to this object any more."""
@@ -817,6 +891,11 @@ class TieredOptimizer(torch.optim.Optimizer):
             self._stepper.replace(chunk, new, own)
         for name in dict.fromkeys(each.block for each in stored):
             self.tiered.buffers.delete(name)
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """What steps have changed of attributes of the instance. See `chunks`, [Note: What steps change beside parameters]."""
+        return self._attributes
 
     @property
     def clipped(self) -> list[Coefficient]:

@@ -180,6 +180,7 @@ class _Run:
     replaced_state: frozenset[str] = frozenset()
     replaces_parameters: bool = False
     writes_gradients: bool = False
+    moves_without_gradient: bool = False
 
     def state(self, number: int) -> Mapping[Any, Any]:
         found: Mapping[Any, Any] = self.instance.state.get(self.parameters[number], {})
@@ -207,6 +208,14 @@ def _look(factory: Factory, options: Mapping[str, Any], dtype: torch.dtype, devi
                 need="an optimizer whose update follows from parameters, gradients and state",
                 have=f"{name}, whose numbers depend on the order in which parameters come, which chunks change",
                 remedy="use an optimizer without randomness",
+                optimizer=name,
+            )
+        if run.moves_without_gradient:
+            raise OptionError(
+                f"{name} changes parameters that have no gradient",
+                need="an optimizer that passes by a parameter without a gradient, and its state",
+                have=f"{name}, which changes one of them: nothing is fetched of layers that had no part in a backward pass",
+                remedy="skip parameters whose grad is None",
                 optimizer=name,
             )
         _check_updates_are_not_lost(run.instance, dtype, device, name)
@@ -375,7 +384,13 @@ def _watched_step(run: _Run, gradients: Sequence[torch.Tensor | None]) -> None:
     places = [_place(parameter) for parameter in run.parameters]
     before = {(number, key): (value, _place(value)) for number in range(len(places)) for key, value in run.state(number).items()}
     group, attributes = _snapshot(instance.param_groups[0]), _snapshot(vars(instance))
+    idle = [number for number, gradient in enumerate(gradients) if gradient is None]
+    values, states = [_copy(run.parameters[number].detach()) for number in idle], [_snapshot(run.state(number)) for number in idle]
     instance.step()
+    for number, value, state in zip(idle, values, states, strict=True):
+        present = run.state(number)
+        kept = all(key in present and _same(present[key], state[key]) for key in state)
+        run.moves_without_gradient |= not (kept and _same(run.parameters[number], value))
     run.changed_options |= _changed(group, instance.param_groups[0])
     run.changed_attributes |= _changed(attributes, vars(instance)) - _OF_TORCH
     for number, parameter in enumerate(run.parameters):

@@ -190,6 +190,7 @@ class State:
             "master_dtype": pack(optimizer.master_dtype, tensors),
             "clipped": [self._pack_clipped(each, tensors) for each in optimizer.clipped],
             "groups": [pack(group, tensors, f"optimizer {optimizer.name!r}") for group in groups],
+            "attributes": pack(optimizer.attributes, tensors, f"optimizer {optimizer.name!r}"),
             "chunks": {chunk.name: self._describe_chunk(chunk, tensors) for chunk in optimizer.chunks},
         }
 
@@ -278,6 +279,8 @@ class State:
                 remedy="make it as it was made for the commit, or give it another name= to begin anew",
             )
         optimizer.clipped = [self._unpack_clipped(each) for each in found["clipped"]]
+        if "attributes" in found:
+            optimizer.attributes.update(self._unpack(found["attributes"]))
         if [chunk["pieces"].keys() for chunk in found["chunks"].values()] == [
             {piece.key for piece in chunk.pieces} for chunk in optimizer.chunks
         ]:
