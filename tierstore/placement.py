@@ -128,7 +128,7 @@ class Placement(Extents):
             low: Place at the low end (held blocks).
         """
         arena = self.arenas[tier]
-        promised = self.promised_bytes[tier] if before is not None and 0 <= before < NEVER and self.policy.ranks_ahead else 0
+        promised = self.promised_bytes[tier] if self._is_ranked_for(before) else 0
         target = nbytes + promised
         while True:
             offset = arena.allocate(nbytes, low=low) if arena.free_bytes >= target or not promised else None
@@ -152,9 +152,13 @@ class Placement(Extents):
                     self._compact(tier, nbytes)
             return None
 
+    def _is_ranked_for(self, before: float | None) -> bool:
+        """Whether room is made for a prefetch at a position that the policy ranks victims for."""
+        return before is not None and 0 <= before < NEVER and self.policy.ranks_ahead
+
     def _evict(self, tier: Tier, target: int, protect: Collection[Record], before: float | None) -> tuple[bool, bool]:
         """Start evictions until `target` bytes are free or coming. Returns (something is on its way, something was dropped)."""
-        if before is not None and 0 <= before < NEVER and self.policy.ranks_ahead:
+        if before is not None and self._is_ranked_for(before):
             return self._evict_ahead(tier, target, protect, int(before))
         arena = self.arenas[tier]
         drops = self._unneeded(tier, target - arena.free_bytes, protect)
@@ -341,7 +345,9 @@ class Placement(Extents):
             # what a prefetch evicts must not in turn push out what is to be prefetched; a demand holds its extent by then
             kept = {record, *protect} if kind is Kind.PREFETCH else protect
             offset = self.room(Tier.GPU, record.nbytes, protect=kept, before=before, low=record.hold is Tier.GPU)
-            if offset is not None:
+            if offset is not None and kind is Kind.PREFETCH and record.ram.moving:
+                self.arenas[Tier.GPU].release(offset)  # making room has moved the source; expectations may be others once it has arrived
+            elif offset is not None:
                 self.reserve(record, Tier.GPU, offset)
         if record.ram.valid:
             if gpu.state is State.RESERVED and not record.ram.moving and self.link_free(Link.H2D):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
 
+from tests.training.models import Wide
 from tierstore import TierStore
 from tierstore.training import TieredOptimizer, attach
 from tierstore.training.memory import Shapes, bytes_outside
@@ -20,26 +20,6 @@ WIDTH = 1024
 BUDGET = 192 << 20
 ROUNDED = 4 << 20
 """The allocator rounds what it is asked for, and torch keeps small things of its own."""
-
-
-class Layer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH, bias=False), nn.Linear(4 * WIDTH, WIDTH, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(torch.relu(self.up(x)))
-
-
-class Stack(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([Layer() for _ in range(LAYERS)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x.square().mean()
 
 
 def peak_of(run: object) -> int:
@@ -54,7 +34,7 @@ def peak_of(run: object) -> int:
 
 
 def alone(rows: int, dtype: torch.dtype) -> int:
-    layer, x = Layer().to("cuda", dtype), torch.randn(rows, WIDTH, device="cuda", dtype=dtype, requires_grad=True)
+    layer, x = Wide.Layer(WIDTH).to("cuda", dtype), torch.randn(rows, WIDTH, device="cuda", dtype=dtype, requires_grad=True)
 
     def run() -> None:
         y = layer(x)
@@ -83,7 +63,7 @@ def test_what_is_taken_beside_the_budget(batch: tuple[int, int | None], when: st
         chunk=2 * parameter * 4,
         temporaries=2.0,  # `foreach` makes its own for all of a chunk at once
     )
-    model = Stack().to(dtype)
+    model = Wide(LAYERS, WIDTH).to(dtype)
     with TierStore(BUDGET, 3 << 30, tmp_path / "swap") as store:
         tiered = attach(model, store, model.layers, micro_batch=micro_batch, activations=activations)  # type: ignore[arg-type]
         optimizer = TieredOptimizer(

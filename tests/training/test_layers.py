@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,18 +28,7 @@ Layer = Callable[[], nn.Module]
 Step = Callable[[Any, nn.Module, Tensor], Tensor]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def store() -> Iterator[TierStore]:
-    with opened() as store:
-        yield store
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Chain(nn.Module):

@@ -8,7 +8,7 @@ import io
 import pickle
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -44,19 +44,7 @@ def language() -> nn.Module:
 WHEN = ["step", "deferred", "backward"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads of torch wait for one another on a busy machine, and these tensors are small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def store() -> Iterator[TierStore]:
-    with opened() as store:
-        yield store
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -701,7 +689,7 @@ def test_a_factory_that_raises_spends_nothing(when: str, store: TierStore) -> No
         return torch.optim.AdamW(params, **options)
 
     pair = Pair(store, when=when, factory=torch.optim.AdamW)
-    pair.optimizer._stepper._factory = factory
+    pair.optimizer._stepper._factories = [factory]
     pair.backward()
     calls.arm(ValueError("struck"))
     if when == "backward":

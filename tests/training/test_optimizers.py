@@ -26,6 +26,9 @@ LAYERS = 8
 # -- optimizers as users write them --------------------------------------------------------------------------------------
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 class Lion(torch.optim.Optimizer):
     """Sign of an interpolated momentum; state of its own, made at the first step."""
 
@@ -110,6 +113,103 @@ class Normalising(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     parameter.grad.div_(parameter.grad.norm() + 1e-6)
                     parameter.add_(parameter.grad, alpha=-group["lr"])
+
+
+class Wavering(torch.optim.Optimizer):
+    """State that is None at first, then a tensor, then gone, and a tensor again."""
+
+    def __init__(self, params: Any, lr: float = 1e-2) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                state["times"] = state.get("times", 0) + 1
+                if state["times"] == 4:
+                    del state["mean"]
+                elif state["times"] in (1, 6):
+                    state["mean"] = None
+                elif state.get("mean") is None:
+                    state["mean"] = parameter.grad.clone()
+                else:
+                    state["mean"].mul_(0.9).add_(parameter.grad)
+                mean = state.get("mean")
+                parameter.add_(parameter.grad if mean is None else mean, alpha=-group["lr"])
+
+
+class Exchanging(torch.optim.Optimizer):
+    """Two tensors of the state change places in each step."""
+
+    def __init__(self, params: Any, lr: float = 1e-2) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["now"], state["before"] = parameter.grad.clone(), parameter.grad * 2
+                state["now"], state["before"] = state["before"], state["now"]
+                state["now"].mul_(0.7).add_(parameter.grad)
+                parameter.add_(state["now"] + 0.1 * state["before"], alpha=-group["lr"])
+
+
+class Remembering(torch.optim.Optimizer):
+    """Keeps the gradient itself, where others would keep a copy."""
+
+    def __init__(self, params: Any, lr: float = 1e-2) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    before = self.state[parameter].get("before", parameter.grad)
+                    parameter.add_(parameter.grad + before, alpha=-group["lr"])
+                    self.state[parameter]["before"] = parameter.grad
+
+
+class Tallying(torch.optim.Optimizer):
+    """Writes into the options of a group: into a tensor, into a list, and under a key that was not there."""
+
+    def __init__(self, params: Any, lr: float = 1e-2) -> None:
+        super().__init__(params, {"lr": lr, "count": torch.zeros(()), "seen": []})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            group["count"] += 1
+            group["seen"].append(len(group["seen"]))
+            group["sum"] = group.get("sum", 0) + 1
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.sub_(parameter.grad * (group["lr"] / group["count"] / len(group["seen"]) / group["sum"]))
+
+
+class Started(torch.optim.Optimizer):
+    """Makes its state when it is made, by an option of the group."""
+
+    def __init__(self, params: Any, lr: float = 1e-2, start: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "start": start})
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["sum"] = torch.full_like(parameter, group["start"])
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    total = self.state[parameter]["sum"].addcmul_(parameter.grad, parameter.grad)
+                    parameter.addcdiv_(parameter.grad, total.sqrt() + 1e-3, value=-group["lr"])
 
 
 # -- training with several optimizers, streamed and resident ---------------------------------------------------------------
@@ -197,6 +297,48 @@ USERS: list[Part] = [
 @pytest.mark.parametrize("part", USERS, ids=["lion", "counting", "replacing", "anchored", "normalising", "function"])
 def test_optimizers_of_users(part: Part, when: str, tmp_path: Path) -> None:
     both(tmp_path, [part], when=when)
+
+
+@pytest.mark.parametrize("when", ["deferred", "backward"])
+@pytest.mark.parametrize("factory", [Wavering, Exchanging, Tallying])
+def test_state_and_options_that_change_what_they_are(factory: Any, when: str, tmp_path: Path) -> None:
+    """State may come, go and change places, and options of a group may be written into, as in plain torch."""
+    parts: list[Part] = [(factory, {}, lambda name, _: "layers.0" not in name), (factory, {"lr": 1e-3}, lambda name, _: "layers.0" in name)]
+    both(tmp_path, parts, when=when, steps=7)
+
+
+class Scaled(nn.Module):
+    """With a parameter of one element, whose state is kept outside the store."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(3)])
+        self.scale = nn.Parameter(torch.full((1,), 2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return (x * self.scale).square().mean()
+
+
+@pytest.mark.parametrize("when", ["step", "deferred", "backward"])
+def test_a_gradient_kept_as_state_is_that_of_then(when: str) -> None:
+    """Of one element too: as a view of the store's memory it was whatever came to lie there."""
+
+    def run(model: nn.Module, optimizer: Any) -> None:
+        for step in range(4):
+            model(torch.randn(5, 8, generator=torch.Generator().manual_seed(step))).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model, plain = Scaled(), Scaled()
+    run(plain, Remembering(plain.parameters()))
+    with TierStore("32KiB", "1MiB", device="cpu") as store:
+        tiered = attach(model, store, model.layers)
+        run(model, TieredOptimizer(tiered, Remembering, when=when))  # type: ignore[arg-type]
+        tiered.detach()
+    assert all(same(one.detach(), other.detach()) for one, other in zip(model.parameters(), plain.parameters(), strict=True))
 
 
 def matrix(name: str, parameter: Tensor) -> bool:
@@ -304,6 +446,37 @@ def test_groups_by_names_patterns_and_parameters(tmp_path: Path) -> None:
         assert same(dict(model.named_parameters())[name].detach(), value.detach()), name
 
 
+@pytest.mark.parametrize(
+    ("factory", "options", "own"),
+    [(Started, {}, {"start": 0.5}), (torch.optim.RMSprop, {}, {"momentum": 0.9, "centered": True})],
+    ids=["state", "room"],
+)
+@pytest.mark.parametrize("when", ["deferred", "backward"])
+def test_state_that_options_of_a_group_decide_on(factory: Any, options: Any, own: Any, when: str, tmp_path: Path) -> None:
+    """What it begins as, and how much room it takes: an update found none in the middle of training."""
+    plain = build("stack", LAYERS)
+    names = [name for name, _ in plain.named_parameters()]
+    members = [[name for name in names if "layers" in name], [name for name in names if "layers" not in name]]
+    named = dict(plain.named_parameters())
+    theirs = factory([{"params": [named[name] for name in members[0]], **own}, {"params": [named[name] for name in members[1]]}], **options)
+    loop(plain, [theirs], [], 2)
+    for gpu in range(5, 14):  # the least that is not refused
+        model = build("stack", LAYERS)
+        with TierStore(gpu=gpu * 4096, ram=RAM, nvme=tmp_path / str(gpu), device="cpu") as store:
+            try:
+                tiered = attach(model, store, list(model.layers))  # type: ignore[arg-type]
+                params = [{"params": members[0], **own}, {"params": members[1]}]
+                optimizer = TieredOptimizer(tiered, factory, params=params, when=when, **options)  # type: ignore[arg-type]
+            except CapacityError:
+                assert gpu < 12, "this is enough"
+                continue
+            loop(model, [optimizer], [], 2)
+            compare_states(optimizer.state_dict(), theirs.state_dict())
+            tiered.detach()
+            break
+    assert all(same(dict(model.named_parameters())[name].detach(), value.detach()) for name, value in named.items())
+
+
 # -- state from here to torch and back -------------------------------------------------------------------------------------
 
 INTERCHANGE = [
@@ -341,6 +514,43 @@ def test_state_goes_from_resident_to_tiered_and_back(model: str, factory: Any, o
     for name, value in plain.named_parameters():
         assert same(dict(here.named_parameters())[name].detach(), value.detach()), name
     compare_states(again.state_dict(), optimizer.state_dict())
+
+
+@pytest.mark.parametrize("factory", [torch.optim.NAdam, torch.optim.ASGD])
+def test_loaded_state_has_the_dtypes_that_torch_gives_it(factory: Any, tmp_path: Path) -> None:
+    """Also numbers: torch keeps those of a double parameter in single precision until they are loaded."""
+    batch = [tensor.double() for tensor in next(batches("stack", 1, 4))]
+
+    def advance(model: nn.Module, optimizer: Any) -> None:
+        model(*batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    plain, model = build("stack", LAYERS).double(), build("stack", LAYERS).double()
+    theirs = factory(plain.parameters())
+    with TierStore("256KiB", "4MiB", tmp_path, device="cpu") as store:
+        tiered = attach(model, store, list(model.layers))  # type: ignore[arg-type]
+        mine = TieredOptimizer(tiered, factory, when="deferred")
+        for here, optimizer in ((model, mine), (plain, theirs)):
+            advance(here, optimizer)
+            optimizer.load_state_dict(optimizer.state_dict())
+            advance(here, optimizer)
+        compare_states(mine.state_dict(), theirs.state_dict())
+        tiered.detach()
+
+
+def test_a_schedule_does_not_reach_into_what_was_loaded(tmp_path: Path) -> None:
+    """It writes into a learning rate that is a tensor."""
+    with streamed(tmp_path) as (_, tiered):
+        optimizer = TieredOptimizer(tiered, torch.optim.AdamW, lr=torch.tensor(0.25))
+        loaded = torch.optim.AdamW([torch.zeros(3)], lr=torch.tensor(0.25)).state_dict()
+        loaded["param_groups"][0]["params"] = list(range(len(optimizer.param_groups[0]["params"])))
+        optimizer.load_state_dict(loaded)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        optimizer.step()
+        schedule.step()
+        assert optimizer.param_groups[0]["lr"] == 0.125
+        assert loaded["param_groups"][0]["lr"] == 0.25
 
 
 def test_state_of_other_groups_is_refused(tmp_path: Path) -> None:

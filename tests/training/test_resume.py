@@ -6,7 +6,7 @@ import json
 import logging
 import random
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -32,13 +32,7 @@ from tierstore.training.chunks import cut
 from tierstore.training.packing import pack, unpack
 from tierstore.training.state import read_state, write_state
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Sampler:

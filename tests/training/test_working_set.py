@@ -9,9 +9,9 @@ from typing import Literal
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from tests.training.live import Live
+from tests.training.models import Wide
 from tierstore import TierStore
 from tierstore.training import TieredOptimizer, attach
 from tierstore.training.memory import Shapes, bytes_outside
@@ -24,29 +24,9 @@ Activations = Literal["device", "ram", "nvme"]
 When = Literal["step", "deferred", "backward"]
 
 
-class Layer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH, bias=False), nn.Linear(4 * WIDTH, WIDTH, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(torch.relu(self.up(x)))
-
-
-class Stack(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([Layer() for _ in range(LAYERS)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x.square().mean()
-
-
 def alone(rows: int) -> int:
     """Peak of one layer's forward and backward pass by itself."""
-    layer, x = Layer(), torch.randn(rows, WIDTH, requires_grad=True)
+    layer, x = Wide.Layer(WIDTH), torch.randn(rows, WIDTH, requires_grad=True)
     with Live() as live:
         y = layer(x)
         torch.autograd.grad(y, [x, *layer.parameters()], torch.ones_like(y))
@@ -55,7 +35,7 @@ def alone(rows: int) -> int:
 
 def measured(rows: int, micro_batch: int | None, when: When, activations: Activations, masters: bool, directory: Path) -> int:
     """Peak of a step, once all state is there."""
-    model = Stack().to(torch.bfloat16 if masters else torch.float32)
+    model = Wide(LAYERS, WIDTH).to(torch.bfloat16 if masters else torch.float32)
     with TierStore(BUDGET, 64 << 20, directory, device="cpu") as store:
         tiered = attach(model, store, model.layers, micro_batch=micro_batch, activations=activations)
         optimizer = TieredOptimizer(tiered, torch.optim.AdamW, lr=1e-3, when=when, master_dtype=torch.float32 if masters else None)

@@ -12,6 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from tierstore.tiers.device import NAMES
 from tierstore.training.leasing import Buffers
+from tierstore.training.packing import is_dense
 
 PREFIX = "activations/"
 
@@ -143,9 +144,6 @@ def _copy(flat: Tensor, kept: Kept) -> Tensor:
 
 def _in_memory_order(tensor: Tensor) -> Tensor | None:
     """A view of a dense tensor's elements in the order in which they lie in memory, in one dimension; None where they overlap or gap."""
-    expected = 1
-    for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size != 1):
-        if stride != expected:
-            return None
-        expected *= size
+    if not is_dense(tensor.shape, tensor.stride()):
+        return None
     return tensor.as_strided((tensor.numel(),), (1,))

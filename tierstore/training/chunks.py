@@ -5,18 +5,11 @@ An optimizer that treats its parameters separately does the same to each whether
 each: its arithmetic is that of the elements, not of their number. So each chunk has an instance of its own, made by the user's factory,
 whose parameters and state tensors are views of leased blocks while it takes its step. Which of torch's implementations (fused, foreach,
 single) is used differs in the last bit, so it is resolved once, as torch does for the whole set.
-
-[Note: What steps change beside parameters]
-Some optimizers count their steps in the group's options, or in an attribute of the instance. One instance for all would change these
-once in a step, also where no parameter has a gradient; ours begin each step with what they were before it, and what they are after it is
-found by one more instance that takes the same step on a parameter of one element (`rehearse`). So it is known in `step()` already, when
-updates are put off: a schedule goes on from it.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tierstore.training.gradients import Part
+from tierstore.training.instances import Factory, Hyper, give
 from tierstore.training.leasing import Buffers
 from tierstore.training.pieces import Piece
 from tierstore.training.structure import Weight, WeightBlock
@@ -34,15 +28,8 @@ ALIGN = 64
 """Ranges of a parameter begin at multiples of so many elements: fused kernels compute the elements of a vector's width alike, and the
 rest of a tensor by other code."""
 
-Factory = Callable[..., torch.optim.Optimizer]
 New = dict[tuple[Piece, str], Tensor]
 """State that has no place in the store yet."""
-
-
-class Attribute(str):
-    """Among the options of a step: the name of an attribute of the instance. See [Note: What steps change beside parameters]."""
-
-    __slots__ = ()
 
 
 @dataclass(eq=False)
@@ -122,30 +109,25 @@ class Stepper:
 
     Args:
         buffers: Where state is kept.
-        factory, options: What makes an instance.
+        factories: By group: what makes an instance.
+        options: For each of them.
         master_dtype: Of masters, if there are any.
         name: Of the class.
-        changes: Options that a step changes.
-        attributes: Attributes that a step changes.
     """
 
     def __init__(
         self,
         buffers: Buffers,
-        factory: Factory,
+        factories: Sequence[Factory],
         options: Mapping[str, Any],
         master_dtype: torch.dtype | None,
         name: str,
-        changes: Collection[str] = (),
-        attributes: Collection[str] = (),
     ) -> None:
         self._buffers = buffers
-        self._factory = factory
+        self._factories = factories
         self._options = options
         self._master_dtype = master_dtype
         self.name = name
-        self._changes = frozenset(changes)
-        self._attributes = frozenset(attributes)
 
     @torch.no_grad()
     def step(
@@ -154,21 +136,20 @@ class Stepper:
         weights: Mapping[str, Tensor],
         gradients: Mapping[Weight, Callable[[Piece], Tensor]],
         state: Mapping[str, Mapping[str, Tensor]],
-        hyper: Mapping[str, Any],
+        hyper: Hyper,
         begin: Callable[[], None],
-    ) -> New:
+    ) -> None:
         """One step on one chunk. Inside a lease of its weights and state (to be written) and of its gradients.
+
+        State that the step has made is the chunk's in `unkept`, to be given to `keep` once the lease of the old has ended.
 
         Args:
             chunk: Which.
             weights: The block's tensors.
             gradients: For each weight that has one, what gives the gradient of a piece, clipped and, with masters, widened.
             state: The tensors of the chunk's blocks.
-            hyper: The group's options of this step.
+            hyper: Options and attributes of this step.
             begin: Called when values are about to change: until then a step that failed may be taken again.
-
-        Returns:
-            State that the step has made, to be given to `keep` once the lease of the old has ended.
         """
         new: New = dict(chunk.unkept)
         values = {piece: dict(chunk.values[piece]) for piece in chunk.pieces}
@@ -181,7 +162,7 @@ class Stepper:
         leaves = {piece: nn.Parameter(home) for piece, home in homes.items()}
         inner = chunk.inner
         if inner is None:
-            inner = self._factory(list(leaves.values()), **self._options)
+            inner = self._factories[chunk.group](list(leaves.values()), **self._options)
             if not (chunk.blocks or any(chunk.values.values()) or chunk.unkept):  # state of one element is in no block
                 self._note_made(inner, leaves, new, values)
         active = [piece for piece in chunk.pieces if piece.weight in gradients]
@@ -197,7 +178,7 @@ class Stepper:
                 found.update((key, value) for (other, key), value in new.items() if other is piece and key != MASTER)
                 if found:
                     inner.state[leaf] = found
-            self._set(inner, hyper)
+            give(inner, hyper.options[chunk.group], hyper.attributes)
             group["params"] = [leaves[piece] for piece in active]
             begin()
             chunk.inner, chunk.values, chunk.unkept = inner, values, new
@@ -211,7 +192,6 @@ class Stepper:
             if self._master_dtype is not None:
                 for piece in active:
                     piece.of(weights[piece.weight.name]).copy_(homes[piece])
-            return new
         finally:
             group["params"] = []
             inner.state.clear()
@@ -229,52 +209,20 @@ class Stepper:
         assert isinstance(master, Tensor)
         return master
 
-    def _set(self, inner: torch.optim.Optimizer, hyper: Mapping[str, Any]) -> dict[str, Any]:
-        """Give an instance the options of a step, and its attributes. What it may change is its own."""
-        options: dict[str, Any] = {}
-        for key, value in hyper.items():
-            if isinstance(key, Attribute):
-                setattr(inner, key, fresh(value))
-            else:
-                options[key] = value if isinstance(value, Tensor) and key not in self._changes else fresh(value)
-        inner.param_groups[0].update(options)
-        return options
-
     @torch.no_grad()
-    def rehearse(self, like: Tensor, hyper: Mapping[str, Any], *, gradient: bool) -> dict[str, Any]:
-        """What a step changes of a group's options, and of the attributes. See [Note: What steps change beside parameters].
-
-        Args:
-            like: A parameter of one element.
-            hyper: The options.
-            gradient: Whether any parameter of the group has one.
-        """
-        leaf = nn.Parameter(like)
-        inner = self._factory([leaf], **self._options)
-        leaf.grad = torch.zeros_like(like) if gradient else None
-        options = self._set(inner, hyper)
-        inner.step()
-        group = inner.param_groups[0]
-        changed = {
-            key: value
-            for key, value in group.items()
-            if key != "params" and (key in self._changes or key not in options or value is not options[key])
-        }
-        present = vars(inner)
-        changed.update((Attribute(key), present[key]) for key in self._attributes if key in present and _is_data(present[key]))
-        return changed
-
-    @torch.no_grad()
-    def made_state(self, value: Tensor) -> dict[str, Any]:
+    def made_state(self, value: Tensor, group: int) -> dict[str, Any]:
         """The state that a parameter has before its first step, of classes that make it when they are made."""
         leaf = nn.Parameter(value)
-        return dict(self._factory([leaf], **self._options).state.get(leaf, {}))
+        return dict(self._factories[group]([leaf], **self._options).state.get(leaf, {}))
 
-    @staticmethod
-    def _note_made(inner: torch.optim.Optimizer, leaves: Mapping[Piece, Tensor], new: New, values: dict[Piece, dict[str, Any]]) -> None:
+    def _note_made(
+        self, inner: torch.optim.Optimizer, leaves: Mapping[Piece, Tensor], new: New, values: dict[Piece, dict[str, Any]]
+    ) -> None:
         """State that the optimizer makes when it is made."""
+        owns = self._buffers.store.engine.device.owns
         for piece, leaf in leaves.items():
-            for key, value in inner.state.get(leaf, {}).items():
+            for key, made in inner.state.get(leaf, {}).items():
+                value = made.clone() if isinstance(made, Tensor) and owns(made) else made
                 if isinstance(value, Tensor) and value.numel() > 1:
                     new[piece, key] = value
                 else:
@@ -308,12 +256,12 @@ class Stepper:
         for key, value in replaced.items():
             stored(piece, key).copy_(value)
 
-    def keep(self, chunk: Chunk, new: New) -> None:
-        """State that a step has created becomes a block. Where that fails, it is kept beside the store until there is room."""
-        for (piece, key), value in new.items():
+    def keep(self, chunk: Chunk) -> None:
+        """State that a step has created becomes a block. Where that fails, it stays beside the store until there is room."""
+        for (piece, key), value in chunk.unkept.items():
             if value.numel() <= 1:
                 chunk.values[piece][key] = value
-        tensors = {(piece, key): value for (piece, key), value in new.items() if value.numel() > 1}
+        tensors = {(piece, key): value for (piece, key), value in chunk.unkept.items() if value.numel() > 1}
         if not tensors:
             chunk.unkept = {}
             return
@@ -356,20 +304,6 @@ class Stepper:
         chunk.blocks.append(name)
         for piece, key in tensors:
             chunk.tensors[piece][key] = name
-
-
-def fresh(value: Any) -> Any:
-    """A copy of an option, where it can be changed in place."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    return copy.deepcopy(value) if isinstance(value, list | dict | set) else value
-
-
-def _is_data(value: Any) -> bool:
-    """Whether an attribute means the same to another instance: no table of parameters, say."""
-    if isinstance(value, list | tuple):
-        return all(map(_is_data, value))
-    return value is None or isinstance(value, bool | int | float | str | Tensor)
 
 
 def _is_same_memory(one: Tensor, other: Tensor) -> bool:

@@ -633,10 +633,9 @@ class Tiered:
     # -- updates put off -------------------------------------------------------------------------------------------------
 
     def settle(self, blocks: Collection[WeightBlock]) -> None:
-        """Carry out what is pending for these blocks. Any thread may come by that reads a block: each update is made once."""
-        with self.settling:
-            for optimizer in self.optimizers:
-                optimizer.settle(blocks)
+        """Carry out what is pending for these blocks."""
+        for optimizer in self.optimizers:
+            optimizer.settle(blocks)
 
     def finish(self) -> None:
         """Carry out all pending updates."""

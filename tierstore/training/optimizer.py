@@ -34,12 +34,13 @@ from torch import Tensor
 from tierstore.catalog import PAGE, TENSOR_ALIGNMENT, round_up
 from tierstore.errors import CapacityError, OptionError, TrainingError
 from tierstore.residency import Tier
-from tierstore.training.chunks import MASTER, PREFIX, Attribute, Chunk, Factory, New, Stepper, cut, fresh
+from tierstore.training.chunks import MASTER, PREFIX, Chunk, Stepper, cut
 from tierstore.training.gradients import Part, Sums
+from tierstore.training.instances import Factory, Hyper, Rehearsal, in_group, may_change, own_options
 from tierstore.training.layers import Tiered
 from tierstore.training.parameters import grouped
 from tierstore.training.pieces import Piece, Stored, gather
-from tierstore.training.probe import MAX_NDIM, Kind
+from tierstore.training.probe import MAX_NDIM, SHAPES, Kind
 from tierstore.training.rules import Rules, resolved_implementation, rules_of
 from tierstore.training.structure import Weight, WeightBlock
 from tierstore.training.surroundings import Autocast
@@ -61,7 +62,7 @@ class Job:
     """An update of one block that is to be carried out.
 
     Attributes:
-        hyper: The groups' options.
+        hyper: Options and attributes.
         coefficients: Clip coefficients, in the order in which to multiply by them.
         gradients: Which weights have a gradient, by part.
         autocast: As it was when `step()` was called: a deferred update is carried out in the middle of a forward pass.
@@ -71,7 +72,7 @@ class Job:
         torn: An attempt at it has left the block of weights without content; all of it is in the masters.
     """
 
-    hyper: list[dict[str, Any]]
+    hyper: Hyper
     coefficients: list[Coefficient]
     gradients: dict[Part, set[Weight]]
     autocast: Autocast
@@ -166,24 +167,24 @@ class TieredOptimizer(torch.optim.Optimizer):
             other = next((other for other in tiered.optimizers if weight in other._weights), None)
             if other is not None:
                 raise TrainingError(f"parameter {weight.name!r} belongs to another optimizer", remedy="give each its own params=")
-        dtypes = dict.fromkeys(master_dtype or weight.dtype for weight in weights)
-        self._rules: dict[torch.dtype, Rules] = {dtype: rules_of(factory, options, dtype, tiered.device) for dtype in dtypes}
+        factories = [in_group(factory, {key: value for key, value in group.items() if key != "params"}) for group in groups]
+        kinds = dict.fromkeys((group, master_dtype or weight.dtype) for weight, group in weights.items())
+        self._rules: dict[tuple[int, torch.dtype], Rules] = {
+            (group, dtype): rules_of(factories[group], options, dtype, tiered.device) for group, dtype in kinds
+        }
         self._writes_gradients = any(rules.writes_gradients for rules in self._rules.values())
         likes = [torch.empty(0, dtype=master_dtype or weight.dtype, device=tiered.device) for weight in weights]
         self._implementation = resolved_implementation(factory, options, likes)
+        self._weights: dict[Weight, int] = weights
         self._check_accepted(factory_name(factory), weights)
         like = next(iter(weights))
         sample = torch.zeros([1] * len(like.shape), dtype=master_dtype or like.dtype, device=tiered.device)
-        defaults = factory([sample], **options).defaults
-        self._weights: dict[Weight, int] = weights
-        super().__init__(groups, defaults)
-        changes = {key for rules in self._rules.values() for key in rules.changed_options}
-        changing = {key for rules in self._rules.values() for key in rules.changed_attributes}
-        self._rehearses = bool(changes or changing)
+        made = factory([sample], **options)
+        super().__init__(groups, made.defaults)
+        options = {**options, **self._implementation}
+        self._stepper = Stepper(tiered.buffers, factories, options, master_dtype, factory_name(factory))
+        self._rehearsal = Rehearsal(factories, options, self._samples()) if may_change(made) else None
         self._attributes: dict[str, Any] = {}
-        self._stepper = Stepper(
-            tiered.buffers, factory, {**options, **self._implementation}, master_dtype, factory_name(factory), changes, changing
-        )
         self._coefficients: list[Coefficient] = []
         self._norms: dict[Weight, Tensor] = {}
         self._norm_type: float | None = None
@@ -217,7 +218,7 @@ class TieredOptimizer(torch.optim.Optimizer):
         dtypes: dict[int, torch.dtype] = {}
         for weight, group in weights.items():
             dtype = self.master_dtype or weight.dtype
-            rules = self._rules[dtype]
+            rules = self._rules_for(weight)
             first = dtypes.setdefault(group, dtype)
             if dtype != first and not rules.mixed_dtypes:
                 raise OptionError(
@@ -257,17 +258,20 @@ class TieredOptimizer(torch.optim.Optimizer):
                 mine = {weight for weight, number in self._weights.items() if number == group and weight.block is block}
                 if not mine:
                     continue
-                ranges = all(self._rules[self.master_dtype or weight.dtype].elementwise for weight in mine)
+                ranges = all(self._rules_for(weight).elementwise for weight in mine)
                 for pieces in cut(block, mine, self._bytes_per_element, limit, ranges=ranges):
                     chunks.append(Chunk(f"{PREFIX}{self.name}/{block.name}/{len(chunks)}", block, pieces, group))
             self._chunks[block] = chunks
             self._check_fits(block, chunks, device_bytes)
             self.tiered.cut_gradients(block, self, [chunk.pieces for chunk in chunks])
 
+    def _rules_for(self, weight: Weight) -> Rules:
+        return self._rules[self._weights[weight], self.master_dtype or weight.dtype]
+
     def _bytes_per_element(self, weight: Weight) -> float:
         dtype = self.master_dtype or weight.dtype
         own = dtype.itemsize if self.master_dtype is not None else 0
-        return max(self._rules[dtype].state_bytes_per_element + own, weight.dtype.itemsize)
+        return max(self._rules_for(weight).state_bytes_per_element + own, weight.dtype.itemsize)
 
     def _check_fits(self, block: WeightBlock, chunks: Collection[Chunk], device_bytes: int) -> None:
         """Refuse what an update could not lease. See [Note: Room for an update]."""
@@ -292,7 +296,7 @@ class TieredOptimizer(torch.optim.Optimizer):
     def _state_sizes(self, piece: Piece) -> list[int]:
         """Bytes of the tensors that hold the state of a piece, master included, at most."""
         dtype = self.master_dtype or piece.weight.dtype
-        rules = self._rules[dtype]
+        rules = self._rules_for(piece.weight)
         sizes = [piece.numel * dtype.itemsize] if self.master_dtype is not None else []
         own = rules.state_bytes(piece.shape)
         total = own if own is not None else int(piece.numel * rules.state_bytes_per_element)
@@ -380,8 +384,7 @@ class TieredOptimizer(torch.optim.Optimizer):
                     self._stepped.add(chunk.group)
             if found:
                 jobs[block] = Job(hyper, coefficients, found, autocast)
-        if self._rehearses:
-            self._rehearse(hyper, self._stepped)
+        self._rehearse(hyper)
         self._stepped.clear()
         for block, job in jobs.items():
             if self.when == "step":
@@ -499,8 +502,7 @@ class TieredOptimizer(torch.optim.Optimizer):
         """Carry out all that is pending, and have all state in the store."""
         self.settle(list(self._pending))
         for chunk in self.chunks:
-            if chunk.unkept:
-                self._stepper.keep(chunk, chunk.unkept)
+            self._stepper.keep(chunk)
 
     def _run(self, block: WeightBlock, job: Job, given: Sums | None = None) -> None:
         """Update one block.
@@ -521,44 +523,47 @@ class TieredOptimizer(torch.optim.Optimizer):
         if job.detached and job.failed:
             self.tiered.buffers.give_up([part.name for part in job.gradients if not part.present])
 
-    def _snapshot(self) -> list[dict[str, Any]]:
+    def _snapshot(self) -> Hyper:
         """The options of all groups, now. Which implementation is not left to each chunk: it would choose by what it has of a group."""
-        attributes: dict[str, Any] = {Attribute(key): value for key, value in self._attributes.items()}
-        return [
+        options = [
             {
-                **{key: fresh(value) for key, value in group.items() if key not in ("params", "param_names")},
+                **own_options({key: value for key, value in group.items() if key not in ("params", "param_names")}),
                 **(self._implementation if group.get("foreach") is None and group.get("fused") is None else {}),
-                **attributes,
             }
             for group in self.param_groups
         ]
+        return Hyper(options, own_options(self._attributes))
 
-    def _rehearse(self, hyper: list[dict[str, Any]], stepped: Collection[int]) -> None:
-        """Options and attributes that steps change, a count of steps for one, are what they are after the step from here on.
+    def _samples(self) -> list[Tensor]:
+        """By group: a parameter of a shape that the class was seen to take."""
+        firsts = {group: weight for weight, group in reversed(self._weights.items())}
+        return [
+            torch.ones(
+                next(shape for shape in SHAPES if len(shape) == min(len(weight.shape), MAX_NDIM)),
+                dtype=self.master_dtype or weight.dtype,
+                device=self.tiered.device,
+            )
+            for _, weight in sorted(firsts.items(), key=lambda item: item[0])
+        ]
 
-        Args:
-            hyper: The groups' options.
-            stepped: The groups that have gradients.
-        """
-        attributes: dict[str, Any] = {}
-        with torch.inference_mode(False):
-            for number in sorted(range(len(hyper)), key=lambda number: number not in stepped):
-                weight = next(weight for weight, group in self._weights.items() if group == number)
-                like = torch.zeros([1] * len(weight.shape), dtype=self.master_dtype or weight.dtype, device=self.tiered.device)
-                for key, value in self._stepper.rehearse(like, hyper[number], gradient=number in stepped).items():
-                    if isinstance(key, Attribute):
-                        attributes.setdefault(str(key), value)
-                    else:
-                        self._set_option(self.param_groups[number], key, value)
-        self._attributes.update(attributes)
+    def _rehearse(self, hyper: Hyper) -> None:
+        """Have options and attributes as the step will leave them. See `instances`, [Note: What steps change beside parameters]."""
+        if self._rehearsal is None:
+            return
+        changed = self._rehearsal.step(hyper, self._stepped)
+        self._attributes.update(changed.attributes)
+        for group, options in zip(self.param_groups, changed.options, strict=True):
+            for key, value in options.items():
+                before = group.get(key)
+                if isinstance(before, Tensor) and isinstance(value, Tensor) and (before.shape, before.dtype) == (value.shape, value.dtype):
+                    before.copy_(value)  # others may hold it
+                else:
+                    group[key] = value
 
-    @staticmethod
-    def _set_option(group: dict[str, Any], key: str, value: Any) -> None:
-        before = group.get(key)
-        if isinstance(before, Tensor) and isinstance(value, Tensor) and (before.shape, before.dtype) == (value.shape, value.dtype):
-            before.copy_(value)  # others may hold it: schedules fill it
-        else:
-            group[key] = value
+    def go_on(self) -> None:
+        """What it has is of steps taken before."""
+        if self._rehearsal is not None:
+            self._rehearsal.go_on()
 
     def _update(self, block: WeightBlock, job: Job, given: Sums | None) -> None:
         todo: list[tuple[Chunk, set[Weight]]] = []
@@ -587,18 +592,17 @@ class TieredOptimizer(torch.optim.Optimizer):
         together = self._needs(todo[0][0], job, given) if single else _Needs([], [], [])
         names, write = [block.name, *together.names], [block.name, *together.write]
         fresh = [block.name] if overwritten else []
-        new: New = {}
         with self.tiered.buffers.lease_all(names, write=write, fresh=fresh, spent=together.spent) as leased:
             values = leased[block.name]
             try:
                 for chunk, weights in todo:
                     if single:
-                        new = self._update_chunk(chunk, weights, values, leased, job, given)
+                        self._update_chunk(chunk, weights, values, leased, job, given)
                     else:
                         needs = self._needs(chunk, job, given)
                         with self.tiered.buffers.lease_all(needs.names, write=needs.write, spent=needs.spent) as of_chunk:
-                            made = self._update_chunk(chunk, weights, values, of_chunk, job, given)
-                        self._stepper.keep(chunk, made)
+                            self._update_chunk(chunk, weights, values, of_chunk, job, given)
+                        self._stepper.keep(chunk)
                     if overwritten and len(weights) < len({piece.weight for piece in chunk.pieces}):
                         self._rewrite([chunk], values)
                 if torn:
@@ -612,9 +616,9 @@ class TieredOptimizer(torch.optim.Optimizer):
         job.torn = False
         if failure is not None:
             raise failure
-        if new:
+        if single:
             try:
-                self._stepper.keep(todo[0][0], new)
+                self._stepper.keep(todo[0][0])
             except BaseException:
                 job.failed = True
                 raise
@@ -639,8 +643,8 @@ class TieredOptimizer(torch.optim.Optimizer):
         leased: Mapping[str, Mapping[str, Tensor]],
         job: Job,
         given: Sums | None,
-    ) -> New:
-        """Step on what is leased. Returns state that the step has made."""
+    ) -> None:
+        """Step on what is leased."""
 
         def gradient(piece: Piece) -> Tensor:
             if given is not None:
@@ -651,7 +655,7 @@ class TieredOptimizer(torch.optim.Optimizer):
             return self._prepared(raw, piece.weight, job.coefficients)
 
         gradients = dict.fromkeys(weights, gradient)
-        return self._stepper.step(chunk, values, gradients, leased, job.hyper[chunk.group], lambda: job.begun.add(chunk))
+        self._stepper.step(chunk, values, gradients, leased, job.hyper, lambda: job.begun.add(chunk))
 
     def _rewrite(self, chunks: Iterable[Chunk], values: Mapping[str, Tensor]) -> None:
         """Narrow masters into weights that no step has written."""
@@ -743,15 +747,17 @@ class TieredOptimizer(torch.optim.Optimizer):
         found: dict[str, Any] = {}
         parts: dict[str, list[Tensor]] = {}
         for chunk, piece in pieces:
-            if chunk.unkept:
-                self._stepper.keep(chunk, chunk.unkept)
+            self._stepper.keep(chunk)
             found.update(chunk.values[piece])
             blocks: dict[str, Any] = {name: self.tiered.store.read(name) for name in dict.fromkeys(chunk.tensors[piece].values())}
             for key, name in chunk.tensors[piece].items():
                 parts.setdefault(key, []).append(blocks[name][f"{key}.{piece.key}"])
-        if not found and not parts and self._rules[self.master_dtype or weight.dtype].state_at_construction:
+        if not found and not parts and self._rules_for(weight).state_at_construction:
             value = self.tiered.store.read(weight.block.name)[weight.name]  # type: ignore[index]
-            found.update(self._stepper.made_state(value.to(self.tiered.device, self.master_dtype or weight.dtype)))
+        if not found and not parts and self._rules_for(weight).state_at_construction:
+            value = self.tiered.store.read(weight.block.name)[weight.name]  # type: ignore[index]
+            leaf = value.to(self.tiered.device, self.master_dtype or weight.dtype)
+            found.update(self._stepper.made_state(leaf, self._weights[weight]))
         for key, tensors in parts.items():
             found[key] = tensors[0] if len(pieces) == 1 else torch.cat([tensor.reshape(-1) for tensor in tensors]).view(weight.shape)
         return {key: value.cpu().clone() if isinstance(value, Tensor) else value for key, value in found.items()}
@@ -803,11 +809,14 @@ class TieredOptimizer(torch.optim.Optimizer):
         for group, loaded in zip(self.param_groups, groups, strict=True):
             for parameter, number in zip(group["params"], loaded["params"], strict=True):
                 weights[by_stand_in[parameter]] = number
-        for weight, number in weights.items():
-            self._check_loaded(weight, state_dict["state"].get(number, {}))
-        for group, loaded in zip(self.param_groups, groups, strict=True):
-            group.update({key: fresh(value) for key, value in loaded.items() if key not in ("params", "param_names")})
         masters = state_dict.get("masters")
+        for weight, number in weights.items():
+            self._check_loaded(weight, {**state_dict["state"].get(number, {}), MASTER: (masters or {}).get(number)})
+        for group, loaded in zip(self.param_groups, groups, strict=True):
+            # Copies: a schedule writes into a learning rate that is a tensor, and must not reach what was loaded.
+            group.update(own_options({key: value for key, value in loaded.items() if key not in ("params", "param_names")}))
+        if state_dict["state"]:
+            self.go_on()
         for chunks in self._chunks.values():
             for chunk in chunks:
                 new: dict[tuple[Piece, str], Tensor] = {}
@@ -820,12 +829,12 @@ class TieredOptimizer(torch.optim.Optimizer):
                     if self.master_dtype is not None and masters is not None and number in masters:
                         found[MASTER] = masters[number]
                     for key, value in found.items():
-                        if isinstance(value, Tensor):
-                            value = self._cast(value, piece.weight, key)  # noqa: PLW2901
-                        if isinstance(value, Tensor) and value.numel() > 1:
-                            new[piece, key] = piece.of(value.contiguous())
+                        if not isinstance(value, Tensor):
+                            values[piece][key] = value
+                        elif value.numel() > 1:
+                            new[piece, key] = self._cast(piece.of(value.contiguous()), piece.weight, key)
                         else:
-                            values[piece][key] = value.clone() if isinstance(value, Tensor) else value
+                            values[piece][key] = self._cast(value, piece.weight, key).clone()
                     if piece in present and present[piece].numel() > 1:
                         new[piece, MASTER] = present[piece]
                     elif piece in present:
@@ -838,8 +847,8 @@ class TieredOptimizer(torch.optim.Optimizer):
         Raises:
             TrainingError: It is.
         """
-        entries = self._rules[self.master_dtype or weight.dtype].entries
-        alike = {entry.key for entry in entries if entry.kind is Kind.SAME and entry.ndim == min(len(weight.shape), MAX_NDIM)}
+        ndim = min(len(weight.shape), MAX_NDIM)
+        alike = {MASTER, *(entry.key for entry in self._rules_for(weight).entries if entry.kind is Kind.SAME and entry.ndim == ndim)}
         for key, value in state.items():
             if key in alike and isinstance(value, Tensor) and value.shape != weight.shape:
                 raise TrainingError(
@@ -862,16 +871,17 @@ class TieredOptimizer(torch.optim.Optimizer):
         return found
 
     def _cast(self, value: Tensor, weight: Weight, key: str) -> Tensor:
-        """As torch does with the state it loads: floating-point state has the parameter's dtype, and is on its device.
+        """As torch does with the state that it loads: whatever else it is, it gets the parameter's dtype and comes to its device.
 
-        Steps are left as they are and where they are, unless an implementation needs them on the device.
+        Not counts of steps: 16 bits could not count far, and a kernel that takes one tensor at a time reads them on the host. Fused and
+        captured kernels read them on the device, in fp32.
         """
-        if key == "step":
-            group = self.param_groups[self._weights[weight]]
-            on_device = group.get("fused") or group.get("capturable")
-            return value.to(self.tiered.device, torch.float32) if on_device else value
-        dtype = (self.master_dtype or weight.dtype) if value.is_floating_point() else value.dtype
-        return value.to(dtype) if value.numel() > 1 else value.to(self.tiered.device, dtype)  # what is larger is copied into the store
+        dtype = self.master_dtype or weight.dtype
+        if key != "step":
+            # What has more elements is copied into the store, wherever it is.
+            return value.to(dtype) if value.numel() > 1 else value.to(self.tiered.device, dtype)
+        group = self.param_groups[self._weights[weight]]
+        return value.to(self.tiered.device, torch.float32) if group.get("fused") or group.get("capturable") else value
 
     def let_go(self) -> None:
         """The model is detached: state stays in the store, and is of no use to this object any more."""
@@ -894,7 +904,7 @@ class TieredOptimizer(torch.optim.Optimizer):
 
     @property
     def attributes(self) -> dict[str, Any]:
-        """What steps have changed of attributes of the instance. See `chunks`, [Note: What steps change beside parameters]."""
+        """What steps have changed of attributes of instances. See `instances`, [Note: What steps change beside parameters]."""
         return self._attributes
 
     @property

@@ -52,7 +52,7 @@ def pack(value: Any, tensors: dict[str, Tensor], what: str = "state") -> Any:
         name = str(len(tensors))
         tensors[name] = value.detach().cpu().contiguous().clone()
         packed: dict[str, Any] = {"tensor": name, "device": _place(value)}
-        if not value.is_contiguous() and _is_dense(value.shape, value.stride()):  # in another layout kernels may compute other bits
+        if not value.is_contiguous() and is_dense(value.shape, value.stride()):  # in another layout kernels may compute other bits
             packed["stride"] = list(value.stride())
         return packed
     if isinstance(value, np.ndarray | np.generic):
@@ -77,7 +77,7 @@ def pack(value: Any, tensors: dict[str, Tensor], what: str = "state") -> Any:
     )
 
 
-def _is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
+def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
     """Whether elements lie in memory without gaps, each once."""
     expected = 1
     for step, size in sorted((step, size) for size, step in zip(shape, stride, strict=True) if size != 1):
@@ -139,7 +139,7 @@ def _unpack(packed: Any, tensors: Mapping[str, Tensor], device: torch.device) ->
     if kind == "tensor":
         value, stride = tensors[content].clone(), packed.get("stride")
         if stride is not None:
-            if not _is_dense(value.shape, stride):
+            if not is_dense(value.shape, stride):
                 raise ValueError(f"a stride of {stride}")
             value = torch.empty_strided(value.shape, stride, dtype=value.dtype).copy_(value)
         return value.to(_device(packed, device))

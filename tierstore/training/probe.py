@@ -46,7 +46,7 @@ RANGE = 64  # elements: flat ranges begin at multiples of it
 PLAIN = (bool, int, float, str, type(None))
 
 # What torch's base class keeps on an instance for itself.
-_OF_TORCH = frozenset({"state", "param_groups", "defaults", "_need_device_dtype_check_for_fused", "_warned_capturable_if_run_uncaptured"})
+OF_TORCH = frozenset({"state", "param_groups", "defaults", "_need_device_dtype_check_for_fused", "_warned_capturable_if_run_uncaptured"})
 
 
 class Kind(Enum):
@@ -240,7 +240,7 @@ def _look(factory: Factory, options: Mapping[str, Any], dtype: torch.dtype, devi
         replaced_state=tuple(sorted(run.replaced_state)),
         replaces_parameters=run.replaces_parameters,
         writes_gradients=run.writes_gradients,
-        has_hooks=_has_hooks(instance),
+        has_hooks=has_hooks(instance),
         ranges_agree=ranges_agree,
     )
 
@@ -368,7 +368,7 @@ def _make(factory: Factory, options: Mapping[str, Any], samples: Sequence[_Sampl
 def _run(factory: Factory, options: Mapping[str, Any], samples: Sequence[_Sample], name: str, *, watch: bool = False) -> _Run:
     """Let an instance take all steps; `watch` notes what each changes."""
     instance, parameters = _make(factory, options, samples, name)
-    run = _Run(instance, parameters, _snapshot(instance.param_groups[0]), state_at_construction=bool(instance.state))
+    run = _Run(instance, parameters, snapshot(instance.param_groups[0]), state_at_construction=bool(instance.state))
     for step in range(NUM_STEPS):
         for parameter, sample in zip(parameters, samples, strict=True):
             parameter.grad = _copy(sample.gradients[step])
@@ -383,19 +383,19 @@ def _watched_step(run: _Run, gradients: Sequence[torch.Tensor | None]) -> None:
     instance = run.instance
     places = [_place(parameter) for parameter in run.parameters]
     before = {(number, key): (value, _place(value)) for number in range(len(places)) for key, value in run.state(number).items()}
-    group, attributes = _snapshot(instance.param_groups[0]), _snapshot(vars(instance))
+    group, attributes = snapshot(instance.param_groups[0]), snapshot(vars(instance))
     idle = [number for number, gradient in enumerate(gradients) if gradient is None]
-    values, states = [_copy(run.parameters[number].detach()) for number in idle], [_snapshot(run.state(number)) for number in idle]
+    values, states = [_copy(run.parameters[number].detach()) for number in idle], [snapshot(run.state(number)) for number in idle]
     instance.step()
     for number, value, state in zip(idle, values, states, strict=True):
         present = run.state(number)
-        kept = all(key in present and _same(present[key], state[key]) for key in state)
-        run.moves_without_gradient |= not (kept and _same(run.parameters[number], value))
-    run.changed_options |= _changed(group, instance.param_groups[0])
-    run.changed_attributes |= _changed(attributes, vars(instance)) - _OF_TORCH
+        kept = all(key in present and same(present[key], state[key]) for key in state)
+        run.moves_without_gradient |= not (kept and same(run.parameters[number], value))
+    run.changed_options |= changed(group, instance.param_groups[0])
+    run.changed_attributes |= changed(attributes, vars(instance)) - OF_TORCH
     for number, parameter in enumerate(run.parameters):
         run.replaces_parameters |= _place(parameter) != places[number]
-        run.writes_gradients |= not _same(parameter.grad, gradients[number])
+        run.writes_gradients |= not same(parameter.grad, gradients[number])
         for key, value in run.state(number).items():
             old, place = before.get((number, key), (value, _place(value)))
             if isinstance(value, torch.Tensor) and (old is not value or place != _place(value)):
@@ -411,7 +411,9 @@ def _copy(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.clone()
 
 
-def _snapshot(values: Mapping[str, Any]) -> dict[str, Any]:
+def snapshot(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Options or attributes as they are now, for `changed`."""
+
     def kept(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return value.detach().clone()
@@ -421,23 +423,24 @@ def _snapshot(values: Mapping[str, Any]) -> dict[str, Any]:
             return {key: kept(inner) for key, inner in value.items()}
         return copy.copy(value) if isinstance(value, set | np.ndarray) else value
 
-    return {key: kept(value) for key, value in values.items() if key != "params" and key not in _OF_TORCH}
+    return {key: kept(value) for key, value in values.items() if key != "params" and key not in OF_TORCH}
 
 
-def _changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> frozenset[str]:
-    return frozenset(key for key in after if key != "params" and (key not in before or not _same(before[key], after[key])))
+def changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> frozenset[str]:
+    """Which have come or have another value since the snapshot."""
+    return frozenset(key for key in after if key != "params" and (key not in before or not same(before[key], after[key])))
 
 
-def _same(one: Any, other: Any) -> bool:
+def same(one: Any, other: Any) -> bool:
     """Bit for bit, so that NaN equals itself and -0.0 is not 0.0."""
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         if (one.shape, one.dtype, one.device) != (other.shape, other.dtype, other.device):
             return False
         return torch.equal(*(tensor.detach().contiguous().view(-1).view(torch.uint8) for tensor in (one, other)))
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
-        return len(one) == len(other) and all(map(_same, one, other))
+        return len(one) == len(other) and all(map(same, one, other))
     if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
     if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
         return np.array_equal(one, other)
     return one is other or (type(one) is type(other) and bool(one == other))
@@ -499,13 +502,13 @@ def _check_updates_are_not_lost(instance: Optimizer, dtype: torch.dtype, device:
 
 def _same_when_alone(run: _Run, alone: Mapping[int, _Run]) -> bool:
     return all(
-        _same(run.parameters[position], single.parameters[0]) and _same(run.state(position), single.state(0))
+        same(run.parameters[position], single.parameters[0]) and same(run.state(position), single.state(0))
         for position, single in enumerate(alone.values())
     )
 
 
 def _same_run(one: _Run, other: _Run) -> bool:
-    return _same(one.parameters, other.parameters) and _same(one.state(0), other.state(0))
+    return same(one.parameters, other.parameters) and same(one.state(0), other.state(0))
 
 
 def _couples(name: str) -> OptionError:
@@ -535,15 +538,15 @@ def _ranges_agree(factory: Factory, options: Mapping[str, Any], sample: _Sample,
     except Exception:  # it takes no vectors, say
         return False
     pieces = range(len(run.parameters))
-    if not _same(torch.cat([run.parameters[piece].detach() for piece in pieces]), whole.parameters[0].detach().view(-1)):
+    if not same(torch.cat([run.parameters[piece].detach() for piece in pieces]), whole.parameters[0].detach().view(-1)):
         return False
     for key, value in whole.state(0).items():
         parts = [run.state(piece).get(key) for piece in pieces]
         tensors = [part for part in parts if isinstance(part, torch.Tensor)]
         if isinstance(value, torch.Tensor) and value.shape == sample.value.shape:
-            if len(tensors) != len(parts) or not _same(torch.cat(tensors), value.reshape(-1)):
+            if len(tensors) != len(parts) or not same(torch.cat(tensors), value.reshape(-1)):
                 return False
-        elif not all(_same(part, value) for part in parts):
+        elif not all(same(part, value) for part in parts):
             return False
     return all(run.state(piece).keys() == whole.state(0).keys() for piece in pieces)
 
@@ -576,7 +579,8 @@ def _entry(key: str, value: Any, parameter: torch.Tensor) -> StateEntry:
     return StateEntry(key, parameter.ndim, Kind.OTHER, *tensor, dims)
 
 
-def _has_hooks(instance: Optimizer) -> bool:
+def has_hooks(instance: Optimizer) -> bool:
+    """Whether more is called in a step than the class says."""
     return bool(instance._optimizer_step_pre_hooks or instance._optimizer_step_post_hooks or "step" in vars(instance))
 
 
@@ -591,7 +595,7 @@ def _random_numbers_kept(device: torch.device) -> Iterator[Callable[[], bool]]:
 
     before, python, numpy = states(), random.getstate(), np.random.get_state(legacy=False)
     try:
-        yield lambda: not (_same(before, states()) and python == random.getstate() and _same(numpy, np.random.get_state(legacy=False)))
+        yield lambda: not (same(before, states()) and python == random.getstate() and same(numpy, np.random.get_state(legacy=False)))
     finally:
         torch.set_rng_state(before[0])
         if has_generator:

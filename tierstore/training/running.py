@@ -65,10 +65,6 @@ class _Generators:
         current: Any = np.random.get_state()
         return python == random.getstate() and numpy[2:] == current[2:] and bool(np.array_equal(numpy[1], current[1]))
 
-    def is_now(self, device: torch.device) -> bool:
-        """Whether nothing was drawn since."""
-        return self.of_torch.is_now(device) and self.others_are_now()
-
     def set(self, device: torch.device) -> None:
         self.of_torch.set(device)
         if self.others is not None:
@@ -165,8 +161,9 @@ class Call:
             if not index:
                 self._check_closed(result, [*leaves.values(), *mine])
             self._buffers.append(watched.changed())
-            self._random.append(None if generators.is_now(self.tiered.device) else generators)
-            if others and not generators.others_are_now():
+            still = generators.others_are_now()
+            self._random.append(None if still and generators.of_torch.is_now(self.tiered.device) else generators)
+            if not still:
                 drew.append(index)
             return result
 

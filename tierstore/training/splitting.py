@@ -54,12 +54,16 @@ class Arguments:
 
     def rebuild(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """(args, kwargs) with these tensors in place of those that were taken out."""
+        args, kwargs = tree_unflatten(self._with(tensors), self.spec)
+        return args, kwargs
+
+    def _with(self, tensors: Sequence[Tensor]) -> list[Any]:
+        """All leaves, these tensors in their places."""
         leaves = list(self.leaves)
         for positions, tensor in zip(self.where, tensors, strict=True):
             for position in positions:
                 leaves[position] = tensor
-        args, kwargs = tree_unflatten(leaves, self.spec)
-        return args, kwargs
+        return leaves
 
     def check_unchanged(self, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: Sequence[Tensor], layer: str) -> None:
         """Refuse a call that has changed a list or dict that it was given: those were made for it, and whoever has the others sees nothing.
@@ -75,10 +79,7 @@ class Arguments:
         if not self.containers:
             return
         leaves, spec = tree_flatten((args, kwargs))
-        expected = list(self.leaves)
-        for positions, tensor in zip(self.where, tensors, strict=True):
-            for position in positions:
-                expected[position] = tensor
+        expected = self._with(tensors)
         if len(leaves) != len(expected) or any(one is not other for one, other in zip(leaves, expected, strict=True)) or spec != self.spec:
             raise TrainingError(
                 f"{layer!r} changes a list or dict that it was given",

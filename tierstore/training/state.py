@@ -48,14 +48,18 @@ def write_state(store: TierStore, tensors: dict[str, Tensor]) -> None:
     pieces = {f"{BLOCK}/{number}" if number else BLOCK: piece for number, piece in enumerate(payload.split(length))}
     if _holds(store, pieces):
         return  # not to be a change since the last commit
-    for name in [name for name in store if name == BLOCK or name.startswith(f"{BLOCK}/")]:
+    for name in _names(store):
         store.delete(name)
     for name, piece in pieces.items():
         store.put(name, piece)
 
 
+def _names(store: TierStore) -> list[str]:
+    return [name for name in store if name == BLOCK or name.startswith(f"{BLOCK}/")]
+
+
 def _holds(store: TierStore, pieces: Mapping[str, Tensor]) -> bool:
-    if pieces.keys() != {name for name in store if name == BLOCK or name.startswith(f"{BLOCK}/")}:
+    if pieces.keys() != set(_names(store)):
         return False
     present = {name: store.read(name) for name in pieces}
     return all(isinstance(have, Tensor) and torch.equal(have, pieces[name]) for name, have in present.items())
@@ -279,8 +283,7 @@ class State:
                 remedy="make it as it was made for the commit, or give it another name= to begin anew",
             )
         optimizer.clipped = [self._unpack_clipped(each) for each in found["clipped"]]
-        if "attributes" in found:
-            optimizer.attributes.update(self._unpack(found["attributes"]))
+        optimizer.go_on()
         if [chunk["pieces"].keys() for chunk in found["chunks"].values()] == [
             {piece.key for piece in chunk.pieces} for chunk in optimizer.chunks
         ]:
@@ -331,6 +334,7 @@ class State:
                 with damaged_unless_sound():
                     for group, packed in zip(optimizer.param_groups, found["groups"], strict=True):
                         group.update({key: value for key, value in self._unpack(packed).items() if key != "params"})
+                    optimizer.attributes.update(self._unpack(found.get("attributes", {})))
         for name, each in objects.items():
             each.load_state_dict(self._unpack(stored[name]))
         numbers = self._found["random"]

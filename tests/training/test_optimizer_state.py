@@ -22,11 +22,7 @@ from tierstore.training import Tiered, TieredOptimizer, attach
 LAYERS = 3
 
 
-@pytest.fixture
-def store() -> Iterator[TierStore]:
-    with opened() as store:
-        yield store
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 Options = dict[str, Any]
 
@@ -172,6 +168,116 @@ def test_what_an_optimizer_counts_goes_on_from_a_commit(factory: Any, when: str,
             store.commit()
             if last:
                 assert_equal(tiered, plain)
+
+
+class CountingAsMade(Separate):
+    """Has an option that is no default, but put into the group when it is made."""
+
+    def __init__(self, params: Any, lr: float = 1e-2) -> None:
+        super().__init__(params, lr)
+        for group in self.param_groups:
+            group["made"] = [0]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["made"][0] += 1
+        for group, parameter in self.with_gradient():
+            parameter.add_(parameter.grad, alpha=-group["lr"] / group["made"][0])
+
+
+class Late(Separate):
+    """Changes nothing of a group or of itself for so long that nobody looks any more."""
+
+    def update(self, group: Options, parameter: Tensor, state: Options) -> None:
+        state["times"] = state.get("times", 0) + 1
+        parameter.add_(parameter.grad, alpha=-group["lr"])
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step()
+        for group in self.param_groups:
+            if any(state.get("times") == 4 for state in self.state.values()):
+                group["lr"] *= 0.1
+                self.late = True
+
+
+class MadeAtCountZero(Separate):
+    """Makes state in the first step only, as its count tells."""
+
+    def __init__(self, params: Any, lr: float = 1e-2) -> None:
+        super().__init__(params, lr, count=0)
+        self.calls: dict[str, int] = {}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.calls["all"] = self.calls.get("all", 0) + 1
+        for group, parameter in self.with_gradient():
+            if group["count"] == 0:
+                self.state[parameter]["mean"] = torch.zeros_like(parameter)
+            mean = self.state[parameter]["mean"].mul_(0.9).add_(parameter.grad)
+            parameter.add_(mean, alpha=-group["lr"] / self.calls["all"])
+        for group in self.param_groups:
+            group["count"] += 1
+
+
+@pytest.mark.parametrize("when", ["step", "deferred", "backward"])
+@pytest.mark.parametrize("factory", [CountingAsMade, Late, MadeAtCountZero])
+def test_what_is_changed_is_found_whenever_and_wherever_it_is(factory: Any, when: str, tmp_path: Path) -> None:
+    both(tmp_path, [(factory, {}, None)], when=when, steps=6)
+
+
+@pytest.mark.parametrize("load", [False, True])
+def test_state_made_in_the_first_step_only(load: bool, tmp_path: Path) -> None:
+    """Going on from a commit, or from state that is loaded, there is no first step any more."""
+    steps = list(batches("stack", 4, 4))
+    plain = stacked()
+    resident = MadeAtCountZero(plain.parameters())
+    run(plain, resident, steps[:2])
+    with opened(tmp_path / "first") as store:
+        model, tiered, optimizer = attached(store, MadeAtCountZero, when="deferred")
+        run(model, optimizer, steps[:2])
+        state = optimizer.state_dict()
+        weights = {name: value.clone() for name, value in plain.state_dict().items()}
+        store.commit()
+    if load:  # as in plain torch, attributes begin anew
+        resident = MadeAtCountZero(plain.parameters())
+        resident.load_state_dict(copy.deepcopy(state))
+    with opened(tmp_path / ("other" if load else "first")) as store:
+        model = stacked()
+        model.load_state_dict(weights)
+        tiered = attach(model, store, list(model.layers))  # type: ignore[arg-type]
+        optimizer = TieredOptimizer(tiered, MadeAtCountZero, when="deferred")
+        if load:
+            optimizer.load_state_dict(state)
+        else:
+            tiered.resume()
+        run(plain, resident, steps[2:])
+        run(model, optimizer, steps[2:])
+        assert optimizer.attributes["calls"] == resident.calls
+        assert optimizer.param_groups[0]["count"] == resident.param_groups[0]["count"] == 4
+        assert_equal(tiered, plain)
+
+
+class Tabulating(torch.optim.SGD):
+    """Remembers which parameters it has seen."""
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, **options)
+        self.seen: dict[Tensor, int] = {}
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for parameter in self.param_groups[0]["params"]:
+            self.seen[parameter] = self.seen.get(parameter, 0) + 1
+        super().step()
+
+
+def test_attributes_that_mean_nothing_to_another_instance_are_told(store: TierStore, caplog: pytest.LogCaptureFixture) -> None:
+    model, _, optimizer = attached(store, Tabulating, lr=0.1)
+    run(model, optimizer, list(batches("stack", 2, 4)))
+    told = [record.getMessage() for record in caplog.records if "attributes of its own" in record.getMessage()]
+    assert len(told) == 1
+    assert "Tabulating changes attributes of its own in step() that are no plain data (seen)" in told[0]
 
 
 class Halving(Separate):
