@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tests.training.harness import same
 from tests.training.models import batches, build
 from tests.training.pair import Pair, opened
-from tests.training.test_optimizers import Counting, both
+from tests.training.test_optimizers import Counting, Started, both
 from tierstore import TierStore
 from tierstore.errors import OptionError, TrainingError
 from tierstore.training import Tiered, TieredOptimizer, attach
@@ -471,17 +471,17 @@ def failing(original: Callable[..., Any], call: int, wanted: Callable[..., bool]
     return wrapper
 
 
+@pytest.mark.parametrize("call", ["declare", "lease"])
 @pytest.mark.parametrize("master", [False, True])
-def test_state_for_which_there_was_no_room_is_not_lost(master: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_state_for_which_there_was_no_room_is_not_lost(call: str, master: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Put off, no update is lost by it: the weights are updated already, and their new state waits beside the store."""
     with opened(tmp_path) as store:
         pair = Pair(store, master=master)
         pair.backward()
         pair.step()
         with monkeypatch.context() as patch:
-            patch.setattr(
-                pair.tiered.buffers, "declare", failing(pair.tiered.buffers.declare, 2, lambda name, *_: name.startswith("optimizer/"))
-            )
+            original = getattr(pair.tiered.buffers, call)
+            patch.setattr(pair.tiered.buffers, call, failing(original, 2, lambda *names: names[0].startswith("optimizer/")))
             with pytest.raises(torch.OutOfMemoryError):
                 pair.tiered.finish()
         pair.zero_grad()
@@ -491,12 +491,12 @@ def test_state_for_which_there_was_no_room_is_not_lost(master: bool, tmp_path: P
         pair.assert_usable()
 
 
-@pytest.mark.parametrize("factory", [torch.optim.Adagrad, torch.optim.AdamW])
+@pytest.mark.parametrize("factory", [Started, torch.optim.AdamW])
 @pytest.mark.parametrize("master", [False, True])
 def test_a_step_that_failed_before_it_began_has_made_nothing(
     factory: Any, master: bool, store: TierStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Adagrad makes its state when it is made: that is not lost with a gradient for which there was no memory."""
+    """Some classes make state when they are made: that is not lost with a gradient for which there was no memory."""
     pair = Pair(store, factory=factory, master=master)
     pair.backward()
     pair.step()
@@ -553,7 +553,21 @@ def test_an_optimizer_made_while_another_has_put_off_updates(store: TierStore) -
 # -- state that is loaded ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("factory", [torch.optim.NAdam, torch.optim.ASGD, torch.optim.AdamW])
+class Integers(Separate):
+    """Counts in whole numbers: for each parameter, and for each of its elements."""
+
+    def update(self, group: Options, parameter: Tensor, state: Options) -> None:
+        assert parameter.grad is not None
+        if not state:
+            state["all"], state["each"] = torch.zeros((), dtype=torch.int64), torch.zeros_like(parameter, dtype=torch.int64)
+            state["step"] = torch.zeros(())
+        state["all"] += 1
+        state["step"] += 1
+        state["each"] += (parameter.grad > 0).to(state["each"].dtype)
+        parameter.sub_(group["lr"] * parameter.grad / (state["all"] + state["step"] + state["each"]).to(parameter.dtype))
+
+
+@pytest.mark.parametrize("factory", [torch.optim.NAdam, torch.optim.ASGD, torch.optim.AdamW, Integers])
 def test_state_is_loaded_as_torch_loads_it(factory: Any, store: TierStore) -> None:
     """Torch gives all but steps the dtype of the parameters, scalars too."""
     steps = [(inputs.bfloat16(), targets) for inputs, targets in batches("stack", 4, 4)]
@@ -563,6 +577,8 @@ def test_state_is_loaded_as_torch_loads_it(factory: Any, store: TierStore) -> No
     model, tiered, optimizer = attached(store, factory, torch.bfloat16, lr=0.01)
     for other in (resident, optimizer):
         other.load_state_dict(copy.deepcopy(first.state_dict()))
+    dtypes = [{key: value.dtype for key, value in state.items()} for state in resident.state_dict()["state"].values()]
+    assert [{key: value.dtype for key, value in state.items()} for state in optimizer.state_dict()["state"].values()] == dtypes
     run(plain, resident, steps[2:])
     run(model, optimizer, steps[2:])
     assert_equal(tiered, plain)
