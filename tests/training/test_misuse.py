@@ -632,6 +632,23 @@ def test_an_exception_in_a_step(when: str, master: bool, error: type[BaseExcepti
     assert_clean(pair)
 
 
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("when", ["step", "deferred"])
+def test_an_exception_in_the_rehearsal_of_a_step(when: str, error: type[BaseException], store: TierStore) -> None:
+    """Nothing is updated yet: `step()` can be called again."""
+    Breaking.fault = fault = Fault()
+    pair = Pair(store, when=when, factory=Breaking)
+    pair.advance(2)
+    pair.backward()
+    fault.arm(error("struck"))
+    with pytest.raises(error, match="struck"):
+        pair.optimizer.step()
+    pair.assert_same_gradients()
+    pair.step()
+    pair.zero_grad()
+    pair.assert_usable()
+
+
 @pytest.mark.parametrize("master", [False, True])
 def test_an_update_put_off_that_an_exception_struck_is_not_made_twice(master: bool, store: TierStore) -> None:
     """Chunks that were updated before it are passed by, those behind it follow, and only the one that it struck has no update."""
@@ -712,7 +729,7 @@ def test_weights_whose_rewriting_failed_are_made_whole_before_anybody_sees_them(
             pair = Pair(store, when=when, factory=Breaking, master=True)
             pair.advance(2)
             pair.model(*pair.batch()).backward()
-            fault.arm(ValueError("struck"))
+            fault.arm(ValueError("struck"), after=1)  # the first is the rehearsal, before anything is updated
             failing = mock.patch.object(TieredOptimizer, "_rewrite", side_effect=TransferError("and so did this"))
             with failing, pytest.raises(TransferError, match="and so did this"):
                 pair.optimizer.step()

@@ -665,20 +665,3 @@ def test_an_epsilon_that_the_first_parameters_dtype_decides(tmp_path: Path) -> N
             TieredOptimizer(tiered, torch.optim.Adafactor)
         assert "eps=" in str(caught.value.remedy)
         TieredOptimizer(tiered, torch.optim.Adafactor, eps=(1e-8, 1e-3))
-
-
-class CountingByItself(torch.optim.SGD):
-    """Keeps a count where nobody looks for it."""
-
-    count = 0
-
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        self.count += 1
-        super().step()
-
-
-def test_counts_in_attributes_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model = build("stack")
-    with TierStore("1MiB", "8MiB", tmp_path / "swap", device="cpu") as store:
-        TieredOptimizer(attach(model, store, model.layers), CountingByItself, lr=0.1)  # type: ignore[arg-type]
-    assert "CountingByItself changes attributes of its own in step() (count)" in caplog.text

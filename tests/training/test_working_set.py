@@ -74,4 +74,5 @@ def test_what_is_taken_beside_the_budget(
     )
     peak = measured(rows, micro_batch, when, activations, masters, tmp_path / "swap")
     assert peak <= bytes_outside(shapes)
-    assert peak > 0.5 * bytes_outside(shapes), "the formula promises nothing"
+    # With one micro-batch there are no sums over several, and an update's gradients are gone before the next chunk's come.
+    assert peak > 0.45 * bytes_outside(shapes), "the formula promises nothing"

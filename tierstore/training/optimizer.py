@@ -34,12 +34,13 @@ from torch import Tensor
 from tierstore.catalog import PAGE, TENSOR_ALIGNMENT, round_up
 from tierstore.errors import CapacityError, OptionError, TrainingError
 from tierstore.residency import Tier
-from tierstore.training.chunks import MASTER, PREFIX, Chunk, Factory, New, Stepper, cut, in_group, own_options
+from tierstore.training.chunks import MASTER, PREFIX, Chunk, Stepper, cut
 from tierstore.training.gradients import Part, Sums
+from tierstore.training.instances import Factory, Hyper, Rehearsal, in_group, may_change, own_options
 from tierstore.training.layers import Tiered
 from tierstore.training.parameters import grouped
 from tierstore.training.pieces import Piece, Stored, gather
-from tierstore.training.probe import MAX_NDIM, Kind
+from tierstore.training.probe import MAX_NDIM, SHAPES, Kind
 from tierstore.training.rules import Rules, resolved_implementation, rules_of
 from tierstore.training.structure import Weight, WeightBlock
 from tierstore.training.surroundings import Autocast
@@ -61,7 +62,7 @@ class Job:
     """An update of one block that is to be carried out.
 
     Attributes:
-        hyper: The groups' options.
+        hyper: Options and attributes.
         coefficients: Clip coefficients, in the order in which to multiply by them.
         gradients: Which weights have a gradient, by part.
         autocast: As it was when `step()` was called: a deferred update is carried out in the middle of a forward pass.
@@ -71,12 +72,11 @@ class Job:
         torn: An attempt at it has left the block of weights without content; all of it is in the masters.
     """
 
-    hyper: list[dict[str, Any]]
+    hyper: Hyper
     coefficients: list[Coefficient]
     gradients: dict[Part, set[Weight]]
     autocast: Autocast
     detached: bool = False
-    changed: dict[int, dict[str, Any]] = field(default_factory=dict)
     begun: set[Chunk] = field(default_factory=set)
     failed: bool = False
     torn: bool = False
@@ -172,14 +172,6 @@ class TieredOptimizer(torch.optim.Optimizer):
         self._rules: dict[tuple[int, torch.dtype], Rules] = {
             (group, dtype): rules_of(factories[group], options, dtype, tiered.device) for group, dtype in kinds
         }
-        own = sorted({attribute for rules in self._rules.values() for attribute in rules.changed_attributes})
-        if own:
-            log.warning(
-                "%s changes attributes of its own in step() (%s): each part of the parameters has its own, and no commit has them. "
-                "Keep such values in param_groups or in the state",
-                factory_name(factory),
-                ", ".join(own),
-            )
         self._writes_gradients = any(rules.writes_gradients for rules in self._rules.values())
         likes = [torch.empty(0, dtype=master_dtype or weight.dtype, device=tiered.device) for weight in weights]
         self._implementation = resolved_implementation(factory, options, likes)
@@ -187,16 +179,20 @@ class TieredOptimizer(torch.optim.Optimizer):
         self._check_accepted(factory_name(factory), weights)
         like = next(iter(weights))
         sample = torch.zeros([1] * len(like.shape), dtype=master_dtype or like.dtype, device=tiered.device)
-        defaults = factory([sample], **options).defaults
-        super().__init__(groups, defaults)
-        self._stepper = Stepper(tiered.buffers, factories, {**options, **self._implementation}, master_dtype, factory_name(factory))
+        made = factory([sample], **options)
+        super().__init__(groups, made.defaults)
+        options = {**options, **self._implementation}
+        self._stepper = Stepper(tiered.buffers, factories, options, master_dtype, factory_name(factory))
+        self._rehearsal = Rehearsal(factories, options, self._samples()) if may_change(made) else None
+        self._attributes: dict[str, Any] = {}
         self._coefficients: list[Coefficient] = []
         self._norms: dict[Weight, Tensor] = {}
         self._norm_type: float | None = None
         self._pending: dict[WeightBlock, Job] = {}
         self._updated: set[WeightBlock] = set()
-        self._changed: list[Job] = []  # whose changes of options hold from the next step() on
+        self._stepped: set[int] = set()  # groups that had gradients since the last step()
         self._chunks: dict[WeightBlock, list[Chunk]] = {}
+        tiered.finish()  # what other optimizers have put off is for gradients in the pieces in which they are
         self._cut()
         tiered.state.restore_optimizer(self)
         tiered.optimizers.append(self)
@@ -333,6 +329,7 @@ class TieredOptimizer(torch.optim.Optimizer):
                 remedy="use when='deferred' to accumulate gradients over several backward passes",
             )
         self._updated.add(block)
+        self._stepped.update(self._weights[weight] for weight in mine)
         job = Job(self._snapshot(), [], {}, Autocast.off(self.tiered.device.type))
         self._run(block, job, mine)
         return {weight: grad for weight, grad in sums.items() if weight not in mine}
@@ -378,14 +375,18 @@ class TieredOptimizer(torch.optim.Optimizer):
         coefficients = list(self._coefficients)
         self._norms.clear()
         self._updated.clear()
+        jobs: dict[WeightBlock, Job] = {}
         for block, chunks in self._chunks.items():
             found: dict[Part, set[Weight]] = {}
             for chunk in chunks:
                 if chunk.part is not None and chunk.part.present:
                     found[chunk.part] = set(chunk.part.present)
-            if not found:
-                continue
-            job = Job(hyper, coefficients, found, autocast)
+                    self._stepped.add(chunk.group)
+            if found:
+                jobs[block] = Job(hyper, coefficients, found, autocast)
+        self._rehearse(hyper)
+        self._stepped.clear()
+        for block, job in jobs.items():
             if self.when == "step":
                 self._run(block, job)
             else:
@@ -498,11 +499,10 @@ class TieredOptimizer(torch.optim.Optimizer):
                     self.tiered.store.engine.unsettled.pop(block.name, None)
 
     def finish(self) -> None:
-        """Carry out all that is pending, and have the groups' options as the steps have left them."""
+        """Carry out all that is pending, and have all state in the store."""
         self.settle(list(self._pending))
-        for job in self._changed:
-            self._note_changed(job)
-        self._changed.clear()
+        for chunk in self.chunks:
+            self._stepper.keep(chunk)
 
     def _run(self, block: WeightBlock, job: Job, given: Sums | None = None) -> None:
         """Update one block.
@@ -522,24 +522,48 @@ class TieredOptimizer(torch.optim.Optimizer):
             raise
         if job.detached and job.failed:
             self.tiered.buffers.give_up([part.name for part in job.gradients if not part.present])
-        if job.changed:
-            self._changed.append(job)
 
-    def _snapshot(self) -> list[dict[str, Any]]:
+    def _snapshot(self) -> Hyper:
         """The options of all groups, now. Which implementation is not left to each chunk: it would choose by what it has of a group."""
-        return [
+        options = [
             {
                 **own_options({key: value for key, value in group.items() if key not in ("params", "param_names")}),
                 **(self._implementation if group.get("foreach") is None and group.get("fused") is None else {}),
             }
             for group in self.param_groups
         ]
+        return Hyper(options, own_options(self._attributes))
 
-    def _note_changed(self, job: Job) -> None:
-        """Options that steps have changed, a count of steps for one, are the group's from here on."""
-        for index, changed in job.changed.items():
-            for key, value in changed.items():
-                self.param_groups[index][key] = value
+    def _samples(self) -> list[Tensor]:
+        """By group: a parameter of a shape that the class was seen to take."""
+        firsts = {group: weight for weight, group in reversed(self._weights.items())}
+        return [
+            torch.ones(
+                next(shape for shape in SHAPES if len(shape) == min(len(weight.shape), MAX_NDIM)),
+                dtype=self.master_dtype or weight.dtype,
+                device=self.tiered.device,
+            )
+            for _, weight in sorted(firsts.items(), key=lambda item: item[0])
+        ]
+
+    def _rehearse(self, hyper: Hyper) -> None:
+        """Have options and attributes as the step will leave them. See `instances`, [Note: What steps change beside parameters]."""
+        if self._rehearsal is None:
+            return
+        changed = self._rehearsal.step(hyper, self._stepped)
+        self._attributes.update(changed.attributes)
+        for group, options in zip(self.param_groups, changed.options, strict=True):
+            for key, value in options.items():
+                before = group.get(key)
+                if isinstance(before, Tensor) and isinstance(value, Tensor) and (before.shape, before.dtype) == (value.shape, value.dtype):
+                    before.copy_(value)  # others may hold it
+                else:
+                    group[key] = value
+
+    def go_on(self) -> None:
+        """What it has is of steps taken before."""
+        if self._rehearsal is not None:
+            self._rehearsal.go_on()
 
     def _update(self, block: WeightBlock, job: Job, given: Sums | None) -> None:
         todo: list[tuple[Chunk, set[Weight]]] = []
@@ -568,18 +592,17 @@ class TieredOptimizer(torch.optim.Optimizer):
         together = self._needs(todo[0][0], job, given) if single else _Needs([], [], [])
         names, write = [block.name, *together.names], [block.name, *together.write]
         fresh = [block.name] if overwritten else []
-        new: New = {}
         with self.tiered.buffers.lease_all(names, write=write, fresh=fresh, spent=together.spent) as leased:
             values = leased[block.name]
             try:
                 for chunk, weights in todo:
                     if single:
-                        new = self._update_chunk(chunk, weights, values, leased, job, given)
+                        self._update_chunk(chunk, weights, values, leased, job, given)
                     else:
                         needs = self._needs(chunk, job, given)
                         with self.tiered.buffers.lease_all(needs.names, write=needs.write, spent=needs.spent) as of_chunk:
-                            made = self._update_chunk(chunk, weights, values, of_chunk, job, given)
-                        self._stepper.keep(chunk, made)
+                            self._update_chunk(chunk, weights, values, of_chunk, job, given)
+                        self._stepper.keep(chunk)
                     if overwritten and len(weights) < len({piece.weight for piece in chunk.pieces}):
                         self._rewrite([chunk], values)
                 if torn:
@@ -593,9 +616,9 @@ class TieredOptimizer(torch.optim.Optimizer):
         job.torn = False
         if failure is not None:
             raise failure
-        if new:
+        if single:
             try:
-                self._stepper.keep(todo[0][0], new)
+                self._stepper.keep(todo[0][0])
             except BaseException:
                 job.failed = True
                 raise
@@ -620,8 +643,8 @@ class TieredOptimizer(torch.optim.Optimizer):
         leased: Mapping[str, Mapping[str, Tensor]],
         job: Job,
         given: Sums | None,
-    ) -> New:
-        """Step on what is leased. Returns state that the step has made."""
+    ) -> None:
+        """Step on what is leased."""
 
         def gradient(piece: Piece) -> Tensor:
             if given is not None:
@@ -632,10 +655,7 @@ class TieredOptimizer(torch.optim.Optimizer):
             return self._prepared(raw, piece.weight, job.coefficients)
 
         gradients = dict.fromkeys(weights, gradient)
-        changed, new = self._stepper.step(chunk, values, gradients, leased, job.hyper[chunk.group], lambda: job.begun.add(chunk))
-        if changed:
-            job.changed.setdefault(chunk.group, {}).update(changed)
-        return new
+        self._stepper.step(chunk, values, gradients, leased, job.hyper, lambda: job.begun.add(chunk))
 
     def _rewrite(self, chunks: Iterable[Chunk], values: Mapping[str, Tensor]) -> None:
         """Narrow masters into weights that no step has written."""
@@ -727,10 +747,13 @@ class TieredOptimizer(torch.optim.Optimizer):
         found: dict[str, Any] = {}
         parts: dict[str, list[Tensor]] = {}
         for chunk, piece in pieces:
+            self._stepper.keep(chunk)
             found.update(chunk.values[piece])
             blocks: dict[str, Any] = {name: self.tiered.store.read(name) for name in dict.fromkeys(chunk.tensors[piece].values())}
             for key, name in chunk.tensors[piece].items():
                 parts.setdefault(key, []).append(blocks[name][f"{key}.{piece.key}"])
+        if not found and not parts and self._rules_for(weight).state_at_construction:
+            value = self.tiered.store.read(weight.block.name)[weight.name]  # type: ignore[index]
         if not found and not parts and self._rules_for(weight).state_at_construction:
             value = self.tiered.store.read(weight.block.name)[weight.name]  # type: ignore[index]
             leaf = value.to(self.tiered.device, self.master_dtype or weight.dtype)
@@ -786,17 +809,24 @@ class TieredOptimizer(torch.optim.Optimizer):
         for group, loaded in zip(self.param_groups, groups, strict=True):
             for parameter, number in zip(group["params"], loaded["params"], strict=True):
                 weights[by_stand_in[parameter]] = number
+        masters = state_dict.get("masters")
+        for weight, number in weights.items():
+            self._check_loaded(weight, {**state_dict["state"].get(number, {}), MASTER: (masters or {}).get(number)})
+        for group, loaded in zip(self.param_groups, groups, strict=True):
             # Copies: a schedule writes into a learning rate that is a tensor, and must not reach what was loaded.
             group.update(own_options({key: value for key, value in loaded.items() if key not in ("params", "param_names")}))
-        masters = state_dict.get("masters", {})
+        if state_dict["state"]:
+            self.go_on()
         for chunks in self._chunks.values():
             for chunk in chunks:
                 new: dict[tuple[Piece, str], Tensor] = {}
                 values: dict[Piece, dict[str, Any]] = {piece: {} for piece in chunk.pieces}
+                # Torch's own state has no masters: those that are there stay, as parameters do.
+                present = self._masters_of(chunk) if masters is None else {}
                 for piece in chunk.pieces:
                     number = weights[piece.weight]
                     found = dict(state_dict["state"].get(number, {}))
-                    if self.master_dtype is not None and number in masters:
+                    if self.master_dtype is not None and masters is not None and number in masters:
                         found[MASTER] = masters[number]
                     for key, value in found.items():
                         if not isinstance(value, Tensor):
@@ -804,19 +834,54 @@ class TieredOptimizer(torch.optim.Optimizer):
                         elif value.numel() > 1:
                             new[piece, key] = self._cast(piece.of(value.contiguous()), piece.weight, key)
                         else:
-                            device = self.tiered.device if self._is_moved(chunk, key) else value.device
-                            values[piece][key] = self._cast(value, piece.weight, key).to(device, copy=True)
+                            values[piece][key] = self._cast(value, piece.weight, key).clone()
+                    if piece in present and present[piece].numel() > 1:
+                        new[piece, MASTER] = present[piece]
+                    elif piece in present:
+                        values[piece][MASTER] = present[piece]
                 self._stepper.replace(chunk, new, values)
 
-    def _cast(self, value: Tensor, weight: Weight, key: str) -> Tensor:
-        """As torch does with the state that it loads: all but counts of steps has the parameter's dtype, also what is a single number."""
-        dtype = self.master_dtype or weight.dtype
-        return value.to(dtype) if dtype.is_floating_point and key != "step" else value
+    def _check_loaded(self, weight: Weight, state: Mapping[str, Any]) -> None:
+        """Refuse state of a parameter of another shape: it would be found out only in the middle of a step.
 
-    def _is_moved(self, chunk: Chunk, key: str) -> bool:
-        """Whether torch takes a number of the state that it loads to the device."""
-        group = self.param_groups[chunk.group]
-        return key != "step" or bool(group.get("capturable") or group.get("fused"))
+        Raises:
+            TrainingError: It is.
+        """
+        ndim = min(len(weight.shape), MAX_NDIM)
+        alike = {MASTER, *(entry.key for entry in self._rules_for(weight).entries if entry.kind is Kind.SAME and entry.ndim == ndim)}
+        for key, value in state.items():
+            if key in alike and isinstance(value, Tensor) and value.shape != weight.shape:
+                raise TrainingError(
+                    f"the state {key!r} of parameter {weight.name!r} is of a parameter of another shape",
+                    need=str(tuple(weight.shape)),
+                    have=str(tuple(value.shape)),
+                    remedy="load state of the same model, with its parameters in the same order",
+                )
+
+    def _masters_of(self, chunk: Chunk) -> dict[Piece, Tensor]:
+        """Copies of what there is of masters."""
+        found: dict[Piece, Tensor] = {}
+        for piece in chunk.pieces:
+            if MASTER in chunk.tensors[piece]:
+                block = self.tiered.store.read(chunk.tensors[piece][MASTER])
+                assert isinstance(block, dict)
+                found[piece] = block[f"{MASTER}.{piece.key}"]
+            elif MASTER in chunk.values[piece]:
+                found[piece] = chunk.values[piece][MASTER]
+        return found
+
+    def _cast(self, value: Tensor, weight: Weight, key: str) -> Tensor:
+        """As torch does with the state that it loads: whatever else it is, it gets the parameter's dtype and comes to its device.
+
+        Not counts of steps: 16 bits could not count far, and a kernel that takes one tensor at a time reads them on the host. Fused and
+        captured kernels read them on the device, in fp32.
+        """
+        dtype = self.master_dtype or weight.dtype
+        if key != "step":
+            # What has more elements is copied into the store, wherever it is.
+            return value.to(dtype) if value.numel() > 1 else value.to(self.tiered.device, dtype)
+        group = self.param_groups[self._weights[weight]]
+        return value.to(self.tiered.device, torch.float32) if group.get("fused") or group.get("capturable") else value
 
     def let_go(self) -> None:
         """The model is detached: state stays in the store, and is of no use to this object any more."""
@@ -836,6 +901,11 @@ class TieredOptimizer(torch.optim.Optimizer):
             self._stepper.replace(chunk, new, own)
         for name in dict.fromkeys(each.block for each in stored):
             self.tiered.buffers.delete(name)
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """What steps have changed of attributes of instances. See `instances`, [Note: What steps change beside parameters]."""
+        return self._attributes
 
     @property
     def clipped(self) -> list[Coefficient]:

@@ -47,7 +47,7 @@ FUSED_ON_GPU = 4  # elements that the fused kernels compute at a time there, of 
 PLAIN = (bool, int, float, str, type(None))
 
 # What torch's base class keeps on an instance for itself.
-_OF_TORCH = frozenset({"state", "param_groups", "defaults", "_need_device_dtype_check_for_fused", "_warned_capturable_if_run_uncaptured"})
+OF_TORCH = frozenset({"state", "param_groups", "defaults", "_need_device_dtype_check_for_fused", "_warned_capturable_if_run_uncaptured"})
 
 
 class Kind(Enum):
@@ -182,6 +182,7 @@ class _Run:
     replaced_state: frozenset[str] = frozenset()
     replaces_parameters: bool = False
     writes_gradients: bool = False
+    moves_without_gradient: bool = False
 
     def state(self, number: int) -> Mapping[Any, Any]:
         found: Mapping[Any, Any] = self.instance.state.get(self.parameters[number], {})
@@ -211,6 +212,14 @@ def _look(factory: Factory, options: Mapping[str, Any], dtype: torch.dtype, devi
                 remedy="use an optimizer without randomness",
                 optimizer=name,
             )
+        if run.moves_without_gradient:
+            raise OptionError(
+                f"{name} changes parameters that have no gradient",
+                need="an optimizer that passes by a parameter without a gradient, and its state",
+                have=f"{name}, which changes one of them: nothing is fetched of layers that had no part in a backward pass",
+                remedy="skip parameters whose grad is None",
+                optimizer=name,
+            )
         _check_updates_are_not_lost(run.instance, dtype, device, name)
         _check_state(run, name)
         if not _same_when_alone(run, alone):
@@ -234,7 +243,7 @@ def _look(factory: Factory, options: Mapping[str, Any], dtype: torch.dtype, devi
         replaced_state=tuple(sorted(run.replaced_state)),
         replaces_parameters=run.replaces_parameters,
         writes_gradients=run.writes_gradients,
-        has_hooks=_has_hooks(instance),
+        has_hooks=has_hooks(instance),
         multiple=multiple,
         ranges_agree=ranges_agree,
     )
@@ -363,7 +372,7 @@ def _make(factory: Factory, options: Mapping[str, Any], samples: Sequence[_Sampl
 def _run(factory: Factory, options: Mapping[str, Any], samples: Sequence[_Sample], name: str, *, watch: bool = False) -> _Run:
     """Let an instance take all steps; `watch` notes what each changes."""
     instance, parameters = _make(factory, options, samples, name)
-    run = _Run(instance, parameters, _snapshot(instance.param_groups[0]), state_at_construction=bool(instance.state))
+    run = _Run(instance, parameters, snapshot(instance.param_groups[0]), state_at_construction=bool(instance.state))
     for step in range(NUM_STEPS):
         for parameter, sample in zip(parameters, samples, strict=True):
             parameter.grad = _copy(sample.gradients[step])
@@ -378,10 +387,16 @@ def _watched_step(run: _Run, gradients: Sequence[torch.Tensor | None]) -> None:
     instance = run.instance
     places = [_place(parameter) for parameter in run.parameters]
     before = {(number, key): (value, _place(value)) for number in range(len(places)) for key, value in run.state(number).items()}
-    group, attributes = _snapshot(instance.param_groups[0]), _snapshot(vars(instance))
+    group, attributes = snapshot(instance.param_groups[0]), snapshot(vars(instance))
+    idle = [number for number, gradient in enumerate(gradients) if gradient is None]
+    values, states = [_copy(run.parameters[number].detach()) for number in idle], [snapshot(run.state(number)) for number in idle]
     instance.step()
-    run.changed_options |= _changed(group, instance.param_groups[0])
-    run.changed_attributes |= _changed(attributes, vars(instance)) - _OF_TORCH
+    for number, value, state in zip(idle, values, states, strict=True):
+        present = run.state(number)
+        kept = all(key in present and same(present[key], state[key]) for key in state)
+        run.moves_without_gradient |= not (kept and same(run.parameters[number], value))
+    run.changed_options |= changed(group, instance.param_groups[0])
+    run.changed_attributes |= changed(attributes, vars(instance)) - OF_TORCH
     for number, parameter in enumerate(run.parameters):
         run.replaces_parameters |= _place(parameter) != places[number]
         run.writes_gradients |= not same(parameter.grad, gradients[number])
@@ -400,7 +415,9 @@ def _copy(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.clone()
 
 
-def _snapshot(values: Mapping[str, Any]) -> dict[str, Any]:
+def snapshot(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Options or attributes as they are now, for `changed`."""
+
     def kept(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return value.detach().clone()
@@ -410,10 +427,11 @@ def _snapshot(values: Mapping[str, Any]) -> dict[str, Any]:
             return {key: kept(inner) for key, inner in value.items()}
         return copy.copy(value) if isinstance(value, set | np.ndarray) else value
 
-    return {key: kept(value) for key, value in values.items() if key != "params" and key not in _OF_TORCH}
+    return {key: kept(value) for key, value in values.items() if key != "params" and key not in OF_TORCH}
 
 
-def _changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> frozenset[str]:
+def changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> frozenset[str]:
+    """Which have come or have another value since the snapshot."""
     return frozenset(key for key in after if key != "params" and (key not in before or not same(before[key], after[key])))
 
 
@@ -565,7 +583,8 @@ def _entry(key: str, value: Any, parameter: torch.Tensor) -> StateEntry:
     return StateEntry(key, parameter.ndim, Kind.OTHER, *tensor, dims)
 
 
-def _has_hooks(instance: Optimizer) -> bool:
+def has_hooks(instance: Optimizer) -> bool:
+    """Whether more is called in a step than the class says."""
     return bool(instance._optimizer_step_pre_hooks or instance._optimizer_step_post_hooks or "step" in vars(instance))
 
 

@@ -194,6 +194,7 @@ class State:
             "master_dtype": pack(optimizer.master_dtype, tensors),
             "clipped": [self._pack_clipped(each, tensors) for each in optimizer.clipped],
             "groups": [pack(group, tensors, f"optimizer {optimizer.name!r}") for group in groups],
+            "attributes": pack(optimizer.attributes, tensors, f"optimizer {optimizer.name!r}"),
             "chunks": {chunk.name: self._describe_chunk(chunk, tensors) for chunk in optimizer.chunks},
         }
 
@@ -282,6 +283,7 @@ class State:
                 remedy="make it as it was made for the commit, or give it another name= to begin anew",
             )
         optimizer.clipped = [self._unpack_clipped(each) for each in found["clipped"]]
+        optimizer.go_on()
         if [chunk["pieces"].keys() for chunk in found["chunks"].values()] == [
             {piece.key for piece in chunk.pieces} for chunk in optimizer.chunks
         ]:
@@ -332,6 +334,7 @@ class State:
                 with damaged_unless_sound():
                     for group, packed in zip(optimizer.param_groups, found["groups"], strict=True):
                         group.update({key: value for key, value in self._unpack(packed).items() if key != "params"})
+                    optimizer.attributes.update(self._unpack(found.get("attributes", {})))
         for name, each in objects.items():
             each.load_state_dict(self._unpack(stored[name]))
         numbers = self._found["random"]
