@@ -78,7 +78,7 @@ FRESH_MUTANTS = {
 MUTANTS |= FRESH_MUTANTS
 """Faults planted in tierstore/mover/streams.py, each of which tests/gpu must notice."""
 
-HUNT = "mixed or another_stream or values_from or written_whole or (race_hunt and True and not static)"
+HUNT = "reused_ranges or mixed or another_stream or values_from or written_whole or (race_hunt and True and not static)"
 """The tests that hunt for races."""
 
 DURABLE = (
