@@ -41,6 +41,8 @@ class Streams:
 
     def close(self) -> None:
         self.copies.close()
+        self.host.close()  # else the driver knows its pages still when others lie at the same address
+        self.transfer.close()
 
     def load(self, nbytes: int) -> None:
         """Queue a copy into the first bytes of the device."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tierstore import TierStore
+from tierstore.errors import CapacityError
 from tierstore.training import activations, attach
 
 
@@ -77,4 +78,46 @@ def test_an_input_comes_back_to_such_a_place_as_it_was_in(
             assert grad is not None
             assert want is not None
             assert torch.equal(grad, want), name
+        tiered.detach()
+
+
+def wide(rows: int) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    return nn.Sequential(*[nn.Sequential(nn.Linear(64, 64), nn.Tanh()) for _ in range(5)]), torch.randn(rows, 64)
+
+
+@pytest.mark.parametrize("tier", ["ram", "nvme"])
+def test_an_input_larger_than_the_device(tier: str, device: str, tmp_path: Path) -> None:
+    """It waits in several blocks, and comes back through as much device memory as there is."""
+    model, x = wide(1001)
+    plain = copy.deepcopy(model).to(device)
+    plain(x.to(device)).square().sum().backward()
+    with TierStore(gpu=50_000, ram=4_000_000, nvme=tmp_path, device=device) as store:
+        tiered = attach(model, store, list(model), activations=tier)  # type: ignore[arg-type]
+        for _ in range(2):
+            model.zero_grad()
+            model(x.to(device)).square().sum().backward()
+            kept = [store.info(name).nbytes for name in store if name.startswith("activations/")]
+            assert max(kept) < 50_000 < x.nbytes < sum(kept) / 4
+        for name, parameter in plain.named_parameters():
+            grad, want = tiered.gradient(name), parameter.grad
+            assert grad is not None
+            assert want is not None
+            assert torch.equal(grad, want), name
+        tiered.detach()
+
+
+def test_inputs_for_which_there_is_no_room(tmp_path: Path) -> None:
+    """The part that had been kept is given up, and fewer rows can be trained with."""
+    model, x = wide(1001)
+    with TierStore(gpu=50_000, ram=700_000, nvme=tmp_path, device="cpu") as store:
+        tiered = attach(model, store, list(model), activations="ram")
+        for _ in range(3):
+            with pytest.raises(CapacityError, match="activations/"):
+                model(x)
+            number = sum(name.startswith("activations/") for name in store)
+        model(x[:400]).square().sum().backward()
+        assert sum(name.startswith("activations/") for name in store) <= 2 * number
+        tiered.gradient("0.0.weight")
+        assert not [name for name in store if name.startswith("activations/") and store.info(name).tiers]
         tiered.detach()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from tierstore.catalog import PAGE
 from tierstore.tiers.device import NAMES
 from tierstore.training.leasing import Buffers
 from tierstore.training.packing import is_dense
@@ -22,7 +23,9 @@ SMALL = 1 << 16
 PLACES = 256
 """Kernels choose by where a tensor begins, and then add in another order; none looks beyond multiples of so many bytes."""
 
-Key = tuple[torch.dtype, tuple[int, ...]]
+Key = tuple[torch.dtype, int]
+"""Of blocks that are alike: dtype and number of elements."""
+
 Place = tuple[Any, Any, int, torch.dtype, torch.Size, tuple[int, ...]]
 
 
@@ -31,16 +34,15 @@ class Kept:
     """A tensor that is in the store.
 
     Attributes:
-        name: The block.
-        shape, stride: Of the tensor; the block has the same elements in the order in which they lie in memory.
+        pieces: The blocks and what they are like: the tensor's elements, in the order in which they lie in memory.
+        shape, stride: Of the tensor.
         here: Where it lay on the device, and with which content.
         memory: Tells whether that memory is still the tensor's: what was let go is soon another's.
         place: How far behind a multiple of `PLACES` bytes it began.
         uses: How many calls still need it.
     """
 
-    name: str
-    key: Key
+    pieces: list[tuple[str, Key]]
     shape: torch.Size
     stride: tuple[int, ...]
     here: Place
@@ -55,6 +57,7 @@ class Activations:
     def __init__(self, buffers: Buffers, tier: str) -> None:
         self._buffers = buffers
         self._tier = tier
+        self._piece_bytes = max(PAGE, buffers.chunk_bytes // PAGE * PAGE)
         self._free: dict[Key, list[str]] = {}
         self._count = 0
         self._here: dict[Place, Kept] = {}
@@ -67,7 +70,11 @@ class Activations:
         return _in_memory_order(tensor) is not None
 
     def keep(self, tensor: Tensor) -> Kept:
-        """Copy a tensor that suits into the store. One that several units take is kept once, while any of them needs it."""
+        """Copy a tensor that suits into the store. One that several units take is kept once, while any of them needs it.
+
+        Raises:
+            CapacityError: The tier has no room for it.
+        """
         self._collect()
         memory = StorageWeakRef(tensor.untyped_storage())
         here = (int(memory.cdata), int(tensor.storage_offset()), tensor._version, tensor.dtype, tensor.shape, tensor.stride())
@@ -77,31 +84,55 @@ class Activations:
             return kept
         flat = _in_memory_order(tensor)
         assert flat is not None
-        key = (tensor.dtype, tuple(flat.shape))
+        kept = Kept([], tensor.shape, tensor.stride(), here, memory, tensor.data_ptr() % PLACES)
+        try:
+            for piece in flat.split(self._piece_bytes // flat.element_size()):
+                key = (piece.dtype, piece.numel())
+                name = self._block(key)
+                kept.pieces.append((name, key))
+                with self._buffers.lease(name, write=[name], fresh=[name]) as block:
+                    block["x"].copy_(piece)
+        except BaseException:
+            self.drop(kept)
+            raise
+        self._here[here] = kept
+        return kept
+
+    def _block(self, key: Key) -> str:
+        """One that nobody needs, or a new one."""
         free = self._free.setdefault(key, [])
         if free:
-            name = free.pop()
-        else:
-            name = f"{PREFIX}{self._count}"
-            self._count += 1
-            self._buffers.declare(name, [("x", tensor.dtype, tuple(flat.shape))], hold=self._tier)
-        with self._buffers.lease(name, write=[name], fresh=[name]) as block:
-            block["x"].copy_(flat)
-        self._here[here] = kept = Kept(name, key, tensor.shape, tensor.stride(), here, memory, tensor.data_ptr() % PLACES)
-        return kept
+            return free.pop()
+        name = f"{PREFIX}{self._count}"
+        self._count += 1
+        dtype, numel = key
+        self._buffers.declare(name, [("x", dtype, (numel,))], hold=self._tier)
+        return name
 
     def look_at(self, kept: Kept) -> Tensor:
         """A copy on the device, which will be needed again."""
-        with self._buffers.lease(kept.name) as block:
-            return _copy(block["x"], kept)
+        return self._copy(kept, spend=False)
 
     def take(self, kept: Kept) -> Tensor:
         """A copy on the device, and no more need for this use of it."""
-        last = kept.uses == 1
-        with self._buffers.lease(kept.name, write=[kept.name] if last else [], spent=[kept.name] if last else []) as block:
-            found = _copy(block["x"], kept)
-        self.drop(kept)
-        return found
+        try:
+            return self._copy(kept, spend=kept.uses == 1)
+        finally:
+            self.drop(kept)
+
+    def _copy(self, kept: Kept, *, spend: bool) -> Tensor:
+        """A copy that begins at such a place as the tensor did."""
+        dtype = kept.pieces[0][1][0]
+        numel = sum(length for _, (_, length) in kept.pieces)
+        memory = torch.empty(numel + PLACES // dtype.itemsize, dtype=dtype, device=self._buffers.store.device)
+        skip = (kept.place - memory.data_ptr()) % PLACES // dtype.itemsize
+        start = skip
+        for name, (_, length) in kept.pieces:
+            spent = [name] if spend else []
+            with self._buffers.lease(name, write=spent, spent=spent) as block:
+                memory[start : start + length].copy_(block["x"])
+            start += length
+        return memory.as_strided(kept.shape, kept.stride, skip)
 
     def drop(self, kept: Kept) -> None:
         """One use less. Any thread, also from a finaliser: what it means is seen to later."""
@@ -115,8 +146,9 @@ class Activations:
             if not kept.uses:
                 if self._here.get(kept.here) is kept:
                     del self._here[kept.here]
-                self._free[kept.key].append(kept.name)
-                unneeded.append(kept.name)
+                for name, key in kept.pieces:
+                    self._free[key].append(name)
+                    unneeded.append(name)
         if unneeded:
             self._buffers.give_up(unneeded)
 
@@ -132,14 +164,6 @@ class Activations:
         self._free.clear()
         self._here.clear()
         self._count = 0
-
-
-def _copy(flat: Tensor, kept: Kept) -> Tensor:
-    """A copy that begins at such a place as the tensor did."""
-    memory = torch.empty(flat.numel() + PLACES // flat.element_size(), dtype=flat.dtype, device=flat.device)
-    skip = (kept.place - memory.data_ptr()) % PLACES // flat.element_size()
-    memory[skip : skip + flat.numel()].copy_(flat)
-    return memory.as_strided(kept.shape, kept.stride, skip)
 
 
 def _in_memory_order(tensor: Tensor) -> Tensor | None:

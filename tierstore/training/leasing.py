@@ -17,6 +17,12 @@ from tierstore.tiers.device import NAMES
 
 Tensors = Mapping[str, torch.Tensor]
 
+CHUNK_BYTES = 64_000_000
+"""What may be cut moves in chunks of about so many bytes: large enough for a link's full rate, small enough that a few fit anywhere."""
+
+SHARE = 8
+"""On a small device, a chunk takes at most one part in so many of it."""
+
 
 class _Lease(Use):
     """A lease that keeps what was to be spent when an exception leaves it: whoever was to use it up has not."""
@@ -54,6 +60,16 @@ class Buffers:
 
     def back_to(self, before: int | None) -> None:
         self._owner.ident = before
+
+    @property
+    def device_bytes(self) -> int:
+        """Room for blocks on the device."""
+        return self.store.engine.placement.arenas[Tier.GPU].capacity_bytes
+
+    @property
+    def chunk_bytes(self) -> int:
+        """The most that a chunk takes."""
+        return min(CHUNK_BYTES, self.device_bytes // SHARE)
 
     @property
     def owner(self) -> int:
@@ -96,10 +112,14 @@ class Buffers:
             self.store.delete(name)
         self.store._run(operations.declare(engine, block, self.owner))
         if hold is not None:
-            with engine.lock:
-                record = engine.scheduler.find(name)
-                engine.placement.check_hold(record, Tier(hold))
-                engine.scheduler.set_hold(record, Tier(hold))
+            try:
+                with engine.lock:
+                    record = engine.scheduler.find(name)
+                    engine.placement.check_hold(record, Tier(hold))
+                    engine.scheduler.set_hold(record, Tier(hold))
+            except BaseException:
+                self.store.delete(name)
+                raise
 
     def give_up(self, names: Collection[str] = ()) -> None:
         """Drop the content of blocks, without waiting: what cannot be dropped now is tried again with the next call."""

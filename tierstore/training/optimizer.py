@@ -33,7 +33,6 @@ from torch import Tensor
 
 from tierstore.catalog import PAGE, TENSOR_ALIGNMENT, round_up
 from tierstore.errors import CapacityError, OptionError, TrainingError
-from tierstore.residency import Tier
 from tierstore.training.chunks import MASTER, PREFIX, Chunk, Stepper, cut
 from tierstore.training.gradients import Part, Sums
 from tierstore.training.instances import Factory, Hyper, Rehearsal, in_group, may_change, own_options
@@ -46,12 +45,6 @@ from tierstore.training.structure import Weight, WeightBlock
 from tierstore.training.surroundings import Autocast
 
 log = logging.getLogger("tierstore")
-
-CHUNK_BYTES = 64_000_000
-"""State moves in chunks of about so many bytes: large enough for a link's full rate, small enough that a few fit anywhere."""
-
-SHARE = 8
-"""On a small device, a chunk takes at most one part in so many of it."""
 
 Scope = Literal["global", "layer"]
 Coefficient = Tensor | dict[Weight, Tensor]
@@ -249,8 +242,7 @@ class TieredOptimizer(torch.optim.Optimizer):
 
     def _cut(self) -> None:
         """Decide on chunks, and have gradients come in the same pieces."""
-        device_bytes = self.tiered.store.engine.placement.arenas[Tier.GPU].capacity_bytes
-        limit = min(CHUNK_BYTES, device_bytes // SHARE)
+        limit = self.tiered.buffers.chunk_bytes
         blocks = dict.fromkeys(weight.block for weight in self._weights)
         for block in blocks:
             chunks: list[Chunk] = []
@@ -262,7 +254,7 @@ class TieredOptimizer(torch.optim.Optimizer):
                 for pieces in cut(block, mine, self._bytes_per_element, limit, ranges=ranges):
                     chunks.append(Chunk(f"{PREFIX}{self.name}/{block.name}/{len(chunks)}", block, pieces, group))
             self._chunks[block] = chunks
-            self._check_fits(block, chunks, device_bytes)
+            self._check_fits(block, chunks, self.tiered.buffers.device_bytes)
             self.tiered.cut_gradients(block, self, [chunk.pieces for chunk in chunks])
 
     def _rules_for(self, weight: Weight) -> Rules:
