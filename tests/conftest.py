@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Callable
 
 import pytest
@@ -42,6 +43,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cuda: needs a GPU that torch can use")
     if config.getoption("--device") == "cuda" and not HAS_CUDA:
         raise pytest.UsageError("--device cuda: torch sees no CUDA device here")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interrupts() -> None:
+    """Shells start what runs in the background with SIGINT ignored, and Python leaves it so; tests send it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", params=["cpu", *([pytest.param("cuda", marks=pytest.mark.cuda)] if HAS_CUDA else [])])

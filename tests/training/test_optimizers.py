@@ -519,7 +519,8 @@ def test_state_goes_from_resident_to_tiered_and_back(model: str, factory: Any, o
 @pytest.mark.parametrize("factory", [torch.optim.NAdam, torch.optim.ASGD])
 def test_loaded_state_has_the_dtypes_that_torch_gives_it(factory: Any, tmp_path: Path) -> None:
     """Also numbers: torch keeps those of a double parameter in single precision until they are loaded."""
-    batch = [tensor.double() for tensor in next(batches("stack", 1, 4))]
+    x, targets = next(batches("stack", 1, 4))
+    batch = x.double(), targets
 
     def advance(model: nn.Module, optimizer: Any) -> None:
         model(*batch).backward()
