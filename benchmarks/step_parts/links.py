@@ -1,0 +1,93 @@
+"""What the links of this machine give: probed between steps, by loops that do nothing but move bytes."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from benchmarks.core_parts.bare import Copier, Drive
+
+COPY_BYTES = 64 << 20
+COPIES = 8
+"""Of each size, in each of two sets: one travels in while the other travels out."""
+
+FILES, FILE_BYTES = 8, 128 << 20
+
+
+@dataclass
+class Rates:
+    """Bytes per second, one number for each time they were probed.
+
+    Attributes:
+        h2d, d2h: Alone.
+        both: Of each direction, while both are busy.
+        read, write: Of the drive, alone.
+        mixed: Of both together, while both are busy.
+    """
+
+    h2d: list[float] = field(default_factory=list)
+    d2h: list[float] = field(default_factory=list)
+    both: list[float] = field(default_factory=list)
+    read: list[float] = field(default_factory=list)
+    write: list[float] = field(default_factory=list)
+    mixed: list[float] = field(default_factory=list)
+
+    def median(self, name: str) -> float:
+        return statistics.median(getattr(self, name))
+
+
+class Probe:
+    """Measures all rates once at each call; keeps what it needs for it.
+
+    Args:
+        device: The compute device.
+        directory: On the drive to be probed; None: no drive is.
+    """
+
+    def __init__(self, device: torch.device, directory: Path | None) -> None:
+        self.rates = Rates()
+        self._copier = Copier(device, COPY_BYTES, COPIES)
+        self._drives: list[Drive] = []
+        if directory is not None:
+            noise = torch.randint(0, 256, (FILE_BYTES,), dtype=torch.uint8)
+            directory.mkdir(parents=True, exist_ok=True)
+            self._drives = [Drive(directory / name, FILES, noise, direct=True) for name in ("in", "out")]
+        self.links()
+
+    def links(self) -> None:
+        """The device's link: some tens of milliseconds."""
+        self._copier.seconds(into=True, out=True)
+        total = COPIES * COPY_BYTES
+        self.rates.h2d.append(total / self._copier.seconds(into=True, out=False))
+        self.rates.d2h.append(total / self._copier.seconds(into=False, out=True))
+        self.rates.both.append(total / 2 / self._copier.seconds(into=True, out=True))
+
+    def drive(self) -> None:
+        """The drive: seconds."""
+        if not self._drives:
+            return
+        first, second = self._drives
+        total = FILES * FILE_BYTES
+        self.rates.read.append(total / _seconds(first.read))
+        self.rates.write.append(total / _seconds(second.write))
+        with ThreadPoolExecutor(2) as pool:
+            start = time.perf_counter()
+            list(pool.map(lambda call: call(), (first.read, second.write)))
+            self.rates.mixed.append(2 * total / (time.perf_counter() - start))
+
+    def close(self) -> None:
+        self._copier.close()
+        for drive in self._drives:
+            drive.close()
+
+
+def _seconds(call: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
