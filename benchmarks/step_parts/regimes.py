@@ -181,6 +181,7 @@ def measure(
         spent = host.spent()
         after = store.stats()
         if timeline is not None:
+            timeline.parent.mkdir(parents=True, exist_ok=True)
             store.timeline.save(timeline)
         seconds = timer.seconds()
         for _ in range(2):
