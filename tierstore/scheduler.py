@@ -112,7 +112,10 @@ class Scheduler(Leases):
             record = self.names[name]
         except (KeyError, TypeError):
             near = ", ".join(itertools.islice((repr(known) for known in self.names), 5)) or "no blocks at all"
-            raise BlockNotFoundError(f"no block {name!r}", have=near, remedy="put() it first", block=name) from None
+            blocks = [record.block for record in self.names.values()]
+            home = next((block.name for block in blocks if any(tensor.name == name for tensor in block.tensors)), None)
+            remedy = "put() it first" if home is None else f"it is a tensor of block {home!r}"
+            raise BlockNotFoundError(f"no block {name!r}", have=near, remedy=remedy, block=name) from None
         return record
 
     def try_use(

@@ -1088,15 +1088,26 @@ def test_a_state_dict_is_refused_with_what_there_is_instead(store: TierStore) ->
     assert tiered.detach().state_dict().keys() == language().state_dict().keys()
 
 
-def test_no_optimizer_but_one_of_torch_from_before(store: TierStore, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_optimizer_of_torch_from_before(store: TierStore) -> None:
+    """It has the parameters as they were before `attach`: its steps would change nothing that anybody uses."""
     model = language()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.step()
+    tiered = attach(model, store)
+    with pytest.raises(TrainingError, match="made of the model's parameters before attach.*TieredOptimizer\\(tiered, torch.optim.SGD"):
+        optimizer.step()
+    torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1).step()
+    tiered.detach()
+    optimizer.step()
+
+
+def test_no_optimizer(store: TierStore, caplog: pytest.LogCaptureFixture) -> None:
+    model = language()
     attach(model, store)
     tokens = torch.randint(30, (2, 8))
     for _ in range(2):
         model(tokens, tokens).backward()
-        optimizer.step()
-    assert caplog.text.count("no TieredOptimizer") == 1
+    assert caplog.text.count("make TieredOptimizer") == 1
 
 
 def test_what_is_given_in_place_of_the_attached_model_or_of_a_class(store: TierStore) -> None:

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from tierstore.catalog import PAGE
+from tierstore.errors import CapacityError
 from tierstore.tiers.device import NAMES
-from tierstore.training.leasing import Buffers
+from tierstore.training.leasing import Buffers, chunk_bytes
 from tierstore.training.packing import is_dense
 
 PREFIX = "activations/"
@@ -57,7 +58,7 @@ class Activations:
     def __init__(self, buffers: Buffers, tier: str) -> None:
         self._buffers = buffers
         self._tier = tier
-        self._piece_bytes = max(PAGE, buffers.chunk_bytes // PAGE * PAGE)
+        self._piece_bytes = max(PAGE, chunk_bytes(buffers.device_bytes) // PAGE * PAGE)
         self._free: dict[Key, list[str]] = {}
         self._count = 0
         self._here: dict[Place, Kept] = {}
@@ -106,7 +107,18 @@ class Activations:
         name = f"{PREFIX}{self._count}"
         self._count += 1
         dtype, numel = key
-        self._buffers.declare(name, [("x", dtype, (numel,))], hold=self._tier)
+        try:
+            self._buffers.declare(name, [("x", dtype, (numel,))], hold=self._tier)
+        except CapacityError as error:
+            other = "activations='nvme', " if self._tier == "ram" else ""
+            raise CapacityError(
+                f"the inputs of layers do not fit tier {self._tier!r}, where activations={self._tier!r} keeps them for the backward pass",
+                need=error.need,
+                have=error.have,
+                remedy=f"raise {self._tier}=, or use {other}activations='device' or a smaller batch",
+                block=name,
+                tier=self._tier,
+            ) from error
         return name
 
     def look_at(self, kept: Kept) -> Tensor:

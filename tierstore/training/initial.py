@@ -136,11 +136,9 @@ class _Files:
             raise TensorError(f"init= names a directory without safetensors files: {path}", remedy="give another")
 
     def __call__(self, modules: list[tuple[str, nn.Module]], weights: list[Weight]) -> None:
-        names = {id(module): name for name, module in modules}
         wanted: dict[Path, list[tuple[str, Tensor, Weight]]] = {}
         for weight in weights:
-            known = [f"{names[id(module)]}.{attribute}".lstrip(".") for module, attribute in weight.slots if id(module) in names]
-            name = next((name for name in [weight.name, *known] if name in self._file_of), None)
+            name = next((name for name in weight.aliases if name in self._file_of), None)
             if name is None:
                 raise TensorError(
                     f"init= has no values for parameter {weight.name!r}", remedy="give a file of this model", tensor=weight.name

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tierstore.errors import CapacityError, OptionError, TensorError, TrainingError
+from tierstore.errors import CapacityError, OptionError, TensorError, TierFullError, TrainingError
 from tierstore.sync import TierStore
 from tierstore.training.activations import Activations
 from tierstore.training.gradients import Gradients, Sums
 from tierstore.training.initial import Fill, Source, check_buffers, filler, given_memory, owners
 from tierstore.training.leasing import Buffers
 from tierstore.training.pieces import Piece
-from tierstore.training.placeholders import Placeholder, refuse_saving
+from tierstore.training.placeholders import Placeholder, refuse_optimizers_of, refuse_saving
 from tierstore.training.running import check_splittable, copies_for, run_unit
 from tierstore.training.splitting import plan_split, sizes_of, take_apart
 from tierstore.training.state import State
@@ -154,6 +154,7 @@ class Tiered:
         self.resumed = self._move_in(fill)
         self._wrap()
         self.state.open()
+        self._undo.append(refuse_optimizers_of(self, [weight.origin for weight in structure.weights if weight.origin is not None]))
         _MODELS.add(model)
         _STORES.add(store)
         _TIERED.add(self)
@@ -234,12 +235,17 @@ class Tiered:
             tensors[weight.name] = parameter.detach()
         try:
             self.store.put(block.name, tensors, frozen=not block.trainable)
+        except TierFullError:
+            raise
         except CapacityError as error:
+            remedy = "name smaller modules in layers=, or raise the smaller of gpu= and ram="
+            if not self.store.engine.placement.has_nvme:
+                remedy = "raise ram=, or give nvme=; or, where one module is larger than the device, name smaller ones in layers="
             raise CapacityError(
                 f"{block.name!r} does not fit: a module's parameters move, and are on the device, all together",
                 need=error.need,
                 have=error.have,
-                remedy="name smaller modules in layers=, or raise the smaller of gpu= and ram=",
+                remedy=remedy,
                 block=block.name,
             ) from error
 
@@ -553,7 +559,7 @@ class Tiered:
     def _join(self, block: WeightBlock, sums: Sums) -> None:
         if not self.optimizers and not self._told:
             self._told = True
-            log.warning("gradients are kept, but no TieredOptimizer updates this model; one of torch made before attach() changes nothing")
+            log.warning("gradients are kept, but nothing updates this model: make TieredOptimizer(tiered, torch.optim.AdamW, ...)")
         for optimizer in self.optimizers:
             if optimizer.takes(block):
                 sums = optimizer.take_gradients(block, sums)
@@ -590,10 +596,11 @@ class Tiered:
             objects: By names of your own: schedulers, samplers, loaders.
 
         Returns:
-            The metadata of the commit; None at the beginning.
+            The metadata of the commit, {} if it was given none; None at the beginning.
 
         Raises:
-            TrainingError: An object that the commit has and is not given, or the other way round; or one without the two methods.
+            TrainingError: An object that the commit has and is not given, or the other way round; one without the two methods; or a
+                step was taken already.
         """
         return self.state.resume(objects)
 
@@ -606,7 +613,7 @@ class Tiered:
         Raises:
             OptionError: The model has no such parameter, or it is frozen.
         """
-        weight = next((weight for weight in self.structure.weights if weight.name == name), None)
+        weight = next((weight for weight in self.structure.weights if name in weight.aliases), None)
         if weight is None or not weight.requires_grad:
             raise OptionError(f"no trainable parameter {name!r}", remedy="give a name of model.named_parameters()")
         gradient = self.gradients.of[weight.block].read(weight)

@@ -24,6 +24,11 @@ SHARE = 8
 """On a small device, a chunk takes at most one part in so many of it."""
 
 
+def chunk_bytes(device_bytes: int) -> int:
+    """The most that a chunk takes, on a device with so much room."""
+    return min(CHUNK_BYTES, device_bytes // SHARE)
+
+
 class _Lease(Use):
     """A lease that keeps what was to be spent when an exception leaves it: whoever was to use it up has not."""
 
@@ -65,11 +70,6 @@ class Buffers:
     def device_bytes(self) -> int:
         """Room for blocks on the device."""
         return self.store.engine.placement.arenas[Tier.GPU].capacity_bytes
-
-    @property
-    def chunk_bytes(self) -> int:
-        """The most that a chunk takes."""
-        return min(CHUNK_BYTES, self.device_bytes // SHARE)
 
     @property
     def owner(self) -> int:

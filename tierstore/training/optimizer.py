@@ -37,6 +37,7 @@ from tierstore.training.chunks import MASTER, PREFIX, Chunk, Stepper, cut
 from tierstore.training.gradients import Part, Sums
 from tierstore.training.instances import Factory, Hyper, Rehearsal, in_group, may_change, own_options
 from tierstore.training.layers import Tiered
+from tierstore.training.leasing import chunk_bytes
 from tierstore.training.parameters import grouped
 from tierstore.training.pieces import Piece, Stored, gather
 from tierstore.training.probe import MAX_NDIM, SHAPES, Kind
@@ -132,7 +133,12 @@ class TieredOptimizer(torch.optim.Optimizer):
     ) -> None:
         """See the class."""
         if not hasattr(tiered, "_check_attached"):
-            raise OptionError("tiered= is not understood", need="what attach() returned", have=type(tiered).__name__, remedy="give that")
+            raise OptionError(
+                "tiered= is not understood",
+                need="what attach() returned",
+                have=type(tiered).__name__,
+                remedy="first tiered = attach(model, store), then TieredOptimizer(tiered, ...)",
+            )
         if isinstance(factory, torch.optim.Optimizer):
             raise OptionError(
                 "factory= is an optimizer already",
@@ -242,20 +248,23 @@ class TieredOptimizer(torch.optim.Optimizer):
 
     def _cut(self) -> None:
         """Decide on chunks, and have gradients come in the same pieces."""
-        limit = self.tiered.buffers.chunk_bytes
-        blocks = dict.fromkeys(weight.block for weight in self._weights)
+        device_bytes = self.tiered.buffers.device_bytes
+        blocks = list(dict.fromkeys(weight.block for weight in self._weights))
+        self._check_fit(blocks, device_bytes)
         for block in blocks:
-            chunks: list[Chunk] = []
-            for group in range(len(self.param_groups)):
-                mine = {weight for weight, number in self._weights.items() if number == group and weight.block is block}
-                if not mine:
-                    continue
-                ranges = {weight for weight in mine if self._rules_for(weight).may_cut(weight.shape)}
-                for pieces in cut(block, mine, self._bytes_per_element, limit, ranges=ranges):
-                    chunks.append(Chunk(f"{PREFIX}{self.name}/{block.name}/{len(chunks)}", block, pieces, group))
-            self._chunks[block] = chunks
-            self._check_fits(block, chunks, self.tiered.buffers.device_bytes)
+            self._chunks[block] = chunks = self._cut_block(block, chunk_bytes(device_bytes))
             self.tiered.cut_gradients(block, self, [chunk.pieces for chunk in chunks])
+
+    def _cut_block(self, block: WeightBlock, limit: int) -> list[Chunk]:
+        chunks: list[Chunk] = []
+        for group in range(len(self.param_groups)):
+            mine = {weight for weight, number in self._weights.items() if number == group and weight.block is block}
+            if not mine:
+                continue
+            ranges = {weight for weight in mine if self._rules_for(weight).may_cut(weight.shape)}
+            for pieces in cut(block, mine, self._bytes_per_element, limit, ranges=ranges):
+                chunks.append(Chunk(f"{PREFIX}{self.name}/{block.name}/{len(chunks)}", block, pieces, group))
+        return chunks
 
     def _rules_for(self, weight: Weight) -> Rules:
         return self._rules[self._weights[weight], self.master_dtype or weight.dtype]
@@ -265,25 +274,46 @@ class TieredOptimizer(torch.optim.Optimizer):
         own = dtype.itemsize if self.master_dtype is not None else 0
         return max(self._rules_for(weight).state_bytes_per_element + own, weight.dtype.itemsize)
 
-    def _check_fits(self, block: WeightBlock, chunks: Collection[Chunk], device_bytes: int) -> None:
-        """Refuse what an update could not lease. See [Note: Room for an update]."""
-        weights = self.tiered.store.info(block.name).nbytes
-        for chunk in chunks:
-            gradient = 0 if self.when == "backward" else _extent(piece.numel * piece.weight.dtype.itemsize for piece in chunk.pieces)
-            state = _extent(size for piece in chunk.pieces for size in self._state_sizes(piece))
-            need = weights + max(0, 2 * gradient - PAGE)
-            if state:
-                need = max(need, weights + gradient + max(0, (3 if gradient else 2) * (state - PAGE)) + PAGE)
-            if need > device_bytes:
-                largest = max(chunk.pieces, key=lambda piece: piece.numel).weight
-                raise CapacityError(
-                    f"an update by {self._stepper.name} of {largest.name!r} does not fit the device",
-                    need=f"{need} bytes, for {weights} of weights of {block.name!r}, and {gradient + state} of gradient and state, each in "
-                    "one piece",
-                    have=f"{device_bytes} bytes",
-                    remedy="raise gpu=, name smaller modules in layers=, or use an optimizer that is elementwise (AdamW is)",
-                    block=block.name,
-                )
+    def _check_fit(self, blocks: Collection[WeightBlock], device_bytes: int) -> None:
+        """Refuse what an update could not lease. See [Note: Room for an update].
+
+        Raises:
+            CapacityError: With what would do: on a larger device chunks are larger, and need more.
+        """
+
+        def largest(limit: int) -> Chunk:
+            return max((chunk for block in blocks for chunk in self._cut_block(block, limit)), key=self._need)
+
+        chunk = largest(chunk_bytes(device_bytes))
+        enough = self._need(chunk)
+        if enough <= device_bytes:
+            return
+        while (need := self._need(largest(chunk_bytes(enough)))) > enough:
+            enough = need
+        weight = max(chunk.pieces, key=lambda piece: piece.numel).weight
+        remedy = "raise gpu=, or name smaller modules in layers="
+        if not self._rules_for(weight).may_cut(weight.shape):
+            fused = bool(self.param_groups[self._weights[weight]].get("fused"))
+            other = "fused=False, with which it may be cut" if fused else "an optimizer that is elementwise (AdamW is)"
+            remedy = f"raise gpu=, name smaller modules in layers=, or use {other}"
+        raise CapacityError(
+            f"an update by {self._stepper.name} of {weight.name!r} does not fit the device",
+            need=f"{enough} bytes: {self.tiered.buffers.bytes_of(chunk.block.name)} of weights of {chunk.block.name!r}, and wherever these "
+            "lie, room for a piece of gradient and state",
+            have=f"{device_bytes} bytes",
+            remedy=remedy,
+            block=chunk.block.name,
+        )
+
+    def _need(self, chunk: Chunk) -> int:
+        """Bytes of the device with which an update of a chunk certainly finds room."""
+        weights = self.tiered.buffers.bytes_of(chunk.block.name)
+        gradient = 0 if self.when == "backward" else _extent(piece.numel * piece.weight.dtype.itemsize for piece in chunk.pieces)
+        state = _extent(size for piece in chunk.pieces for size in self._state_sizes(piece))
+        need = weights + max(0, 2 * gradient - PAGE)
+        if state:
+            need = max(need, weights + gradient + max(0, (3 if gradient else 2) * (state - PAGE)) + PAGE)
+        return need
 
     def _state_sizes(self, piece: Piece) -> list[int]:
         """Bytes of the tensors that hold the state of a piece, master included, at most."""
@@ -731,7 +761,7 @@ class TieredOptimizer(torch.optim.Optimizer):
         Args:
             parameter: Its full name.
         """
-        weight = next((weight for weight in self._weights if weight.name == parameter), None)
+        weight = next((weight for weight in self._weights if parameter in weight.aliases), None)
         if weight is None:
             raise OptionError(f"no parameter {parameter!r} in this optimizer", remedy="give a name of model.named_parameters()")
         self.settle([weight.block])

@@ -64,7 +64,9 @@ def _meant(member: object, weights: list[Weight], by_object: dict[int, Weight]) 
         return [member]
     if isinstance(member, str):
         chosen = [
-            weight for weight in weights if fnmatch.fnmatchcase(weight.name, member) and (weight.requires_grad or weight.name == member)
+            weight
+            for weight in weights
+            if any(fnmatch.fnmatchcase(name, member) for name in weight.aliases) and (weight.requires_grad or member in weight.aliases)
         ]
     elif isinstance(member, tuple) and len(member) == 2:  # as of named_parameters()
         return _meant(member[1], weights, by_object)

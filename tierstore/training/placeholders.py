@@ -9,13 +9,16 @@ need its values raises.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import weakref
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from tierstore.errors import PlaceholderError
+from tierstore.errors import PlaceholderError, TrainingError
 
 _TOLD = {
     "dtype",
@@ -166,8 +169,9 @@ def _untouchable(me: Placeholder | None, how: str) -> PlaceholderError:
         remedy = "leave it out: parameters are on the device when they are needed; convert them before attach(), or detach()"
     else:
         remedy = (
-            "only the module that owns it may use it, in its forward; let that module be called, or name it in layers=. For its values: "
-            "store.read(), or detach() the model"
+            "only the module that owns it may use it, in its forward; let that module be called, or name it in layers=. Used elsewhere "
+            "too, as by a head that is tied to an embedding: have a module there with the same parameter (head.weight = embedding.weight), "
+            "and call that. For its values: store.read(), or detach() the model"
         )
     return PlaceholderError(f"parameter {_name(me)} was {how} outside a lease", need="its values", have="a placeholder", remedy=remedy)
 
@@ -175,3 +179,37 @@ def _untouchable(me: Placeholder | None, how: str) -> PlaceholderError:
 def _frozen_at_attach(me: Placeholder | None) -> PlaceholderError:
     remedy = "set it before attach(); to freeze from here on, detach(), set it, and attach() to a store on another directory"
     return PlaceholderError(f"parameter {_name(me)}: requires_grad is fixed while the model is attached", remedy=remedy)
+
+
+# -- optimizers that were made too early -----------------------------------------------------------------------------------
+
+_ORIGINS: set[int] = set()
+"""Ids of the parameters that attached models had before: whoever updates these updates nothing."""
+
+
+def refuse_optimizers_of(owner: object, origins: Iterable[nn.Parameter]) -> Callable[[], None]:
+    """Have steps of optimizers raise that were made of these parameters. Until the function returned is called, or `owner` is gone."""
+    _watch_steps()
+    ids = [id(origin) for origin in origins]
+    _ORIGINS.update(ids)
+    undo: Callable[[], None] = weakref.finalize(owner, _ORIGINS.difference_update, ids)
+    return undo
+
+
+@functools.cache
+def _watch_steps() -> None:
+    register_optimizer_step_pre_hook(_refuse_unless_alive)
+
+
+def _refuse_unless_alive(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    if not _ORIGINS:
+        return
+    for group in optimizer.param_groups:
+        if any(id(parameter) in _ORIGINS for parameter in group["params"]):
+            name = type(optimizer).__name__
+            raise TrainingError(
+                f"{name} was made of the model's parameters before attach(), and would update nothing",
+                need="an optimizer of the parameters in the store",
+                have="one of what they were before",
+                remedy=f"make TieredOptimizer(tiered, torch.optim.{name}, ...) after attach(), or detach() the model",
+            )

@@ -82,6 +82,7 @@ class State:
         self._found: dict[str, Any] = {}
         self._tensors: dict[str, Tensor] = {}
         self._resumed = False
+        self._stepped = False
         self._warned = False
         self._versions: dict[tuple[nn.Module, str], tuple[Tensor, int]] = {}
         self._restored: set[str] = set()
@@ -312,6 +313,9 @@ class State:
                 raise TrainingError(f"{name!r} has no state_dict() and load_state_dict()", have=type(each).__name__, remedy=remedy)
         if not objects and any(getattr(optimizer.step, "_wrapped_by_lr_sched", False) for optimizer in self._tiered.optimizers):
             log.warning("a learning-rate schedule was not given to tiered.resume(): it is in no commit, and begins anew in the next run")
+        if self._stepped:
+            remedy = "call it once, right before the loop: schedules and random numbers would be set back in the middle of it"
+            raise TrainingError("resume() after a step", remedy=remedy)
         self._objects.update(objects)
         self._resumed = True
         if not self._found:
@@ -346,10 +350,14 @@ class State:
                 torch.cuda.set_rng_state(self._unpack(numbers["cuda"]), self._tiered.device)
         committed = self._tiered.store.committed
         log.info("going on from generation %s", committed.generation if committed is not None else "?")
-        return committed.metadata if committed is not None else None
+        if committed is None or committed.metadata is None:
+            log.warning("the commit has no metadata: where the loop was in its data is not known. Give some, as in commit({'step': step})")
+            return {}
+        return committed.metadata
 
     def warn_unless_resumed(self) -> None:
         """A step is taken: whoever goes on from a commit has said so by now."""
+        self._stepped = True
         if self._found and not self._resumed and not self._warned:
             self._warned = True
             log.warning("the store held a commit, but tiered.resume() was not called: schedules and random numbers begin anew")

@@ -50,6 +50,7 @@ class Weight:
 
     Attributes:
         name: Its first full name in the model, and its name in its block.
+        aliases: All full names that it has there, if several modules share it.
         index: Its position in `model.parameters()`.
         slots: (module, attribute) wherever it hangs.
         block: Where it lives; set once all blocks are known.
@@ -63,6 +64,7 @@ class Weight:
     dtype: torch.dtype
     requires_grad: bool
     slots: list[tuple[nn.Module, str]] = field(default_factory=list)
+    aliases: list[str] = field(default_factory=list)
     block: WeightBlock = field(init=False)
     stand_in: nn.Parameter = field(init=False)
     origin: nn.Parameter | None = None
@@ -322,6 +324,7 @@ def _weights(model: nn.Module) -> dict[int, Weight]:
             if weight is None:
                 weight = found[id(parameter)] = Weight(name, len(found), parameter.shape, parameter.dtype, parameter.requires_grad)
             weight.slots.append((module, attribute))
+            weight.aliases.append(name)
     return found
 
 
