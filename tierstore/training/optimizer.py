@@ -746,8 +746,6 @@ class TieredOptimizer(torch.optim.Optimizer):
                 parts.setdefault(key, []).append(blocks[name][f"{key}.{piece.key}"])
         if not found and not parts and self._rules_for(weight).state_at_construction:
             value = self.tiered.store.read(weight.block.name)[weight.name]  # type: ignore[index]
-        if not found and not parts and self._rules_for(weight).state_at_construction:
-            value = self.tiered.store.read(weight.block.name)[weight.name]  # type: ignore[index]
             leaf = value.to(self.tiered.device, self.master_dtype or weight.dtype)
             found.update(self._stepper.made_state(leaf, self._weights[weight]))
         for key, tensors in parts.items():
