@@ -340,6 +340,25 @@ def test_gradients_of_gradients_are_refused(pair: Pair) -> None:
     pair.assert_usable()
 
 
+@pytest.mark.parametrize("when", WHEN)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", ["stack", "language"])
+def test_a_backward_pass_under_a_mode_without_gradients(when: str, mode: Callable[[], Any], name: str, store: TierStore) -> None:
+    """Torch's own takes no notice; one that computes layers once more would find no gradients there, and say nothing."""
+    pair = Pair(store, stack if name == "stack" else language, when=when, batches_of=name)
+    for _ in range(2):
+        losses = pair.losses()
+        with mode():
+            for loss in losses:
+                loss.backward()
+        if when != "backward":
+            pair.assert_same_gradients()
+        pair.step()
+        pair.zero_grad()
+    del losses, loss
+    pair.assert_usable(1)
+
+
 SUMMED = pytest.mark.xfail(
     strict=True,
     reason="of what the model itself owns and several layers use, autograd adds all uses one by one, we those of each forward pass first",

@@ -25,6 +25,7 @@ from tierstore.training.running import check_splittable, copies_for, run_unit
 from tierstore.training.splitting import plan_split, sizes_of, take_apart
 from tierstore.training.state import State
 from tierstore.training.structure import Kind, Structure, Unit, Weight, WeightBlock, find_layers, read_structure, together
+from tierstore.training.surroundings import ordinary_tensors
 from tierstore.training.threads import Local
 
 if TYPE_CHECKING:
@@ -545,8 +546,9 @@ class Tiered:
         self._tasks.discard(task)
         before = self.buffers.acting_for(owner)
         try:
-            for block in self.gradients.kept(task):
-                self._join(block, self.gradients.begin(block, task))
+            with ordinary_tensors():
+                for block in self.gradients.kept(task):
+                    self._join(block, self.gradients.begin(block, task))
         finally:
             self.buffers.back_to(before)
 

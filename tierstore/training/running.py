@@ -35,7 +35,7 @@ from tierstore.training.activations import Kept
 from tierstore.training.gradients import Sums
 from tierstore.training.splitting import Arguments, Outputs, check_alike, join, take_outputs_apart
 from tierstore.training.structure import Kind, Unit, Weight
-from tierstore.training.surroundings import Autocast, RandomState
+from tierstore.training.surroundings import Autocast, RandomState, ordinary_tensors
 
 if TYPE_CHECKING:
     from tierstore.training.layers import Tiered
@@ -315,7 +315,8 @@ class Call:
             self.tiered._check_attached()
             self.tiered.settle(self.unit.blocks)  # what was put off is a change of weights all the same
             self._check()
-            yield again
+            with ordinary_tensors():
+                yield again
         finally:
             if not again:
                 self._end()

@@ -68,3 +68,13 @@ def undisturbed(device: torch.device) -> Iterator[None]:
         yield
     finally:
         before.set(device)
+
+
+@contextlib.contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """Have nothing of a caller's inference mode, under which autograd notes nothing: a backward pass would find no gradients."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():  # it turns gradients on
+        yield
