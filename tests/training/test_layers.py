@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
@@ -320,6 +321,46 @@ def test_what_is_drawn_from_python_and_numpy_is_drawn_again(micro_batch: int | N
     after = random.getstate(), np.random.get_state()[2]
     loss.backward()
     assert (random.getstate(), np.random.get_state()[2]) == after
+
+
+def dropping() -> nn.Module:
+    return Mlp(WIDTH, dropout=0.5)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_mode_that_is_switched_before_the_backward_pass(train: bool, store: TierStore) -> None:
+    """Plain torch asks for it in the forward pass alone."""
+    pair = Pair(store, lambda: Chain(dropping))
+    for model, _ in pair.both:
+        model.train(train)
+    for model, loss in zip((pair.model, pair.plain), pair.losses(), strict=True):
+        model.train(not train)
+        loss.backward()
+        assert all(module.training is not train for module in model.modules())
+    pair.assert_same_gradients()
+
+
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.into = nn.Linear(WIDTH, 3 * WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = (each.view(1, -1, 4, WIDTH // 4).transpose(1, 2) for each in self.into(x).chunk(3, -1))
+        return x + F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(x.shape)
+
+
+@pytest.mark.parametrize("kernel", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])
+def test_attention_takes_the_same_kernels_twice(kernel: SDPBackend, store: TierStore) -> None:
+    pair = Pair(store, lambda: Chain(Attends))
+    batch = torch.randn(40, 8), torch.randn(40, 4)
+    with sdpa_kernel(kernel):
+        losses = pair.losses(batch)
+    for loss in losses:
+        loss.backward()
+    pair.assert_same_gradients()
+    assert torch.backends.cuda.flash_sdp_enabled()
+    assert torch.backends.cuda.math_sdp_enabled()
 
 
 class Smoothed(Mlp):

@@ -35,7 +35,7 @@ from tierstore.training.activations import Kept
 from tierstore.training.gradients import Sums
 from tierstore.training.splitting import Arguments, Outputs, check_alike, join, take_outputs_apart
 from tierstore.training.structure import Kind, Unit, Weight
-from tierstore.training.surroundings import Autocast, RandomState, ordinary_tensors
+from tierstore.training.surroundings import AttentionKernels, Autocast, RandomState, ordinary_tensors
 
 if TYPE_CHECKING:
     from tierstore.training.layers import Tiered
@@ -93,6 +93,8 @@ class Call:
         self.outputs: Outputs | None = None
         self._forward = forward
         self._autocast = Autocast.now(tiered.device.type)
+        self._attention = AttentionKernels.now()
+        self._training: list[bool] = []
         self._random: list[_Generators | None] = []
         self._buffers: list[dict[Buffer, Tensor | None]] = []
         self._num_inputs = 0
@@ -142,6 +144,7 @@ class Call:
     def first(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The forward pass of training: results without their graph, and what it takes to compute them again."""
         self._num_inputs = len(tensors)
+        self._training = [module.training for module, _, _ in self.unit.census]
         watched = _Buffers(self.unit, self.tiered)
         key = (self.unit, self.unit.module.training)
         others = key not in self.tiered.still_generators
@@ -424,8 +427,13 @@ class Call:
 
     @contextlib.contextmanager
     def _as_before(self) -> Iterator[Callable[[int], None]]:
-        """Have random numbers and buffers be as they were before each micro-batch's forward pass; afterwards, as they are now."""
+        """Have all be as it was in the forward pass, before each micro-batch of it; afterwards, as it is now.
+
+        That is: random numbers, buffers, whether modules are in training mode, and which kernels attention may take.
+        """
         device = self.tiered.device
+        modules = [module for module, _, _ in self.unit.census]
+        switched = [module for module, before in zip(modules, self._training, strict=True) if module.training != before]
         drawn = any(generators is not None for generators in self._random)
         now = _Generators.now(device) if drawn else None
         present = {(module, name): module._buffers[name] for changed in self._buffers for module, name in changed}
@@ -438,8 +446,13 @@ class Call:
                 module._buffers[name] = None if value is None else value.clone()
 
         try:
-            yield put_back
+            for module in switched:
+                module.training = not module.training
+            with self._attention.again():
+                yield put_back
         finally:
+            for module in switched:
+                module.training = not module.training
             for (module, name), buffer in present.items():
                 module._buffers[name] = buffer
             if now is not None:

@@ -1,15 +1,16 @@
-"""What a computation depends on beside its arguments: the autocast state and the random numbers. Captured and set again.
+"""What a computation depends on beside its arguments: the autocast state, attention's kernels, the random numbers. Captured and set again.
 
 [Note: The same numbers twice]
 A layer is computed in the forward pass and once more in the backward pass. Both run under the autocast state of the forward pass, with
-its cache off: the cache keeps casts of weights for the whole region, which would outlive the lease and the weights' values. Both draw
-the same random numbers: the generators are put back to where they were, and afterwards to where they had come.
+its cache off: the cache keeps casts of weights for the whole region, which would outlive the lease and the weights' values. Attention may
+take the kernels that it might take then: `sdpa_kernel()` is left before the backward pass begins. Both draw the same random numbers: the
+generators are put back to where they were, and afterwards to where they had come.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,44 @@ class Autocast:
         if not self.enabled and not torch.is_autocast_enabled(self.device_type):
             return contextlib.nullcontext()
         return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.enabled, cache_enabled=False)
+
+
+_CUDA = torch.backends.cuda  # by its name; what it says holds for the CPU's kernels too
+_KERNELS: Sequence[tuple[Callable[[], bool], Callable[[bool], None]]] = [
+    (_CUDA.flash_sdp_enabled, _CUDA.enable_flash_sdp),
+    (_CUDA.mem_efficient_sdp_enabled, _CUDA.enable_mem_efficient_sdp),
+    (_CUDA.math_sdp_enabled, _CUDA.enable_math_sdp),
+    (_CUDA.cudnn_sdp_enabled, _CUDA.enable_cudnn_sdp),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionKernels:
+    """Which kernels `scaled_dot_product_attention` may take, and in which order of preference: what `sdpa_kernel()` sets."""
+
+    allowed: tuple[bool, ...]
+    order: tuple[int, ...]
+
+    @staticmethod
+    def now() -> AttentionKernels:
+        return AttentionKernels(tuple([allowed() for allowed, _ in _KERNELS]), tuple(torch._C._get_sdp_priority_order()))
+
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        present = AttentionKernels.now()
+        if present == self:
+            yield
+            return
+        try:
+            self._set()
+            yield
+        finally:
+            present._set()
+
+    def _set(self) -> None:
+        for (_, allow), allowed in zip(_KERNELS, self.allowed, strict=True):
+            allow(allowed)
+        torch._C._set_sdp_priority_order(list(self.order))
 
 
 @dataclass(frozen=True, slots=True)
