@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from tests.training.pair import Pair, assert_clean, opened
 from tierstore import TierStore
 from tierstore.errors import TrainingError
 from tierstore.training import TieredOptimizer, attach
+from tierstore.training import activations as kept_inputs
 
 Layer = Callable[[], nn.Module]
 Step = Callable[[Any, nn.Module, Tensor], Tensor]
@@ -295,6 +297,46 @@ def test_a_list_that_a_layer_appends_to(store: TierStore) -> None:
     with torch.no_grad():
         model(torch.randn(4, 8), torch.randn(4, 4))
     assert len(losses) == 3
+
+
+@pytest.mark.parametrize("order", ["as they come", (0, 1, 2), (2, 1, 0), (1, 2, 0)], ids=str)
+@pytest.mark.parametrize("activations", ["device", "ram"])
+def test_heads_that_take_their_backward_passes_one_by_one(order: Any, activations: str, store: TierStore, monkeypatch: Any) -> None:
+    """Whoever has several heads on one trunk saves memory so: each has a pass of its own, down to where the trunk was cut off."""
+    monkeypatch.setattr(kept_inputs, "SMALL", 0)
+    pair = Pair(store, lambda: Chain(small), activations=activations)
+    for _ in range(2):
+        x = torch.randn(4, 8)
+        for model, _ in pair.both:
+            trunk = model.into(x)  # type: ignore[operator]
+            cut = trunk.detach().requires_grad_()
+            losses = []
+            for head in model.layers:  # type: ignore[union-attr]
+                losses.append(head(cut).square().mean())
+                if order == "as they come":
+                    losses.pop().backward()
+            for number in range(len(losses)):
+                losses[order[number]].backward()
+            trunk.backward(cut.grad)
+        pair.assert_same_gradients()
+        pair.step()
+        pair.zero_grad()
+    del trunk, cut, losses
+    gc.collect()
+    pair.assert_same()
+    assert_clean(pair)
+
+
+def test_a_tensor_that_is_used_again_and_again_does_not_trail_its_past(store: TierStore) -> None:
+    pair = Pair(store, lambda: Chain(small))
+    x = torch.randn(4, WIDTH, requires_grad=True)
+    calls = []
+    for _ in range(3):
+        result = pair.model.layers[0](x)  # type: ignore[index, operator]
+        calls.append(weakref.ref(result.grad_fn.call))
+        result.sum().backward()
+    gc.collect()
+    assert [call() is None for call in calls] == [True, True, False]
 
 
 # -- the same numbers twice ------------------------------------------------------------------------------------------------

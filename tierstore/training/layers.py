@@ -21,7 +21,7 @@ from tierstore.training.initial import Fill, Source, check_buffers, filler, give
 from tierstore.training.leasing import Buffers
 from tierstore.training.pieces import Piece
 from tierstore.training.placeholders import Placeholder, refuse_saving
-from tierstore.training.running import check_splittable, copies_for, run_unit
+from tierstore.training.running import Call, check_splittable, copies_for, run_unit
 from tierstore.training.splitting import plan_split, sizes_of, take_apart
 from tierstore.training.state import State
 from tierstore.training.structure import Kind, Structure, Unit, Weight, WeightBlock, find_layers, read_structure, together
@@ -140,7 +140,7 @@ class Tiered:
         self._anchor_node = torch.autograd.graph.get_gradient_edge(self.anchor).node
         self._awaited: dict[WeightBlock, set[int]] = {}
         self._local = Local()
-        self._copies: dict[int, tuple[weakref.ref[Tensor], Tensor, int]] = {}
+        self._copies: dict[int, tuple[weakref.ref[Tensor], Tensor, int, Call]] = {}
         self._tasks: set[int] = set()
         self._crowd = threading.Lock()
         self.settling = threading.RLock()
@@ -467,11 +467,15 @@ class Tiered:
     def latest_copy(self, tensor: Tensor) -> Tensor:
         """What the last unit that used the tensor passed on of it. See `running`, [Note: A unit in the graph]."""
         entry = self._copies.get(id(tensor))
-        # What was changed in place since has another history: the copy leads past the change.
-        same = entry is not None and entry[0]() is tensor and entry[2] == tensor._version
-        return entry[1] if entry is not None and same else tensor
+        if entry is None:
+            return tensor
+        reference, copy, version, call = entry
+        # What was changed in place since has another history: the copy leads past the change. And a unit whose backward pass is over adds
+        # nothing any more: a tensor that is used again and again (detached, with a head at a time) would trail all of them.
+        same = reference() is tensor and version == tensor._version
+        return copy if same and not call.has_ended else tensor
 
-    def note_copy(self, tensor: Tensor, copy: Tensor) -> None:
+    def note_copy(self, tensor: Tensor, copy: Tensor, call: Call) -> None:
         key = id(tensor)
         copies = self._copies
 
@@ -480,7 +484,7 @@ class Tiered:
             if entry is not None and entry[0] is reference:
                 del copies[key]
 
-        copies[key] = (weakref.ref(tensor, gone), copy, tensor._version)
+        copies[key] = (weakref.ref(tensor, gone), copy, tensor._version, call)
 
     # -- gradients -------------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,8 @@ For autograd a unit is one node. Its inputs are the tensors among the arguments,
 a node none of whose inputs needs a gradient would get no backward pass, though its parameters need one. Its outputs are the tensors among
 the results and, behind them, every input that needs a gradient once more: whoever uses that tensor next is given this copy. So its
 gradient comes by here, and this unit's contributions are added to it one by one, last use first, which is the order in which autograd
-adds them where no unit stands in between. The sums of parameters are handed on in the same way (`gradients`). In a recomputed graph a sum
+adds them where no unit stands in between. It also comes by in backward passes that go through later uses alone: those find nothing to
+compute here, and leave what the unit's own pass will need. The sums of parameters are handed on in the same way (`gradients`). In a recomputed graph a sum
 goes in as the gradient of the leaf itself, which autograd adds first of all.
 
 [Note: Only through the door]
@@ -79,6 +80,7 @@ class Call:
         versions: Of the unit's blocks, when it computed.
         random: Where the generators were before each micro-batch; None where nothing was drawn.
         buffers: What buffers held before each micro-batch, of those that it changed.
+        stayed: The inputs that `keep` returned, where autograd has them no more.
     """
 
     _ended = True  # of an object that never got to its `__init__`, as torch.compile makes some
@@ -91,6 +93,7 @@ class Call:
         self.unit = unit
         self.arguments = arguments
         self.outputs: Outputs | None = None
+        self.stayed: Sequence[Tensor] | None = None
         self._forward = forward
         self._autocast = Autocast.now(tiered.device.type)
         self._attention = AttentionKernels.now()
@@ -105,11 +108,17 @@ class Call:
     def __del__(self) -> None:
         self._end()
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether its backward pass is over, or will never come."""
+        return self._ended
+
     def _end(self) -> None:
         """Nothing is awaited of this call any more."""
         if self._ended:
             return
         self._ended = True
+        self.stayed = None
         if self._awaited:
             self.tiered.awaited_no_more(self.unit, id(self))
         activations = self.tiered.activations
@@ -344,8 +353,6 @@ class Call:
         count = len(self.outputs.where)
         by_outputs, by_copies = grads[:count], iter(grads[count:])
         passed: list[Tensor | None] = [next(by_copies) if need else None for need in needs]
-        if all(grad is None for grad in by_outputs):
-            return passed
         inputs = self._inputs(stayed, again=again)
         wanted = tiered.wants_gradients()
         sums = tiered.sums_so_far(self.unit) if wanted else {}
@@ -556,7 +563,15 @@ class _Run(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
-        return (None, None, *reversed(call.backward(ctx.saved_tensors, ctx.needs, grads)))
+        assert call.outputs is not None
+        count = len(call.outputs.where)
+        if all(grad is None for grad in grads[:count]):  # a pass through later uses of its inputs alone, maybe after its own
+            if not call.has_ended and call.stayed is None:
+                call.stayed = ctx.saved_tensors  # autograd lets go of them with this pass
+            by_copies = iter(grads[count:])
+            return (None, None, *reversed([next(by_copies) if need else None for need in ctx.needs]))
+        stayed = ctx.saved_tensors if call.stayed is None else call.stayed
+        return (None, None, *reversed(call.backward(stayed, ctx.needs, grads)))
 
 
 def run_unit(
@@ -581,7 +596,7 @@ def run_unit(
     count = len(call.outputs.where)
     needy = [tensor for tensor in tensors if tensor.requires_grad]
     for tensor, copy in zip(needy, found[count:], strict=True):
-        tiered.note_copy(tensor, copy)
+        tiered.note_copy(tensor, copy, call)
     return call.outputs.rebuild(found[:count])
 
 
