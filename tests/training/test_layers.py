@@ -26,6 +26,8 @@ from tierstore import TierStore
 from tierstore.errors import TrainingError
 from tierstore.training import TieredOptimizer, attach
 from tierstore.training import activations as kept_inputs
+from tierstore.training.probe import same
+from tierstore.training.surroundings import NumpyState
 
 Layer = Callable[[], nn.Module]
 Step = Callable[[Any, nn.Module, Tensor], Tensor]
@@ -367,6 +369,63 @@ def test_what_is_drawn_from_python_and_numpy_is_drawn_again(micro_batch: int | N
 
 def dropping() -> nn.Module:
     return Mlp(WIDTH, dropout=0.5)
+
+
+class SkipsLater(Mlp):
+    """Draws from the third step on: after a warm-up, say. Of two normal numbers, NumPy computes the second together with the first."""
+
+    def __init__(self) -> None:
+        super().__init__(WIDTH)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls <= 2:
+            return super().forward(x)
+        kept = random.random() if self.draws_from is random else float(np.random.randn())
+        return x + kept * super().forward(x)
+
+    draws_from: Any = random
+
+
+class SkipsLaterByNumpy(SkipsLater):
+    draws_from = np.random
+
+
+@pytest.mark.parametrize("layer", [SkipsLater, SkipsLaterByNumpy])
+def test_what_is_drawn_for_the_first_time_in_a_later_step_is_drawn_again(layer: Layer, store: TierStore) -> None:
+    assert_trains_as_plain_torch(store, lambda: Chain(layer), steps=4)
+
+
+def test_whether_numpy_has_drawn_is_told_without_asking_it() -> None:
+    draws: list[Callable[[], object]] = [
+        np.random.rand,
+        lambda: np.random.rand(1000),
+        lambda: np.random.randint(2),
+        np.random.randn,  # two are computed
+        np.random.randn,  # and this is the second
+        lambda: np.random.seed(5),
+        lambda: np.random.shuffle([1, 2]),
+    ]
+    np.random.seed(4)
+    for draw in draws:
+        before = NumpyState.now()
+        assert before.is_now()
+        assert same(before.state, np.random.get_state(legacy=False))
+        draw()
+        assert not before.is_now()
+        before.set()
+        assert before.is_now()
+        draw()
+    original = np.random.get_bit_generator()  # type: ignore[attr-defined]
+    try:
+        np.random.set_bit_generator(np.random.PCG64(3))  # type: ignore[attr-defined]
+        before = NumpyState.now()
+        assert before.is_now()
+        np.random.rand()
+        assert not before.is_now()
+    finally:
+        np.random.set_bit_generator(original)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("train", [True, False])

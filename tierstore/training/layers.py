@@ -136,7 +136,6 @@ class Tiered:
         self.anchor = torch.zeros((), device=self.device, requires_grad=True)
         self.optimizers: list[TieredOptimizer] = []
         self.still_buffers: set[tuple[nn.Module, str]] = set()
-        self.still_generators: set[tuple[Unit, bool]] = set()
         self._anchor_node = torch.autograd.graph.get_gradient_edge(self.anchor).node
         self._awaited: dict[WeightBlock, set[int]] = {}
         self._local = Local()

@@ -6,8 +6,8 @@ a node none of whose inputs needs a gradient would get no backward pass, though 
 the results and, behind them, every input that needs a gradient once more: whoever uses that tensor next is given this copy. So its
 gradient comes by here, and this unit's contributions are added to it one by one, last use first, which is the order in which autograd
 adds them where no unit stands in between. It also comes by in backward passes that go through later uses alone: those find nothing to
-compute here, and leave what the unit's own pass will need. The sums of parameters are handed on in the same way (`gradients`). In a recomputed graph a sum
-goes in as the gradient of the leaf itself, which autograd adds first of all.
+compute here, and leave what the unit's own pass will need. The sums of parameters are handed on in the same way (`gradients`). In a
+recomputed graph a sum goes in as the gradient of the leaf itself, which autograd adds first of all.
 
 [Note: Only through the door]
 So nothing else may lead into a unit or out of it. A tensor that needs a gradient and comes in through an attribute, a closure or an object
@@ -20,12 +20,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -36,41 +33,12 @@ from tierstore.training.activations import Kept
 from tierstore.training.gradients import Sums
 from tierstore.training.splitting import Arguments, Outputs, check_alike, join, take_outputs_apart
 from tierstore.training.structure import Kind, Unit, Weight
-from tierstore.training.surroundings import AttentionKernels, Autocast, RandomState, ordinary_tensors
+from tierstore.training.surroundings import AttentionKernels, Autocast, Generators, ordinary_tensors
 
 if TYPE_CHECKING:
     from tierstore.training.layers import Tiered
 
 Buffer = tuple[nn.Module, str]
-
-
-@dataclass(frozen=True, slots=True)
-class _Generators:
-    """Where random generators are: torch's, and, for units that draw from them, those of Python and NumPy.
-
-    To ask the latter takes a tenth of a millisecond, so it is done for the first calls of a unit, and for later ones if those drew.
-    """
-
-    of_torch: RandomState
-    others: tuple[Any, Any] | None
-
-    @staticmethod
-    def now(device: torch.device, others: bool = True) -> _Generators:
-        return _Generators(RandomState.now(device), (random.getstate(), np.random.get_state()) if others else None)
-
-    def others_are_now(self) -> bool:
-        """Whether nothing was drawn from Python's and NumPy's since."""
-        if self.others is None:
-            return True
-        python, numpy = self.others
-        current: Any = np.random.get_state()
-        return python == random.getstate() and numpy[2:] == current[2:] and bool(np.array_equal(numpy[1], current[1]))
-
-    def set(self, device: torch.device) -> None:
-        self.of_torch.set(device)
-        if self.others is not None:
-            random.setstate(self.others[0])
-            np.random.set_state(self.others[1])
 
 
 class Call:
@@ -98,7 +66,7 @@ class Call:
         self._autocast = Autocast.now(tiered.device.type)
         self._attention = AttentionKernels.now()
         self._training: list[bool] = []
-        self._random: list[_Generators | None] = []
+        self._random: list[Generators | None] = []
         self._buffers: list[dict[Buffer, Tensor | None]] = []
         self._num_inputs = 0
         self._owner = tiered.buffers.owner
@@ -155,14 +123,10 @@ class Call:
         self._num_inputs = len(tensors)
         self._training = [module.training for module, _, _ in self.unit.census]
         watched = _Buffers(self.unit, self.tiered)
-        key = (self.unit, self.unit.module.training)
-        others = key not in self.tiered.still_generators
-        drew: list[int] = []
-
         never = functools.partial(_never, self.unit.name)
 
         def compute(index: int, chunk: list[Tensor]) -> Any:
-            generators = _Generators.now(self.tiered.device, others)
+            generators = Generators.now(self.tiered.device)
             watched.note()
             mine = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in chunk]
             for tensor in mine:
@@ -173,20 +137,14 @@ class Call:
             if not index:
                 self._check_closed(result, [*leaves.values(), *mine])
             self._buffers.append(watched.changed())
-            still = generators.others_are_now()
-            self._random.append(None if still and generators.of_torch.is_now(self.tiered.device) else generators)
-            if not still:
-                drew.append(index)
+            self._random.append(None if generators.are_now(self.tiered.device) else generators)
             return result
 
         with torch.enable_grad(), self._placed() as leaves:
             for leaf in leaves.values():
                 if leaf.requires_grad:
                     leaf.register_hook(never)
-            results = self._all(tensors, compute)
-        if others and not drew:
-            self.tiered.still_generators.add(key)
-        return results
+            return self._all(tensors, compute)
 
     def _check_closed(self, result: Any, allowed: Iterable[Tensor]) -> None:
         """Refuse results through which a gradient would have to reach anything else. See [Note: Only through the door].
@@ -442,7 +400,7 @@ class Call:
         modules = [module for module, _, _ in self.unit.census]
         switched = [module for module, before in zip(modules, self._training, strict=True) if module.training != before]
         drawn = any(generators is not None for generators in self._random)
-        now = _Generators.now(device) if drawn else None
+        now = Generators.now(device) if drawn else None
         present = {(module, name): module._buffers[name] for changed in self._buffers for module, name in changed}
 
         def put_back(index: int) -> None:

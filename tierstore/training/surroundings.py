@@ -10,11 +10,17 @@ generators are put back to where they were, and afterwards to where they had com
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from tierstore.training.probe import same
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +103,72 @@ class RandomState:
         torch.set_rng_state(self.cpu)
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda, device)
+
+
+_NUMPY_BYTES = 625 * 4
+"""Of the state of NumPy's global generator, unless the user has set another."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NumpyState:
+    """Where NumPy's global generator is.
+
+    To ask it takes 35 µs, several times for each layer. So its memory is compared, which takes one: but where the second of two normal
+    numbers waits, which is kept elsewhere.
+    """
+
+    state: Any
+    memory: bytes | None
+
+    @staticmethod
+    def now() -> NumpyState:
+        memory = _memory_of_numpy()
+        known = None if memory is None else _LAST.get(memory)
+        if known is None or known.state["has_gauss"]:
+            known = NumpyState(np.random.get_state(legacy=False), memory)
+            _LAST.clear()
+            if memory is not None:
+                _LAST[memory] = known
+        return known
+
+    def is_now(self) -> bool:
+        if self.memory is not None and not self.state["has_gauss"]:
+            return self.memory == _memory_of_numpy()
+        return same(self.state, np.random.get_state(legacy=False))
+
+    def set(self) -> None:
+        np.random.set_state(self.state)
+
+
+_LAST: dict[bytes, NumpyState] = {}
+"""The one that was asked for last, by its memory."""
+
+
+def _memory_of_numpy() -> bytes | None:
+    generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
+    return ctypes.string_at(generator.ctypes.state_address, _NUMPY_BYTES) if type(generator) is np.random.MT19937 else None
+
+
+@dataclass(frozen=True, slots=True)
+class Generators:
+    """Where random generators are: torch's, Python's and NumPy's."""
+
+    of_torch: RandomState
+    of_python: tuple[Any, ...]
+    of_numpy: NumpyState
+
+    @staticmethod
+    def now(device: torch.device) -> Generators:
+        return Generators(RandomState.now(device), random.getstate(), NumpyState.now())
+
+    def are_now(self, device: torch.device) -> bool:
+        """Whether nothing was drawn since."""
+        return self.of_numpy.is_now() and self.of_python == random.getstate() and self.of_torch.is_now(device)
+
+    def set(self, device: torch.device) -> None:
+        self.of_torch.set(device)
+        random.setstate(self.of_python)
+        self.of_numpy.set()
 
 
 @contextlib.contextmanager
