@@ -482,6 +482,32 @@ def test_a_buffer_that_is_none_at_first(store: TierStore) -> None:
     assert_trains_as_plain_torch(store, lambda: Chain(Smoothed), steps=3)
 
 
+class Masked(nn.Module):
+    """Its mask is made anew, and larger, when a longer sequence comes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("mask", torch.ones(200, 200).tril(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = len(x)
+        if length > len(self.mask):
+            self.mask = torch.ones(length, length).tril()
+        return x + self.mask[:length, :length] @ self.linear(x) / length
+
+
+def test_a_large_buffer_that_is_replaced_in_some_forward_passes_only(store: TierStore) -> None:
+    pair = Pair(store, lambda: Chain(Masked))
+    for length in (100, 250, 260, 30):
+        for loss in pair.losses((torch.randn(length, 8), torch.randn(length, 4))):
+            loss.backward()
+        pair.assert_same_gradients()
+        pair.step()
+        pair.zero_grad()
+    pair.assert_same()
+
+
 # -- what models are made of -----------------------------------------------------------------------------------------------
 
 

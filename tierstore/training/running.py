@@ -479,6 +479,8 @@ class _Buffers:
                 self._still.add((module, name))
                 if copy is not None and copy.is_floating_point():
                     found[module, name] = copy
+            elif copy is None and buffer._version == version:  # another was put into its place, and it is as it was
+                found[module, name] = buffer
             elif copy is None:
                 raise TrainingError(f"buffer {name!r} in {self._unit.name!r} changes in some forward passes only", remedy="attach() again")
             else:
