@@ -907,7 +907,18 @@ def test_updates_in_the_backward_pass_refuse_what_they_cannot_do(store: TierStor
         loss.backward()
     del caught, loss
     gc.collect()
+    for _, optimizer in pair.both:
+        optimizer.param_groups[0]["lr"] = 0.5
+    with pytest.raises(TrainingError, match="'lr' of group 0 was changed between the backward pass"):
+        pair.optimizer.step()
+    for _, optimizer in pair.both:
+        optimizer.param_groups[0]["lr"] = 1e-2
     pair.step()
+    loss = pair.model(*pair.batch())
+    with pytest.raises(TrainingError, match=r"after step\(\) without zero_grad\(\)") as caught:
+        loss.backward()
+    del caught, loss
+    gc.collect()
     pair.zero_grad()
     pair.assert_usable()
 

@@ -39,7 +39,7 @@ from tierstore.training.instances import Factory, Hyper, Rehearsal, in_group, ma
 from tierstore.training.layers import Tiered
 from tierstore.training.parameters import grouped
 from tierstore.training.pieces import Piece, Stored, gather
-from tierstore.training.probe import MAX_NDIM, SHAPES, Kind
+from tierstore.training.probe import MAX_NDIM, PLAIN, SHAPES, Kind, same
 from tierstore.training.rules import Rules, resolved_implementation, rules_of
 from tierstore.training.structure import Weight, WeightBlock
 from tierstore.training.surroundings import Autocast
@@ -183,6 +183,8 @@ class TieredOptimizer(torch.optim.Optimizer):
         self._norm_type: float | None = None
         self._pending: dict[WeightBlock, Job] = {}
         self._updated: set[WeightBlock] = set()
+        self._taken: Hyper | None = None  # what these were updated with
+        self._unerased = False  # plain torch would still have the gradients of the last step
         self._stepped: set[int] = set()  # groups that had gradients since the last step()
         self._chunks: dict[WeightBlock, list[Chunk]] = {}
         tiered.finish()  # what other optimizers have put off is for gradients in the pieces in which they are
@@ -310,7 +312,7 @@ class TieredOptimizer(torch.optim.Optimizer):
         """Update a block with its gradients. Returns those of others.
 
         Raises:
-            TrainingError: It was updated already since the last `step()`.
+            TrainingError: It was updated already since the last `step()`, or `zero_grad()` was not called since.
         """
         mine = {weight: grad for weight, grad in sums.items() if weight in self._weights}
         if not mine:
@@ -320,9 +322,16 @@ class TieredOptimizer(torch.optim.Optimizer):
                 "a second backward pass before step(): with when='backward' the weights are updated already",
                 remedy="use when='deferred' to accumulate gradients over several backward passes",
             )
+        if self._unerased:
+            raise TrainingError(
+                "a backward pass after step() without zero_grad(): with when='backward' there is nothing to add to",
+                need="zero_grad() between a step and the next backward pass",
+                remedy="call it, or use when='deferred' to accumulate gradients",
+            )
         self._updated.add(block)
         self._stepped.update(self._weights[weight] for weight in mine)
-        job = Job(self._snapshot(), [], {}, Autocast.off(self.tiered.device.type))
+        self._taken = self._snapshot()
+        job = Job(self._taken, [], {}, Autocast.off(self.tiered.device.type))
         self._run(block, job, mine)
         return {weight: grad for weight, grad in sums.items() if weight not in mine}
 
@@ -355,6 +364,7 @@ class TieredOptimizer(torch.optim.Optimizer):
 
         Raises:
             OptionError: A closure was given.
+            TrainingError: With `when="backward"`, options were changed since the backward pass, which has made the updates.
             TierstoreError: An update failed; blocks before it are updated, those behind it are not.
         """
         if closure is not None:
@@ -363,6 +373,9 @@ class TieredOptimizer(torch.optim.Optimizer):
         self.tiered.state.warn_unless_resumed()
         self.finish()
         hyper = self._snapshot()
+        if self._updated:
+            self._check_as_taken(hyper)
+            self._unerased = True
         autocast = Autocast.now(self.tiered.device.type)
         coefficients = list(self._coefficients)
         self._norms.clear()
@@ -386,6 +399,19 @@ class TieredOptimizer(torch.optim.Optimizer):
         if self.master_dtype is not None:  # what was stored is not clipped, nor is it for the next step
             self._coefficients = []
 
+    def _check_as_taken(self, hyper: Hyper) -> None:
+        """Refuse options that come too late. Of those in tensors nothing is said: a device would be waited for."""
+        assert self._taken is not None
+        for number, (taken, now) in enumerate(zip(self._taken.options, hyper.options, strict=True)):
+            for key, value in now.items():
+                if isinstance(value, (*PLAIN, tuple)) and not same(value, taken.get(key)):
+                    raise TrainingError(
+                        f"{key!r} of group {number} was changed between the backward pass and step()",
+                        need=f"{taken.get(key)!r}, with which the weights were updated in the backward pass",
+                        have=repr(value),
+                        remedy="with when='backward' change options before backward(), or behind step(); or use when='deferred'",
+                    )
+
     def _put_off(self, block: WeightBlock, job: Job) -> None:
         self._pending[block] = job
         # Weakly: the engine lives as long as its thread does, and is ended when nobody has the store any more.
@@ -398,6 +424,7 @@ class TieredOptimizer(torch.optim.Optimizer):
             raise OptionError("zero_grad(set_to_none=False) would store zeros", remedy="leave set_to_none out")
         self._coefficients = []
         self._norms.clear()
+        self._unerased = False
         self.tiered.erase_unfinished()
         for block, chunks in self._chunks.items():
             total = self.tiered.gradients.of[block]
