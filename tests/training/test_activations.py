@@ -121,3 +121,41 @@ def test_inputs_for_which_there_is_no_room(tmp_path: Path) -> None:
         tiered.gradient("0.0.weight")
         assert not [name for name in store if name.startswith("activations/") and store.info(name).tiers]
         tiered.detach()
+
+
+class Neighbours(nn.Module):
+    """Adds up what a graph, given as a sparse matrix, connects."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor, graph: Tensor) -> Tensor:
+        return torch.tanh(self.linear(graph @ x))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
+@pytest.mark.parametrize("layout", ["coo", "csr"])
+def test_sparse_inputs_stay_on_the_device(layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compressed one has no strides to ask for."""
+    monkeypatch.setattr(activations, "SMALL", 0)
+    torch.manual_seed(0)
+    layers = nn.ModuleList([Neighbours() for _ in range(3)])
+    plain = copy.deepcopy(layers)
+    graph = (torch.rand(64, 64) < 0.1).float()
+    graph = graph.to_sparse() if layout == "coo" else graph.to_sparse_csr()
+    x = torch.randn(64, 32)
+    with TierStore(gpu=100_000, ram=1_000_000, nvme=tmp_path, device="cpu") as store:
+        tiered = attach(layers, store, list(layers), activations="ram")
+        for model in (plain, layers):
+            y = x
+            for layer in model:
+                y = layer(y, graph)
+            y.square().sum().backward()
+        assert any(name.startswith("activations/") for name in store)
+        for name, parameter in plain.named_parameters():
+            grad, want = tiered.gradient(name), parameter.grad
+            assert grad is not None
+            assert want is not None
+            assert torch.equal(grad, want), name
+        tiered.detach()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
@@ -23,6 +25,9 @@ from tests.training.pair import Pair, assert_clean, opened
 from tierstore import TierStore
 from tierstore.errors import TrainingError
 from tierstore.training import TieredOptimizer, attach
+from tierstore.training import activations as kept_inputs
+from tierstore.training.probe import same
+from tierstore.training.surroundings import NumpyState
 
 Layer = Callable[[], nn.Module]
 Step = Callable[[Any, nn.Module, Tensor], Tensor]
@@ -296,6 +301,46 @@ def test_a_list_that_a_layer_appends_to(store: TierStore) -> None:
     assert len(losses) == 3
 
 
+@pytest.mark.parametrize("order", ["as they come", (0, 1, 2), (2, 1, 0), (1, 2, 0)], ids=str)
+@pytest.mark.parametrize("activations", ["device", "ram"])
+def test_heads_that_take_their_backward_passes_one_by_one(order: Any, activations: str, store: TierStore, monkeypatch: Any) -> None:
+    """Whoever has several heads on one trunk saves memory so: each has a pass of its own, down to where the trunk was cut off."""
+    monkeypatch.setattr(kept_inputs, "SMALL", 0)
+    pair = Pair(store, lambda: Chain(small), activations=activations)
+    for _ in range(2):
+        x = torch.randn(4, 8)
+        for model, _ in pair.both:
+            trunk = model.into(x)  # type: ignore[operator]
+            cut = trunk.detach().requires_grad_()
+            losses = []
+            for head in model.layers:  # type: ignore[union-attr]
+                losses.append(head(cut).square().mean())
+                if order == "as they come":
+                    losses.pop().backward()
+            for number in range(len(losses)):
+                losses[order[number]].backward()
+            trunk.backward(cut.grad)
+        pair.assert_same_gradients()
+        pair.step()
+        pair.zero_grad()
+    del trunk, cut, losses
+    gc.collect()
+    pair.assert_same()
+    assert_clean(pair)
+
+
+def test_a_tensor_that_is_used_again_and_again_does_not_trail_its_past(store: TierStore) -> None:
+    pair = Pair(store, lambda: Chain(small))
+    x = torch.randn(4, WIDTH, requires_grad=True)
+    calls = []
+    for _ in range(3):
+        result = pair.model.layers[0](x)  # type: ignore[index, operator]
+        calls.append(weakref.ref(result.grad_fn.call))
+        result.sum().backward()
+    gc.collect()
+    assert [call() is None for call in calls] == [True, True, False]
+
+
 # -- the same numbers twice ------------------------------------------------------------------------------------------------
 
 
@@ -322,6 +367,103 @@ def test_what_is_drawn_from_python_and_numpy_is_drawn_again(micro_batch: int | N
     assert (random.getstate(), np.random.get_state()[2]) == after
 
 
+def dropping() -> nn.Module:
+    return Mlp(WIDTH, dropout=0.5)
+
+
+class SkipsLater(Mlp):
+    """Draws from the third step on: after a warm-up, say. Of two normal numbers, NumPy computes the second together with the first."""
+
+    def __init__(self) -> None:
+        super().__init__(WIDTH)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls <= 2:
+            return super().forward(x)
+        kept = random.random() if self.draws_from is random else float(np.random.randn())
+        return x + kept * super().forward(x)
+
+    draws_from: Any = random
+
+
+class SkipsLaterByNumpy(SkipsLater):
+    draws_from = np.random
+
+
+@pytest.mark.parametrize("layer", [SkipsLater, SkipsLaterByNumpy])
+def test_what_is_drawn_for_the_first_time_in_a_later_step_is_drawn_again(layer: Layer, store: TierStore) -> None:
+    assert_trains_as_plain_torch(store, lambda: Chain(layer), steps=4)
+
+
+def test_whether_numpy_has_drawn_is_told_without_asking_it() -> None:
+    draws: list[Callable[[], object]] = [
+        np.random.rand,
+        lambda: np.random.rand(1000),
+        lambda: np.random.randint(2),
+        np.random.randn,  # two are computed
+        np.random.randn,  # and this is the second
+        lambda: np.random.seed(5),
+        lambda: np.random.shuffle([1, 2]),
+    ]
+    np.random.seed(4)
+    for draw in draws:
+        before = NumpyState.now()
+        assert before.is_now()
+        assert same(before.state, np.random.get_state(legacy=False))
+        draw()
+        assert not before.is_now()
+        before.set()
+        assert before.is_now()
+        draw()
+    original = np.random.get_bit_generator()  # type: ignore[attr-defined]
+    try:
+        np.random.set_bit_generator(np.random.PCG64(3))  # type: ignore[attr-defined]
+        before = NumpyState.now()
+        assert before.is_now()
+        np.random.rand()
+        assert not before.is_now()
+    finally:
+        np.random.set_bit_generator(original)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_mode_that_is_switched_before_the_backward_pass(train: bool, store: TierStore) -> None:
+    """Plain torch asks for it in the forward pass alone."""
+    pair = Pair(store, lambda: Chain(dropping))
+    for model, _ in pair.both:
+        model.train(train)
+    for model, loss in zip((pair.model, pair.plain), pair.losses(), strict=True):
+        model.train(not train)
+        loss.backward()
+        assert all(module.training is not train for module in model.modules())
+    pair.assert_same_gradients()
+
+
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.into = nn.Linear(WIDTH, 3 * WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = (each.view(1, -1, 4, WIDTH // 4).transpose(1, 2) for each in self.into(x).chunk(3, -1))
+        return x + F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(x.shape)
+
+
+@pytest.mark.parametrize("kernel", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])
+def test_attention_takes_the_same_kernels_twice(kernel: SDPBackend, store: TierStore) -> None:
+    pair = Pair(store, lambda: Chain(Attends))
+    batch = torch.randn(40, 8), torch.randn(40, 4)
+    with sdpa_kernel(kernel):
+        losses = pair.losses(batch)
+    for loss in losses:
+        loss.backward()
+    pair.assert_same_gradients()
+    assert torch.backends.cuda.flash_sdp_enabled()
+    assert torch.backends.cuda.math_sdp_enabled()
+
+
 class Smoothed(Mlp):
     """With a buffer that is None until it has seen something, and that the result depends on."""
 
@@ -338,6 +480,32 @@ class Smoothed(Mlp):
 
 def test_a_buffer_that_is_none_at_first(store: TierStore) -> None:
     assert_trains_as_plain_torch(store, lambda: Chain(Smoothed), steps=3)
+
+
+class Masked(nn.Module):
+    """Its mask is made anew, and larger, when a longer sequence comes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("mask", torch.ones(200, 200).tril(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = len(x)
+        if length > len(self.mask):
+            self.mask = torch.ones(length, length).tril()
+        return x + self.mask[:length, :length] @ self.linear(x) / length
+
+
+def test_a_large_buffer_that_is_replaced_in_some_forward_passes_only(store: TierStore) -> None:
+    pair = Pair(store, lambda: Chain(Masked))
+    for length in (100, 250, 260, 30):
+        for loss in pair.losses((torch.randn(length, 8), torch.randn(length, 4))):
+            loss.backward()
+        pair.assert_same_gradients()
+        pair.step()
+        pair.zero_grad()
+    pair.assert_same()
 
 
 # -- what models are made of -----------------------------------------------------------------------------------------------

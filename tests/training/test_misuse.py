@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import io
@@ -16,6 +17,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from tests.training.harness import same
@@ -28,12 +30,13 @@ from tierstore.errors import (
     OptionError,
     PlaceholderError,
     TensorError,
+    TierFullError,
     TierstoreError,
     TrainingError,
     TransferError,
 )
 from tierstore.mover.engine import Engine
-from tierstore.training import TieredOptimizer, attach
+from tierstore.training import TieredOptimizer, attach, empty_parameters
 
 
 def language() -> nn.Module:
@@ -338,6 +341,25 @@ def test_gradients_of_gradients_are_refused(pair: Pair) -> None:
         del leaf, caught
         gc.collect()
     pair.assert_usable()
+
+
+@pytest.mark.parametrize("when", WHEN)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", ["stack", "language"])
+def test_a_backward_pass_under_a_mode_without_gradients(when: str, mode: Callable[[], Any], name: str, store: TierStore) -> None:
+    """Torch's own takes no notice; one that computes layers once more would find no gradients there, and say nothing."""
+    pair = Pair(store, stack if name == "stack" else language, when=when, batches_of=name)
+    for _ in range(2):
+        losses = pair.losses()
+        with mode():
+            for loss in losses:
+                loss.backward()
+        if when != "backward":
+            pair.assert_same_gradients()
+        pair.step()
+        pair.zero_grad()
+    del losses, loss
+    pair.assert_usable(1)
 
 
 SUMMED = pytest.mark.xfail(
@@ -888,7 +910,18 @@ def test_updates_in_the_backward_pass_refuse_what_they_cannot_do(store: TierStor
         loss.backward()
     del caught, loss
     gc.collect()
+    for _, optimizer in pair.both:
+        optimizer.param_groups[0]["lr"] = 0.5
+    with pytest.raises(TrainingError, match="'lr' of group 0 was changed between the backward pass"):
+        pair.optimizer.step()
+    for _, optimizer in pair.both:
+        optimizer.param_groups[0]["lr"] = 1e-2
     pair.step()
+    loss = pair.model(*pair.batch())
+    with pytest.raises(TrainingError, match=r"after step\(\) without zero_grad\(\)") as caught:
+        loss.backward()
+    del caught, loss
+    gc.collect()
     pair.zero_grad()
     pair.assert_usable()
 
@@ -1094,11 +1127,57 @@ def test_an_optimizer_of_torch_from_before(store: TierStore) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     optimizer.step()
     tiered = attach(model, store)
-    with pytest.raises(TrainingError, match="made of the model's parameters before attach.*TieredOptimizer\\(tiered, torch.optim.SGD"):
+    with pytest.raises(TrainingError, match=r"made of the model's parameters before attach.*TieredOptimizer\(tiered, torch.optim.SGD"):
         optimizer.step()
     torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1).step()
     tiered.detach()
     optimizer.step()
+
+
+def test_a_parameter_goes_by_each_of_its_names(store: TierStore, tmp_path: Path) -> None:
+    """A file that safetensors wrote of a tied model has one of them, and not always the first."""
+    model = language()
+    save_model(model, str(tmp_path / "model.safetensors"))
+    aliases = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    other = next(name for name in aliases if name not in dict(model.named_parameters()))
+    values = {name: value.clone() for name, value in model.state_dict().items()}
+    with empty_parameters():
+        model = language()
+    tiered = attach(model, store, init=tmp_path / "model.safetensors")
+    optimizer = TieredOptimizer(tiered, torch.optim.SGD, lr=0.1, params=[other])
+    tokens = torch.randint(30, (2, 8))
+    model(tokens, tokens).backward()
+    assert tiered.gradient(other) is not None
+    assert len(optimizer.param_groups[0]["params"]) == 1
+    assert all(torch.equal(value, values[name]) for name, value in tiered.detach().state_dict().items())
+
+
+def test_what_an_error_says_is_needed_is_enough(tmp_path: Path) -> None:
+    """On a larger device chunks were larger too, and needed more than it said."""
+    model = nn.Sequential(*[nn.Sequential(nn.Linear(96, 200), nn.Linear(200, 96)) for _ in range(3)])
+    with TierStore(gpu="220kB", ram="2MB", nvme=tmp_path / "first", device="cpu") as store:
+        tiered = attach(model, store, list(model))
+        with pytest.raises(CapacityError, match=r"raise gpu=, or name smaller modules in layers=$") as error:
+            TieredOptimizer(tiered, torch.optim.AdamW)
+        tiered.detach()
+    enough = int(str(error.value.need).split()[0])
+    for gpu, fits in ((enough, True), (enough - 4096, False)):
+        with TierStore(gpu=gpu, ram="2MB", nvme=tmp_path / str(gpu), device="cpu") as store:
+            tiered = attach(model, store, list(model))
+            with contextlib.nullcontext() if fits else pytest.raises(CapacityError):
+                TieredOptimizer(tiered, torch.optim.AdamW)
+            tiered.detach()
+
+
+def test_a_model_larger_than_the_tiers(tmp_path: Path) -> None:
+    model = nn.Sequential(*[nn.Linear(64, 64) for _ in range(30)])
+    with TierStore(gpu="100kB", ram="200kB", device="cpu") as store, pytest.raises(CapacityError, match="raise ram=, or give nvme="):
+        attach(model, store, list(model))
+    with (
+        TierStore(gpu="100kB", ram="200kB", nvme=tmp_path, nvme_limit="300kB", device="cpu") as store,
+        pytest.raises(TierFullError, match="nvme_limit="),
+    ):
+        attach(model, store, list(model))
 
 
 def test_no_optimizer(store: TierStore, caplog: pytest.LogCaptureFixture) -> None:

@@ -616,3 +616,38 @@ def test_options_that_are_loaded_are_copies(store: TierStore) -> None:
     optimizer.load_state_dict(state)
     optimizer.param_groups[0]["lr"].fill_(5.0)
     assert state["param_groups"][0]["lr"] == 0.25
+
+
+# -- weights that somebody else writes ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("when", ["step", "deferred", "backward"])
+def test_masters_follow_weights_that_are_written(when: str, store: TierStore) -> None:
+    """`store.write()` is how values are set while a model is attached: the next step narrowed the old masters over them.
+
+    The masters of what was not written keep the bits that the weights have not.
+    """
+    pair = Pair(store, master=True, when=when, options={"lr": 1e-2, "weight_decay": 0.0})
+    pair.advance(2)
+    pair.tiered.finish()
+
+    def masters() -> dict[str, Tensor]:
+        return {weight.name: pair.optimizer.state_of(weight.name)["master"] for weight in pair.tiered.structure.weights}
+
+    before = masters()
+    value = before["into.bias"].to(pair.dtype)
+    value[::2] = 0.25
+    store.write("into", {"into.bias": value})
+    for group in pair.optimizer.param_groups:
+        group["lr"] = 0.0
+    pair.model(*pair.batch()).backward()
+    pair.optimizer.step()
+    pair.optimizer.zero_grad()
+    after = masters()
+    expected = before["into.bias"].clone()
+    expected[::2] = 0.25
+    assert any(not torch.equal(master, master.to(pair.dtype).float()) for master in before.values()), "no master has more bits"
+    assert torch.equal(after.pop("into.bias"), expected)
+    assert all(torch.equal(master, before[name]) for name, master in after.items())
+    assert torch.equal(pair.weights()["into.bias"], value)
+    assert all(chunk.version == pair.tiered.version_of(chunk.block) for chunk in pair.optimizer.chunks)

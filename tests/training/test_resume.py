@@ -384,6 +384,30 @@ def test_models_never_whole_take_the_commit_too(tmp_path: Path) -> None:
     assert_same_state(first.run(3), expected)
 
 
+def test_resuming_behind_a_step(tmp_path: Path) -> None:
+    """Schedules and random numbers would be set back in the middle of the run."""
+    for run in range(2):
+        with opened(tmp_path) as store:
+            tiered = attach(stack(), store)
+            optimizer = TieredOptimizer(tiered, torch.optim.AdamW, lr=1e-2)
+            optimizer.step()
+            with pytest.raises(TrainingError, match=r"resume\(\) after a step"):
+                tiered.resume()
+            store.commit({"step": run})
+
+
+def test_a_commit_without_metadata(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It is one to go on from; but where the loop was, nobody knows."""
+    for expected in (None, {}):
+        with opened(tmp_path) as store:
+            tiered = attach(stack(), store)
+            optimizer = TieredOptimizer(tiered, torch.optim.AdamW, lr=1e-2)
+            assert tiered.resume() == expected
+            optimizer.step()
+            store.commit()
+    assert caplog.text.count("no metadata") == 1
+
+
 # -- what does not fit is refused by name ----------------------------------------------------------------------------------
 
 

@@ -66,7 +66,7 @@ class Activations:
 
     def suits(self, tensor: Tensor) -> bool:
         """Whether a tensor is moved to the store rather than kept on the device."""
-        if tensor.dtype not in NAMES or tensor.numel() * tensor.element_size() < SMALL:
+        if tensor.layout is not torch.strided or tensor.dtype not in NAMES or tensor.numel() * tensor.element_size() < SMALL:
             return False
         return _in_memory_order(tensor) is not None
 

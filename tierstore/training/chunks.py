@@ -44,6 +44,7 @@ class Chunk:
         values: By piece and key: what is kept here instead: numbers, and tensors of one element.
         part: The gradients of the same pieces.
         unkept: State for which there was no room yet, or whose step failed: it is the pieces' as what is in the store is.
+        version: Of the block of weights when the masters were last those of it; None: no step was taken yet.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Chunk:
     tensors: dict[Piece, dict[str, str]] = field(default_factory=dict)
     values: dict[Piece, dict[str, Any]] = field(default_factory=dict)
     unkept: New = field(default_factory=dict)
+    version: int | None = None
 
     def __post_init__(self) -> None:
         self.tensors = {piece: {} for piece in self.pieces}
@@ -143,6 +145,8 @@ class Stepper:
         state: Mapping[str, Mapping[str, Tensor]],
         hyper: Hyper,
         begin: Callable[[], None],
+        *,
+        written: bool = False,
     ) -> None:
         """One step on one chunk. Inside a lease of its weights and state (to be written) and of its gradients.
 
@@ -155,6 +159,7 @@ class Stepper:
             state: The tensors of the chunk's blocks.
             hyper: Options and attributes of this step.
             begin: Called when values are about to change: until then a step that failed may be taken again.
+            written: Somebody else has written the weights since: the masters of those that differ are made anew.
         """
         new: New = dict(chunk.unkept)
         values = {piece: dict(chunk.values[piece]) for piece in chunk.pieces}
@@ -163,6 +168,10 @@ class Stepper:
             return state[chunk.tensors[piece][key]][f"{key}.{piece.key}"]
 
         homes = {piece: self._home(chunk, piece, weights, stored, new) for piece in chunk.pieces}
+        if written:
+            for piece, master in homes.items():
+                own = piece.of(weights[piece.weight.name])
+                master.copy_(torch.where(master.to(own.dtype) == own, master, own.to(master.dtype)))
         # As in plain torch: some optimizers pass by what is no parameter, or requires no gradient.
         leaves = {piece: nn.Parameter(home) for piece, home in homes.items()}
         inner = chunk.inner

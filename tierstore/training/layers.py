@@ -21,10 +21,11 @@ from tierstore.training.initial import Fill, Source, check_buffers, filler, give
 from tierstore.training.leasing import Buffers
 from tierstore.training.pieces import Piece
 from tierstore.training.placeholders import Placeholder, refuse_optimizers_of, refuse_saving
-from tierstore.training.running import check_splittable, copies_for, run_unit
+from tierstore.training.running import Call, check_splittable, copies_for, run_unit
 from tierstore.training.splitting import plan_split, sizes_of, take_apart
 from tierstore.training.state import State
 from tierstore.training.structure import Kind, Structure, Unit, Weight, WeightBlock, find_layers, read_structure, together
+from tierstore.training.surroundings import ordinary_tensors
 from tierstore.training.threads import Local
 
 if TYPE_CHECKING:
@@ -135,11 +136,10 @@ class Tiered:
         self.anchor = torch.zeros((), device=self.device, requires_grad=True)
         self.optimizers: list[TieredOptimizer] = []
         self.still_buffers: set[tuple[nn.Module, str]] = set()
-        self.still_generators: set[tuple[Unit, bool]] = set()
         self._anchor_node = torch.autograd.graph.get_gradient_edge(self.anchor).node
         self._awaited: dict[WeightBlock, set[int]] = {}
         self._local = Local()
-        self._copies: dict[int, tuple[weakref.ref[Tensor], Tensor, int]] = {}
+        self._copies: dict[int, tuple[weakref.ref[Tensor], Tensor, int, Call]] = {}
         self._tasks: set[int] = set()
         self._crowd = threading.Lock()
         self.settling = threading.RLock()
@@ -472,11 +472,15 @@ class Tiered:
     def latest_copy(self, tensor: Tensor) -> Tensor:
         """What the last unit that used the tensor passed on of it. See `running`, [Note: A unit in the graph]."""
         entry = self._copies.get(id(tensor))
-        # What was changed in place since has another history: the copy leads past the change.
-        same = entry is not None and entry[0]() is tensor and entry[2] == tensor._version
-        return entry[1] if entry is not None and same else tensor
+        if entry is None:
+            return tensor
+        reference, copy, version, call = entry
+        # What was changed in place since has another history: the copy leads past the change. And a unit whose backward pass is over adds
+        # nothing any more: a tensor that is used again and again (detached, with a head at a time) would trail all of them.
+        same = reference() is tensor and version == tensor._version
+        return copy if same and not call.has_ended else tensor
 
-    def note_copy(self, tensor: Tensor, copy: Tensor) -> None:
+    def note_copy(self, tensor: Tensor, copy: Tensor, call: Call) -> None:
         key = id(tensor)
         copies = self._copies
 
@@ -485,7 +489,7 @@ class Tiered:
             if entry is not None and entry[0] is reference:
                 del copies[key]
 
-        copies[key] = (weakref.ref(tensor, gone), copy, tensor._version)
+        copies[key] = (weakref.ref(tensor, gone), copy, tensor._version, call)
 
     # -- gradients -------------------------------------------------------------------------------------------------------
 
@@ -551,8 +555,9 @@ class Tiered:
         self._tasks.discard(task)
         before = self.buffers.acting_for(owner)
         try:
-            for block in self.gradients.kept(task):
-                self._join(block, self.gradients.begin(block, task))
+            with ordinary_tensors():
+                for block in self.gradients.kept(task):
+                    self._join(block, self.gradients.begin(block, task))
         finally:
             self.buffers.back_to(before)
 

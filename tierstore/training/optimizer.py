@@ -40,7 +40,7 @@ from tierstore.training.layers import Tiered
 from tierstore.training.leasing import chunk_bytes
 from tierstore.training.parameters import grouped
 from tierstore.training.pieces import Piece, Stored, gather
-from tierstore.training.probe import MAX_NDIM, SHAPES, Kind
+from tierstore.training.probe import MAX_NDIM, PLAIN, SHAPES, Kind, same
 from tierstore.training.rules import Rules, resolved_implementation, rules_of
 from tierstore.training.structure import Weight, WeightBlock
 from tierstore.training.surroundings import Autocast
@@ -189,6 +189,8 @@ class TieredOptimizer(torch.optim.Optimizer):
         self._norm_type: float | None = None
         self._pending: dict[WeightBlock, Job] = {}
         self._updated: set[WeightBlock] = set()
+        self._taken: Hyper | None = None  # what these were updated with
+        self._unerased = False  # plain torch would still have the gradients of the last step
         self._stepped: set[int] = set()  # groups that had gradients since the last step()
         self._chunks: dict[WeightBlock, list[Chunk]] = {}
         tiered.finish()  # what other optimizers have put off is for gradients in the pieces in which they are
@@ -340,7 +342,7 @@ class TieredOptimizer(torch.optim.Optimizer):
         """Update a block with its gradients. Returns those of others.
 
         Raises:
-            TrainingError: It was updated already since the last `step()`.
+            TrainingError: It was updated already since the last `step()`, or `zero_grad()` was not called since.
         """
         mine = {weight: grad for weight, grad in sums.items() if weight in self._weights}
         if not mine:
@@ -350,9 +352,16 @@ class TieredOptimizer(torch.optim.Optimizer):
                 "a second backward pass before step(): with when='backward' the weights are updated already",
                 remedy="use when='deferred' to accumulate gradients over several backward passes",
             )
+        if self._unerased:
+            raise TrainingError(
+                "a backward pass after step() without zero_grad(): with when='backward' there is nothing to add to",
+                need="zero_grad() between a step and the next backward pass",
+                remedy="call it, or use when='deferred' to accumulate gradients",
+            )
         self._updated.add(block)
         self._stepped.update(self._weights[weight] for weight in mine)
-        job = Job(self._snapshot(), [], {}, Autocast.off(self.tiered.device.type))
+        self._taken = self._snapshot()
+        job = Job(self._taken, [], {}, Autocast.off(self.tiered.device.type))
         self._run(block, job, mine)
         return {weight: grad for weight, grad in sums.items() if weight not in mine}
 
@@ -385,6 +394,7 @@ class TieredOptimizer(torch.optim.Optimizer):
 
         Raises:
             OptionError: A closure was given.
+            TrainingError: With `when="backward"`, options were changed since the backward pass, which has made the updates.
             TierstoreError: An update failed; blocks before it are updated, those behind it are not.
         """
         if closure is not None:
@@ -393,6 +403,9 @@ class TieredOptimizer(torch.optim.Optimizer):
         self.tiered.state.warn_unless_resumed()
         self.finish()
         hyper = self._snapshot()
+        if self._updated:
+            self._check_as_taken(hyper)
+            self._unerased = True
         autocast = Autocast.now(self.tiered.device.type)
         coefficients = list(self._coefficients)
         self._norms.clear()
@@ -416,6 +429,19 @@ class TieredOptimizer(torch.optim.Optimizer):
         if self.master_dtype is not None:  # what was stored is not clipped, nor is it for the next step
             self._coefficients = []
 
+    def _check_as_taken(self, hyper: Hyper) -> None:
+        """Refuse options that come too late. Of those in tensors nothing is said: a device would be waited for."""
+        assert self._taken is not None
+        for number, (taken, now) in enumerate(zip(self._taken.options, hyper.options, strict=True)):
+            for key, value in now.items():
+                if isinstance(value, (*PLAIN, tuple)) and not same(value, taken.get(key)):
+                    raise TrainingError(
+                        f"{key!r} of group {number} was changed between the backward pass and step()",
+                        need=f"{taken.get(key)!r}, with which the weights were updated in the backward pass",
+                        have=repr(value),
+                        remedy="with when='backward' change options before backward(), or behind step(); or use when='deferred'",
+                    )
+
     def _put_off(self, block: WeightBlock, job: Job) -> None:
         self._pending[block] = job
         # Weakly: the engine lives as long as its thread does, and is ended when nobody has the store any more.
@@ -428,6 +454,7 @@ class TieredOptimizer(torch.optim.Optimizer):
             raise OptionError("zero_grad(set_to_none=False) would store zeros", remedy="leave set_to_none out")
         self._coefficients = []
         self._norms.clear()
+        self._unerased = False
         self.tiered.erase_unfinished()
         for block, chunks in self._chunks.items():
             total = self.tiered.gradients.of[block]
@@ -599,9 +626,12 @@ class TieredOptimizer(torch.optim.Optimizer):
         if not todo and not job.torn:
             return
         chunks = self._chunks[block]
+        before = self.tiered.version_of(block)
+        written = [chunk for chunk in chunks if chunk.version not in (None, before)] if self.master_dtype is not None else []
         covered = {piece.weight for chunk, _ in todo for piece in chunk.pieces}
         overwritten = job.torn or (
             self.master_dtype is not None
+            and not written
             and all(chunk.has_masters for chunk, _ in todo)
             and covered == set(block.weights)
             and len(todo) == len(chunks)
@@ -614,27 +644,34 @@ class TieredOptimizer(torch.optim.Optimizer):
         together = self._needs(todo[0][0], job, given) if single else _Needs([], [], [])
         names, write = [block.name, *together.names], [block.name, *together.write]
         fresh = [block.name] if overwritten else []
-        with self.tiered.buffers.lease_all(names, write=write, fresh=fresh, spent=together.spent) as leased:
-            values = leased[block.name]
-            try:
-                for chunk, weights in todo:
-                    if single:
-                        self._update_chunk(chunk, weights, values, leased, job, given)
-                    else:
-                        needs = self._needs(chunk, job, given)
-                        with self.tiered.buffers.lease_all(needs.names, write=needs.write, spent=needs.spent) as of_chunk:
-                            self._update_chunk(chunk, weights, values, of_chunk, job, given)
-                        self._stepper.keep(chunk)
-                    if overwritten and len(weights) < len({piece.weight for piece in chunk.pieces}):
-                        self._rewrite([chunk], values)
-                if torn:
+        try:
+            with self.tiered.buffers.lease_all(names, write=write, fresh=fresh, spent=together.spent) as leased:
+                values = leased[block.name]
+                try:
+                    for chunk, weights in todo:
+                        if single:
+                            self._update_chunk(chunk, weights, values, leased, job, given, written=chunk in written)
+                        else:
+                            needs = self._needs(chunk, job, given)
+                            with self.tiered.buffers.lease_all(needs.names, write=needs.write, spent=needs.spent) as of_chunk:
+                                self._update_chunk(chunk, weights, values, of_chunk, job, given, written=chunk in written)
+                            self._stepper.keep(chunk)
+                        if overwritten and len(weights) < len({piece.weight for piece in chunk.pieces}):
+                            self._rewrite([chunk], values)
+                    if torn:
+                        self._rewrite(chunks, values)
+                except BaseException as error:
+                    job.failed = True
+                    if not overwritten:
+                        raise
                     self._rewrite(chunks, values)
-            except BaseException as error:
-                job.failed = True
-                if not overwritten:
-                    raise
-                self._rewrite(chunks, values)
-                failure = error  # raised outside: what leaves a fresh lease by an exception has no content
+                    failure = error  # raised outside: what leaves a fresh lease by an exception has no content
+        finally:
+            after = self.tiered.version_of(block)
+            stepped = {chunk for chunk, _ in todo} & job.begun
+            for chunk in chunks:
+                if chunk not in written or chunk in stepped:
+                    chunk.version = after
         job.torn = False
         if failure is not None:
             raise failure
@@ -665,6 +702,8 @@ class TieredOptimizer(torch.optim.Optimizer):
         leased: Mapping[str, Mapping[str, Tensor]],
         job: Job,
         given: Sums | None,
+        *,
+        written: bool,
     ) -> None:
         """Step on what is leased."""
 
@@ -677,7 +716,7 @@ class TieredOptimizer(torch.optim.Optimizer):
             return self._prepared(raw, piece.weight, job.coefficients)
 
         gradients = dict.fromkeys(weights, gradient)
-        self._stepper.step(chunk, values, gradients, leased, job.hyper, lambda: job.begun.add(chunk))
+        self._stepper.step(chunk, values, gradients, leased, job.hyper, lambda: job.begun.add(chunk), written=written)
 
     def _rewrite(self, chunks: Iterable[Chunk], values: Mapping[str, Tensor]) -> None:
         """Narrow masters into weights that no step has written."""
@@ -776,8 +815,6 @@ class TieredOptimizer(torch.optim.Optimizer):
                 parts.setdefault(key, []).append(blocks[name][f"{key}.{piece.key}"])
         if not found and not parts and self._rules_for(weight).state_at_construction:
             value = self.tiered.store.read(weight.block.name)[weight.name]  # type: ignore[index]
-        if not found and not parts and self._rules_for(weight).state_at_construction:
-            value = self.tiered.store.read(weight.block.name)[weight.name]  # type: ignore[index]
             leaf = value.to(self.tiered.device, self.master_dtype or weight.dtype)
             found.update(self._stepper.made_state(leaf, self._weights[weight]))
         for key, tensors in parts.items():
@@ -862,6 +899,8 @@ class TieredOptimizer(torch.optim.Optimizer):
                     elif piece in present:
                         values[piece][MASTER] = present[piece]
                 self._stepper.replace(chunk, new, values)
+                if masters is not None:
+                    chunk.version = self.tiered.version_of(chunk.block)
 
     def _check_loaded(self, weight: Weight, state: Mapping[str, Any]) -> None:
         """Refuse state of a parameter of another shape: it would be found out only in the middle of a step.

@@ -5,8 +5,9 @@ For autograd a unit is one node. Its inputs are the tensors among the arguments,
 a node none of whose inputs needs a gradient would get no backward pass, though its parameters need one. Its outputs are the tensors among
 the results and, behind them, every input that needs a gradient once more: whoever uses that tensor next is given this copy. So its
 gradient comes by here, and this unit's contributions are added to it one by one, last use first, which is the order in which autograd
-adds them where no unit stands in between. The sums of parameters are handed on in the same way (`gradients`). In a recomputed graph a sum
-goes in as the gradient of the leaf itself, which autograd adds first of all.
+adds them where no unit stands in between. It also comes by in backward passes that go through later uses alone: those find nothing to
+compute here, and leave what the unit's own pass will need. The sums of parameters are handed on in the same way (`gradients`). In a
+recomputed graph a sum goes in as the gradient of the leaf itself, which autograd adds first of all.
 
 [Note: Only through the door]
 So nothing else may lead into a unit or out of it. A tensor that needs a gradient and comes in through an attribute, a closure or an object
@@ -19,12 +20,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -35,41 +33,12 @@ from tierstore.training.activations import Kept
 from tierstore.training.gradients import Sums
 from tierstore.training.splitting import Arguments, Outputs, check_alike, join, take_outputs_apart
 from tierstore.training.structure import Kind, Unit, Weight
-from tierstore.training.surroundings import Autocast, RandomState
+from tierstore.training.surroundings import AttentionKernels, Autocast, Generators, ordinary_tensors
 
 if TYPE_CHECKING:
     from tierstore.training.layers import Tiered
 
 Buffer = tuple[nn.Module, str]
-
-
-@dataclass(frozen=True, slots=True)
-class _Generators:
-    """Where random generators are: torch's, and, for units that draw from them, those of Python and NumPy.
-
-    To ask the latter takes a tenth of a millisecond, so it is done for the first calls of a unit, and for later ones if those drew.
-    """
-
-    of_torch: RandomState
-    others: tuple[Any, Any] | None
-
-    @staticmethod
-    def now(device: torch.device, others: bool = True) -> _Generators:
-        return _Generators(RandomState.now(device), (random.getstate(), np.random.get_state()) if others else None)
-
-    def others_are_now(self) -> bool:
-        """Whether nothing was drawn from Python's and NumPy's since."""
-        if self.others is None:
-            return True
-        python, numpy = self.others
-        current: Any = np.random.get_state()
-        return python == random.getstate() and numpy[2:] == current[2:] and bool(np.array_equal(numpy[1], current[1]))
-
-    def set(self, device: torch.device) -> None:
-        self.of_torch.set(device)
-        if self.others is not None:
-            random.setstate(self.others[0])
-            np.random.set_state(self.others[1])
 
 
 class Call:
@@ -79,6 +48,7 @@ class Call:
         versions: Of the unit's blocks, when it computed.
         random: Where the generators were before each micro-batch; None where nothing was drawn.
         buffers: What buffers held before each micro-batch, of those that it changed.
+        stayed: The inputs that `keep` returned, where autograd has them no more.
     """
 
     _ended = True  # of an object that never got to its `__init__`, as torch.compile makes some
@@ -91,9 +61,12 @@ class Call:
         self.unit = unit
         self.arguments = arguments
         self.outputs: Outputs | None = None
+        self.stayed: Sequence[Tensor] | None = None
         self._forward = forward
         self._autocast = Autocast.now(tiered.device.type)
-        self._random: list[_Generators | None] = []
+        self._attention = AttentionKernels.now()
+        self._training: list[bool] = []
+        self._random: list[Generators | None] = []
         self._buffers: list[dict[Buffer, Tensor | None]] = []
         self._num_inputs = 0
         self._owner = tiered.buffers.owner
@@ -103,11 +76,17 @@ class Call:
     def __del__(self) -> None:
         self._end()
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether its backward pass is over, or will never come."""
+        return self._ended
+
     def _end(self) -> None:
         """Nothing is awaited of this call any more."""
         if self._ended:
             return
         self._ended = True
+        self.stayed = None
         if self._awaited:
             self.tiered.awaited_no_more(self.unit, id(self))
         activations = self.tiered.activations
@@ -142,15 +121,12 @@ class Call:
     def first(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The forward pass of training: results without their graph, and what it takes to compute them again."""
         self._num_inputs = len(tensors)
+        self._training = [module.training for module, _, _ in self.unit.census]
         watched = _Buffers(self.unit, self.tiered)
-        key = (self.unit, self.unit.module.training)
-        others = key not in self.tiered.still_generators
-        drew: list[int] = []
-
         never = functools.partial(_never, self.unit.name)
 
         def compute(index: int, chunk: list[Tensor]) -> Any:
-            generators = _Generators.now(self.tiered.device, others)
+            generators = Generators.now(self.tiered.device)
             watched.note()
             mine = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in chunk]
             for tensor in mine:
@@ -161,20 +137,14 @@ class Call:
             if not index:
                 self._check_closed(result, [*leaves.values(), *mine])
             self._buffers.append(watched.changed())
-            still = generators.others_are_now()
-            self._random.append(None if still and generators.of_torch.is_now(self.tiered.device) else generators)
-            if not still:
-                drew.append(index)
+            self._random.append(None if generators.are_now(self.tiered.device) else generators)
             return result
 
         with torch.enable_grad(), self._placed() as leaves:
             for leaf in leaves.values():
                 if leaf.requires_grad:
                     leaf.register_hook(never)
-            results = self._all(tensors, compute)
-        if others and not drew:
-            self.tiered.still_generators.add(key)
-        return results
+            return self._all(tensors, compute)
 
     def _check_closed(self, result: Any, allowed: Iterable[Tensor]) -> None:
         """Refuse results through which a gradient would have to reach anything else. See [Note: Only through the door].
@@ -315,7 +285,8 @@ class Call:
             self.tiered._check_attached()
             self.tiered.settle(self.unit.blocks)  # what was put off is a change of weights all the same
             self._check()
-            yield again
+            with ordinary_tensors():
+                yield again
         finally:
             if not again:
                 self._end()
@@ -340,8 +311,6 @@ class Call:
         count = len(self.outputs.where)
         by_outputs, by_copies = grads[:count], iter(grads[count:])
         passed: list[Tensor | None] = [next(by_copies) if need else None for need in needs]
-        if all(grad is None for grad in by_outputs):
-            return passed
         inputs = self._inputs(stayed, again=again)
         wanted = tiered.wants_gradients()
         sums = tiered.sums_so_far(self.unit) if wanted else {}
@@ -423,10 +392,15 @@ class Call:
 
     @contextlib.contextmanager
     def _as_before(self) -> Iterator[Callable[[int], None]]:
-        """Have random numbers and buffers be as they were before each micro-batch's forward pass; afterwards, as they are now."""
+        """Have all be as it was in the forward pass, before each micro-batch of it; afterwards, as it is now.
+
+        That is: random numbers, buffers, whether modules are in training mode, and which kernels attention may take.
+        """
         device = self.tiered.device
+        modules = [module for module, _, _ in self.unit.census]
+        switched = [module for module, before in zip(modules, self._training, strict=True) if module.training != before]
         drawn = any(generators is not None for generators in self._random)
-        now = _Generators.now(device) if drawn else None
+        now = Generators.now(device) if drawn else None
         present = {(module, name): module._buffers[name] for changed in self._buffers for module, name in changed}
 
         def put_back(index: int) -> None:
@@ -437,8 +411,13 @@ class Call:
                 module._buffers[name] = None if value is None else value.clone()
 
         try:
-            yield put_back
+            for module in switched:
+                module.training = not module.training
+            with self._attention.again():
+                yield put_back
         finally:
+            for module in switched:
+                module.training = not module.training
             for (module, name), buffer in present.items():
                 module._buffers[name] = buffer
             if now is not None:
@@ -500,6 +479,8 @@ class _Buffers:
                 self._still.add((module, name))
                 if copy is not None and copy.is_floating_point():
                     found[module, name] = copy
+            elif copy is None and buffer._version == version:  # another was put into its place, and it is as it was
+                found[module, name] = buffer
             elif copy is None:
                 raise TrainingError(f"buffer {name!r} in {self._unit.name!r} changes in some forward passes only", remedy="attach() again")
             else:
@@ -542,7 +523,15 @@ class _Run(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
-        return (None, None, *reversed(call.backward(ctx.saved_tensors, ctx.needs, grads)))
+        assert call.outputs is not None
+        count = len(call.outputs.where)
+        if all(grad is None for grad in grads[:count]):  # a pass through later uses of its inputs alone, maybe after its own
+            if not call.has_ended and call.stayed is None:
+                call.stayed = ctx.saved_tensors  # autograd lets go of them with this pass
+            by_copies = iter(grads[count:])
+            return (None, None, *reversed([next(by_copies) if need else None for need in ctx.needs]))
+        stayed = ctx.saved_tensors if call.stayed is None else call.stayed
+        return (None, None, *reversed(call.backward(stayed, ctx.needs, grads)))
 
 
 def run_unit(
@@ -567,7 +556,7 @@ def run_unit(
     count = len(call.outputs.where)
     needy = [tensor for tensor in tensors if tensor.requires_grad]
     for tensor, copy in zip(needy, found[count:], strict=True):
-        tiered.note_copy(tensor, copy)
+        tiered.note_copy(tensor, copy, call)
     return call.outputs.rebuild(found[:count])
 
 

@@ -285,6 +285,8 @@ class State:
             )
         optimizer.clipped = [self._unpack_clipped(each) for each in found["clipped"]]
         optimizer.go_on()
+        for chunk in optimizer.chunks:
+            chunk.version = self._tiered.version_of(chunk.block)
         if [chunk["pieces"].keys() for chunk in found["chunks"].values()] == [
             {piece.key for piece in chunk.pieces} for chunk in optimizer.chunks
         ]:

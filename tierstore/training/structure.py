@@ -435,5 +435,6 @@ def together(units: Sequence[Unit]) -> Unit:
         blocks=list(dict.fromkeys(block for unit in units for block in unit.blocks)),
         buffers=[buffer for unit in units for buffer in unit.buffers],
         flat=[module for unit in units for module in unit.flat],
+        census=[each for unit in units for each in unit.census],
         inside=frozenset().union(*(unit.inside for unit in units)),
     )
