@@ -17,6 +17,7 @@ from tests.quiet import assert_quiet
 from tierstore import TierStore
 from tierstore.arena import pack
 from tierstore.errors import CapacityError
+from tierstore.mover.streams import slide
 from tierstore.residency import Tier
 
 MB = 10**6
@@ -204,3 +205,18 @@ def test_what_fits_is_granted_and_what_does_not_is_refused(data: st.DataObject) 
 
 def _pairs(edges: list[int]) -> list[int]:
     return [edges[index + 1] - edges[index] for index in range(0, len(edges), 2)]
+
+
+@given(st.data())
+def test_a_block_slides_over_itself(data: st.DataObject) -> None:
+    """However far it moves, and however little of it one copy takes, its bytes come to lie where they are to."""
+    nbytes = data.draw(st.integers(1, 400))
+    source, target = data.draw(st.tuples(st.integers(0, 500), st.integers(0, 500)).filter(lambda pair: pair[0] != pair[1]))
+    arena = torch.arange(1000, dtype=torch.int64).remainder(251).to(torch.uint8)
+    before = arena.clone()
+    lane = torch.zeros(data.draw(st.sampled_from([0, 1, 7, 50, 600])), dtype=torch.uint8)
+    slide(arena, lane, source, target, nbytes)
+    assert torch.equal(arena[target : target + nbytes], before[source : source + nbytes])
+    apart = torch.ones(1000, dtype=torch.bool)
+    apart[source : source + nbytes] = apart[target : target + nbytes] = False
+    assert torch.equal(arena[apart], before[apart])

@@ -17,7 +17,7 @@ from tierstore.hardware import held_bytes, measure_hardware, resolve_budgets, re
 from tierstore.mover.budget import NUM_SLOTS, RING_SLOTS, slot_bytes
 from tierstore.mover.engine import Engine
 from tierstore.mover.runtime import Machine
-from tierstore.mover.streams import Copies, CudaCopies, ThreadCopies
+from tierstore.mover.streams import Copies, CudaCopies, ThreadCopies, lane_bytes
 from tierstore.nvme.directory import Directory
 from tierstore.placement import Limits, Placement
 from tierstore.policies import Policy, resolve
@@ -134,8 +134,9 @@ def _assemble(
         )
     runtime = Machine()
     rates = LinkRates()
+    lane = lane_bytes(gpu_bytes) if cuda else 0
     placement = Placement(
-        gpu_bytes=gpu_bytes,
+        gpu_bytes=gpu_bytes - lane,
         ram_bytes=max(0, ram_bytes - transfer_bytes),
         has_nvme=directory is not None,
         policy=policy,
@@ -151,7 +152,7 @@ def _assemble(
     placement.pace.runs_ahead = cuda
     with contextlib.ExitStack() as undo:
         arena, host, transfer = _reserve(options, device, gpu_bytes, placement.capacity_bytes(Tier.RAM), transfer_bytes, undo)
-        copies: Copies = CudaCopies(arena, host, transfer, (slot * NUM_SLOTS, slot)) if cuda else ThreadCopies(arena, host)
+        copies: Copies = CudaCopies(arena, host, transfer, (slot * NUM_SLOTS, slot), lane) if cuda else ThreadCopies(arena, host)
         undo.callback(copies.close)
         engine = Engine(
             Scheduler(placement, runtime.clock),

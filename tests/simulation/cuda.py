@@ -141,12 +141,13 @@ class Memory:
     def data_ptr(self) -> int:
         return self.real.data_ptr()
 
-    def copy_(self, source: Memory | torch.Tensor, *, non_blocking: bool = False) -> None:
+    def copy_(self, source: Memory | torch.Tensor, *, non_blocking: bool = False) -> Memory:
         theirs = source if isinstance(source, Memory) else Memory(self._machine, source, on_device=False)
         if self.on_device or theirs.on_device:
             self._machine.copy(self.real, theirs.real)
         else:
             self.real.copy_(theirs.real)
+        return self
 
 
 class Streams:
@@ -308,15 +309,23 @@ class SimulatedCuda(CudaCopies):
     num_faults = 0
 
     def __init__(
-        self, machine: Streams, device: DeviceArena, host: HostArena, transfer: HostArena, ring: tuple[int, int], scenario: Scenario
+        self,
+        machine: Streams,
+        device: DeviceArena,
+        host: HostArena,
+        transfer: HostArena,
+        ring: tuple[int, int],
+        lane: int,
+        scenario: Scenario,
     ) -> None:
         self.under_way: dict[int, Order] = {}
         self.machine = machine
         segment = max(plan.pages for plan in scenario.plans)
-        gpu: Any = SimpleNamespace(device=SimpleNamespace(index=0), tensor=Memory(machine, device.tensor, on_device=True))
+        memory = Memory(machine, device.tensor, on_device=True)
+        gpu: Any = SimpleNamespace(device=SimpleNamespace(index=0), tensor=memory, nbytes=device.nbytes)
         ram: Any = _Host(machine, host, scenario.locked_pages * PAGE, segment * PAGE)
         ring_space: Any = SimpleNamespace(tensor=Memory(machine, transfer.tensor, on_device=False))
-        super().__init__(gpu, ram, ring_space, ring)
+        super().__init__(gpu, ram, ring_space, ring, lane)
 
     def start(self, order: Order, ordered: Report, done: Report) -> None:
         self.machine.world.note(f"issues {label(order)}")

@@ -29,6 +29,9 @@ from tierstore.trace import Link
 
 PATH = "/simulated"
 
+LANES = 3
+"""A simulated GPU has a lane of fewer pages than that, perhaps none, through which blocks are moved."""
+
 
 @dataclass
 class Opened:
@@ -100,14 +103,15 @@ def open_simulated(world: World, scenario: Scenario, disk: Disk, machine: Stream
         limits=dict.fromkeys(Link, Limits(max_orders=scenario.orders)),
         clock=runtime.clock,
     )
-    device = DeviceArena(scenario.gpu_pages * PAGE, torch.device("cpu"))
+    lane = scenario.gpu_pages % LANES * PAGE if machine is not None else 0
+    device = DeviceArena(scenario.gpu_pages * PAGE + lane, torch.device("cpu"))
     host = HostArena(scenario.ram_pages * PAGE, threads=1)
     transfer = HostArena(slots * slot, threads=1)
     copies: SimulatedCopies | SimulatedCuda
     if machine is None:
         copies = SimulatedCopies(world, device, host, link_pace)
     else:
-        copies = SimulatedCuda(machine, device, host, transfer, (NUM_SLOTS * slot, slot), scenario)
+        copies = SimulatedCuda(machine, device, host, transfer, (NUM_SLOTS * slot, slot), lane, scenario)
     engine = Engine(
         Scheduler(placement, runtime.clock),
         device=device,

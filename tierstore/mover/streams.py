@@ -31,6 +31,7 @@ from typing import Any, Protocol
 
 import torch
 
+from tierstore.catalog import PAGE
 from tierstore.requests import Action, Order
 from tierstore.residency import Tier
 from tierstore.threads import Threads
@@ -46,6 +47,10 @@ RUN_AHEAD = 256
 
 PRUNE_AT = 256
 """Extents with noted uses above which finished ones are looked for."""
+
+LANE_BYTES = 16 << 20
+LANE_SHARE = 64
+"""The lane is at most this fraction of the device's budget."""
 
 FEW_USES = 4
 """Of different streams or lengths, noted for extents that begin at one place, above which finished ones are looked for."""
@@ -192,18 +197,41 @@ def start_move(pool: Threads, arena: torch.Tensor, order: Order, ordered: Report
         future.add_done_callback(report)
 
 
+def lane_bytes(gpu_bytes: int) -> int:
+    """Of a GPU's budget, the part through which blocks are moved."""
+    return min(LANE_BYTES, gpu_bytes // LANE_SHARE // PAGE * PAGE)
+
+
+def slide(arena: torch.Tensor, lane: torch.Tensor, source: int, target: int, nbytes: int) -> None:
+    """Move a block within `arena`, on the current stream; where it was and where it will be may overlap.
+
+    What one copy reads and writes must not overlap: it takes as much as the block moves by. Where that is little, and the copies would
+    be as many as the block has pages, it goes through `lane`, memory of its own.
+    """
+    shift = abs(source - target)
+    step = min(nbytes, max(shift, lane.numel()))
+    starts = range(0, nbytes, step)
+    for start in starts if target < source else reversed(starts):
+        length = min(step, nbytes - start)
+        piece = arena[source + start : source + start + length]
+        if length > shift:
+            piece = lane[:length].copy_(piece)
+        arena[target + start : target + start + length].copy_(piece)
+
+
 class CudaCopies:
     """Two fixed side streams, one per direction, and one waiter thread behind each."""
 
     asynchronous = True
 
-    def __init__(self, device: DeviceArena, host: HostArena, transfer: HostArena, ring: tuple[int, int]) -> None:
+    def __init__(self, device: DeviceArena, host: HostArena, transfer: HostArena, ring: tuple[int, int], lane: int = 0) -> None:
         """Start the streams and their threads.
 
         Args:
             device, host: The arenas.
             transfer: Page-locked transfer space.
             ring: (offset, bytes of one slot) in it: four slots through which extents that are not page-locked are copied.
+            lane: Bytes at the end of the device arena, in which no extents lie, through which blocks are moved by less than their length.
         """
         self._device = device
         self._host = host
@@ -214,6 +242,7 @@ class CudaCopies:
         self._d2h = torch.cuda.Stream(self._at)
         self._transfer = transfer
         self._ring = ring
+        self._lane = device.tensor[device.nbytes - lane :]
         self._ready: dict[int, tuple[int, torch.cuda.Event]] = {}  # offset -> (end, event)
         self._uses: dict[int, dict[tuple[int, int], torch.cuda.Event]] = {}  # offset -> (stream, end) -> event
         self._pruned_to = 0
@@ -369,18 +398,14 @@ class CudaCopies:
         if order.tier is Tier.RAM:
             start_move(self._host_moves, self._host.tensor, order, lambda *_: None, done)
             return
-        stream, arena = self._h2d, self._device.tensor
+        stream = self._h2d
         with torch.cuda.device(self._at), torch.cuda.stream(stream):
             for record, source, target in order.moves:
                 nbytes = record.nbytes
                 self._wait_for_uses(stream, source, source + nbytes, writes=False)
                 self._wait_for_uses(stream, target, target + nbytes, writes=True)
                 earlier = self._ready.pop(source, None)  # filled on this same stream
-                step = min(nbytes, abs(source - target))
-                starts = range(0, nbytes, step) if target < source else reversed(range(0, nbytes, step))
-                for start in starts:
-                    length = min(step, nbytes - start)
-                    arena[target + start : target + start + length].copy_(arena[source + start : source + start + length])
+                slide(self._device.tensor, self._lane, source, target, nbytes)
                 event = torch.cuda.Event(blocking=True)
                 event.record(stream)
                 self._note_ready(target, nbytes, event)
