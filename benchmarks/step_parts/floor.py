@@ -34,7 +34,7 @@ class Work:
         state_in_ram: The share (kappa) of the fp32 state, 12 bytes a parameter, that stays in RAM.
         weights_in_ram: The same of the weights that are not on the device.
         gradients_on_device: Whether they wait there for a clipped update.
-        room: Bytes of the device that may be filled before they are needed.
+        room: Bytes of the device that may be filled before they are needed; without training, that keep weights from one pass to the next.
         trains: False: forward only.
     """
 
@@ -71,7 +71,8 @@ def floor(work: Work, compute: Compute, rates: Rates, *, clipped: bool) -> Floor
     state = 12.0 * work.parameters
     gradients = 2.0 * work.parameters if not work.gradients_on_device else 0.0
     if not work.trains:
-        by = {"compute": compute.forward, "h2d": link(streamed, 0.0, rates), **_drive(streamed * (1 - work.weights_in_ram), 0.0, rates)}
+        passing = max(0.0, streamed - work.room)
+        by = {"compute": compute.forward, "h2d": link(passing, 0.0, rates), **_drive(passing * (1 - work.weights_in_ram), 0.0, rates)}
     elif not clipped:
         link_s = link(state + 2 * streamed, state + streamed, rates)
         nvme = (1 - work.state_in_ram) * state

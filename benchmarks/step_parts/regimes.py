@@ -205,7 +205,7 @@ def measure(
         resident=1.0 if regime.weights == "gpu" else 0.0,
         state_in_ram=_state_in_ram(regime, shape.parameters),
         weights_in_ram=0.0 if regime.weights == "nvme" else 1.0,
-        room=max(0, regime.gpu - (2 * shape.parameters if regime.weights == "gpu" else 0)),
+        room=_room(regime),
         trains=regime.trains,
     )
     found = floor(work, compute, probe.rates, clipped=clipped)
@@ -243,6 +243,14 @@ class Host:
             "all threads": time.process_time() - self._process,
             "wall": time.perf_counter() - self._wall,
         }
+
+
+def _room(regime: Regime) -> int:
+    """Bytes of the device beside what is held there. In a forward pass, beside a layer at work and one on its way."""
+    shape = SHAPES[regime.model]
+    if not regime.trains:
+        return max(0, regime.gpu - 2 * 2 * shape.layer_parameters)
+    return max(0, regime.gpu - (2 * shape.parameters if regime.weights == "gpu" else 0))
 
 
 def _state_in_ram(regime: Regime, parameters: int) -> float:
