@@ -54,10 +54,10 @@ def quick(regime: Regime) -> Regime:
 def merged(output: Path, measured: Measured, *, small: bool) -> dict[str, Any]:
     """Put a run in the place of its last one."""
     report: dict[str, Any] = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {"runs": {}}
-    report["machine"] = machine_facts()
+    report["machine"] = facts = machine_facts()
     report["versions"] = {"torch": version("torch")}
     key = f"{measured.regime} {'clipped' if measured.clipped else 'unclipped'}"
-    report["runs"][key] = asdict(measured) | {"quick": small, "gpu": machine_facts().get("gpu")}
+    report["runs"][key] = asdict(measured) | {"quick": small, "gpu": facts.get("gpu")}
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return report

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +10,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.core_parts.bare import Copier, Drive
+from benchmarks.core_parts.measure import timed
 
 COPY_BYTES = 64 << 20
 COPIES = 8
@@ -74,20 +73,12 @@ class Probe:
             return
         first, second = self._drives
         total = FILES * FILE_BYTES
-        self.rates.read.append(total / _seconds(first.read))
-        self.rates.write.append(total / _seconds(second.write))
+        self.rates.read.append(total / timed(first.read))
+        self.rates.write.append(total / timed(second.write))
         with ThreadPoolExecutor(2) as pool:
-            start = time.perf_counter()
-            list(pool.map(lambda call: call(), (first.read, second.write)))
-            self.rates.mixed.append(2 * total / (time.perf_counter() - start))
+            self.rates.mixed.append(2 * total / timed(lambda: list(pool.map(lambda call: call(), (first.read, second.write)))))
 
     def close(self) -> None:
         self._copier.close()
         for drive in self._drives:
             drive.close()
-
-
-def _seconds(call: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start

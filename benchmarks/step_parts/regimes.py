@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -235,7 +234,6 @@ class Host:
 
     def __init__(self) -> None:
         self._thread, self._process, self._wall = time.thread_time(), time.process_time(), time.perf_counter()
-        self.threads = threading.active_count()
 
     def spent(self) -> dict[str, float]:
         return {
@@ -265,10 +263,9 @@ def _state_in_ram(regime: Regime, parameters: int) -> float:
 
 def _expected(regime: Regime, store: TierStore, tiered: Any, when: Literal["deferred", "backward"]) -> dict[str, float]:
     """Bytes a step by the documented function."""
-    if not regime.trains:
-        weights = sum(store.info(block.name).nbytes for block in tiered.structure.blocks)
-        return {"h2d": float(weights), "d2h": 0.0}
     blocks = [store.info(block.name).nbytes for block in tiered.structure.blocks]
+    if not regime.trains:
+        return {"h2d": float(sum(blocks)), "d2h": 0.0}
     state = [store.info(name).nbytes for name in store if name.startswith("optimizer/")]
     gradients = [store.info(name).nbytes for name in store if name.startswith("gradients/")]
     settings = Settings(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,15 @@ from torch import Tensor, nn
 
 from tierstore import TierStore
 from tierstore.errors import CapacityError
-from tierstore.training import activations, attach
+from tierstore.training import Tiered, activations, attach
+
+
+def assert_gradients(tiered: Tiered, wanted: Mapping[str, Tensor | None]) -> None:
+    for name, want in wanted.items():
+        grad = tiered.gradient(name)
+        assert grad is not None
+        assert want is not None
+        assert torch.equal(grad, want), name
 
 
 @pytest.mark.parametrize("tier", ["ram", "nvme"])
@@ -26,11 +35,8 @@ def test_inputs_that_come_to_lie_where_others_lay(tier: str, tmp_path: Path) -> 
         tiered = attach(model, store, list(model), activations=tier)  # type: ignore[arg-type]
         model(x).square().sum().backward()
         assert any(name.startswith("activations/") for name in store)
-        for name, parameter in zip([weight.name for weight in tiered.structure.weights], resident, strict=True):
-            grad, want = tiered.gradient(name), parameter.grad
-            assert grad is not None
-            assert want is not None
-            assert torch.equal(grad, want), name
+        names = [weight.name for weight in tiered.structure.weights]
+        assert_gradients(tiered, {name: parameter.grad for name, parameter in zip(names, resident, strict=True)})
         tiered.detach()
 
 
@@ -73,11 +79,7 @@ def test_an_input_comes_back_to_such_a_place_as_it_was_in(
             loss.backward()
         assert any(places[1][1:]), "all of them begin where a vector may"
         assert places[0] == [*places[1], *(places[1][::-1] * (1 + twice))]
-        for name, parameter in plain.named_parameters():
-            grad, want = tiered.gradient(name), parameter.grad
-            assert grad is not None
-            assert want is not None
-            assert torch.equal(grad, want), name
+        assert_gradients(tiered, {name: parameter.grad for name, parameter in plain.named_parameters()})
         tiered.detach()
 
 
@@ -99,11 +101,7 @@ def test_an_input_larger_than_the_device(tier: str, device: str, tmp_path: Path)
             model(x.to(device)).square().sum().backward()
             kept = [store.info(name).nbytes for name in store if name.startswith("activations/")]
             assert max(kept) < 50_000 < x.nbytes < sum(kept) / 4
-        for name, parameter in plain.named_parameters():
-            grad, want = tiered.gradient(name), parameter.grad
-            assert grad is not None
-            assert want is not None
-            assert torch.equal(grad, want), name
+        assert_gradients(tiered, {name: parameter.grad for name, parameter in plain.named_parameters()})
         tiered.detach()
 
 
@@ -153,9 +151,5 @@ def test_sparse_inputs_stay_on_the_device(layout: str, tmp_path: Path, monkeypat
                 y = layer(y, graph)
             y.square().sum().backward()
         assert any(name.startswith("activations/") for name in store)
-        for name, parameter in plain.named_parameters():
-            grad, want = tiered.gradient(name), parameter.grad
-            assert grad is not None
-            assert want is not None
-            assert torch.equal(grad, want), name
+        assert_gradients(tiered, {name: parameter.grad for name, parameter in plain.named_parameters()})
         tiered.detach()
