@@ -288,7 +288,7 @@ def test_what_is_written_whole_waits_for_what_used_its_extent(tmp_path: Path, ho
 def test_mixed_sizes_move_together_on_the_device(hostile: None) -> None:
     """Held blocks of several sizes are moved, overlapping ranges and delayed copies included, and keep their bytes."""
     sizes = [7 * MIB, 14 * MIB, 3 * MIB, 4 * KIB, 20 * MIB, 11 * MIB]
-    with TierStore(gpu=64 * MIB, ram=256 * MIB, device="cuda") as store:
+    with TierStore(gpu=65 * MIB, ram=256 * MIB, device="cuda") as store:
         reference = {}
         for number, nbytes in enumerate(sizes):
             reference[f"held {number}"] = torch.randint(0, 256, (nbytes,), dtype=torch.uint8)

@@ -13,6 +13,7 @@ gradient would move it by its momentum and decay. Which parameters have one is k
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -94,6 +95,7 @@ class Sum:
             observe: Is shown each total, whole and on the device.
         """
         totals: Sums = {}
+        left = Counter(piece.weight for part in self.parts for piece in part.pieces if piece.weight in sums)
         for part in self.parts:
             pieces = [piece for piece in part.pieces if piece.weight in sums]
             if not pieces:
@@ -110,12 +112,12 @@ class Sum:
                         continue
                     if piece.start is None:
                         observe(piece.weight, mine)
-                    else:
-                        piece.of(_whole(totals, piece.weight, mine)).copy_(mine)
+                        continue
+                    piece.of(_whole(totals, piece.weight, mine)).copy_(mine)
+                    left[piece.weight] -= 1
+                    if not left[piece.weight]:  # one at a time takes room
+                        observe(piece.weight, totals.pop(piece.weight))
             part.present.update(piece.weight for piece in pieces)
-        for weight, total in totals.items():
-            assert observe is not None
-            observe(weight, total)
 
     def take(self) -> Sums:
         """All there is, as tensors on the device, and nothing is left."""

@@ -9,7 +9,9 @@ how much that is; all else follows from the shapes. With N the bytes of a layer'
     backward  what one layer takes by itself for one micro-batch, its gradients included; the sums over micro-batches, G, and one more
               gradient that is being added to them; the layer's input, the gradient of its output, those of its inputs by micro-batch, and
               those put together: 4 N
-    update    of one chunk: its gradients clipped or widened, and what the optimizer makes for itself (AdamW: as much again); with
+    clip      where gradients are clipped, of the largest parameter: its gradient put together from its ranges, and widened; G and 4 N as
+              above
+    update    of one chunk: its gradients clipped or widened, and what the optimizer makes for itself (AdamW: twice as much); with
               "backward" the layer's gradients are there as well, G, and 4 N as above
 
 A pass and an update do not come together: with "deferred" the update is over before the layer runs, and with "backward" the pass is.
@@ -37,6 +39,7 @@ class Shapes:
         when: As in `TieredOptimizer`.
         activations: Where inputs wait for the backward pass.
         chunk: Of the gradients that one update takes at once, in the dtype of the masters. See `chunks`.
+        widened: Of the largest parameter's gradient in the dtype of the masters, where gradients are clipped and there are masters.
         temporaries: What the optimizer makes for itself, in multiples of `chunk`.
     """
 
@@ -48,7 +51,8 @@ class Shapes:
     when: Literal["step", "deferred", "backward"]
     activations: Literal["device", "ram", "nvme"]
     chunk: int
-    temporaries: float = 1.0
+    temporaries: float = 2.0
+    widened: int = 0
 
 
 def bytes_outside(shapes: Shapes) -> int:
@@ -56,7 +60,8 @@ def bytes_outside(shapes: Shapes) -> int:
     kept = shapes.layers * shapes.inputs if shapes.activations == "device" or shapes.inputs < SMALL else 0
     forward = 3 * shapes.inputs
     backward = shapes.alone + shapes.gradients + shapes.gradient + 4 * shapes.inputs
+    clip = shapes.gradients + shapes.gradient + shapes.widened + 4 * shapes.inputs
     update = round((1 + shapes.temporaries) * shapes.chunk)
     if shapes.when == "backward":
         update += shapes.gradients + 4 * shapes.inputs
-    return kept + max(forward, backward, update)
+    return kept + max(forward, backward, clip, update)
