@@ -17,6 +17,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -31,6 +33,7 @@ from tierstore.training import optimizer as optimizer_module
 from tierstore.training.chunks import cut
 from tierstore.training.packing import pack, unpack
 from tierstore.training.state import read_state, write_state
+from tierstore.training.structure import Weight, WeightBlock
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -272,6 +275,31 @@ def test_no_range_is_a_single_element(tmp_path: Path) -> None:
             assert bounds[-1][1] == 2049
             assert all(one[1] == other[0] and one[1] % 64 == 0 for one, other in pairwise(bounds))
             assert min(stop - start for start, stop in bounds) > 1
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 3000), st.booleans()), min_size=1, max_size=6),
+    st.integers(1, 60),
+    st.sampled_from([4.0, 8.0, 12.0]),
+)
+def test_chunks_are_filled(sizes: list[tuple[int, bool]], units: int, each: float) -> None:
+    """Each is as long as may be, so that they take each other's places; every element is in one of them, in order."""
+    limit = int(units * 64 * each)
+    weights = [Weight(f"w{number}", number, torch.Size([numel]), torch.float32, True) for number, (numel, _) in enumerate(sizes)]
+    ranges = [weight for weight, (_, may_cut) in zip(weights, sizes, strict=True) if may_cut]
+    chunks = cut(WeightBlock("block", weights), weights, lambda _: each, limit, ranges=ranges)
+    pieces_in_order = [piece for chunk in chunks for piece in chunk]
+    for weight in weights:
+        bounds = [pieces.bounds(piece) for piece in pieces_in_order if piece.weight is weight]
+        assert [bounds[0][0], *(stop for _, stop in bounds)] == [*(start for start, _ in bounds), weight.numel]
+    assert [piece.weight.index for piece in pieces_in_order] == sorted(piece.weight.index for piece in pieces_in_order)
+    taken = [sum(piece.numel for piece in chunk) * each for chunk in chunks]
+    for number, chunk in enumerate(chunks):
+        last = chunk[-1].weight
+        if len(chunk) > 1 or last in ranges:
+            assert taken[number] <= limit + each, "one element more than fits, where it would be alone"
+        if number + 1 < len(chunks) and chunks[number + 1][0].weight in ranges:
+            assert taken[number] > limit - 2 * 64 * each, "room was left that the next weight could have filled"
 
 
 def test_cutting_anew_holds_no_more_than_a_chunk_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

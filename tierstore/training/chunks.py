@@ -78,6 +78,9 @@ def cut(
 ) -> list[list[Piece]]:
     """Pieces of a block's weights, chunk by chunk.
 
+    Chunks are filled to the limit, a weight that may be cut going on in the next one: all of one size, they take each other's places on
+    the device, and none is moved to make room for a larger one.
+
     Args:
         block: The block.
         weights: Those of it to cut.
@@ -91,24 +94,31 @@ def cut(
         if weight not in weights:
             continue
         each = max(bytes_per_element(weight), 1e-9)
-        if weight in ranges and weight.numel * each > limit_bytes and weight.numel > ALIGN:
-            most = max(ALIGN, int(limit_bytes / each) // ALIGN * ALIGN)
-            count = -(-weight.numel // most)
-            length = -(-weight.numel // count // ALIGN) * ALIGN if count > 1 else weight.numel
-            length = max(length, ALIGN)
-            starts = list(range(0, weight.numel, length))
-            if weight.numel - starts[-1] == 1:  # the state of one element could not be told from a number
-                starts.pop()
-            chunks += [[Piece(weight, start, stop)] for start, stop in zip(starts, [*starts[1:], weight.numel], strict=True)]
-            room = 0.0
-            continue
-        need = weight.numel * each
-        if need > room or not chunks:
-            chunks.append([])
-            room = float(limit_bytes)
-        chunks[-1].append(Piece(weight))
-        room -= need
-    return [chunk for chunk in chunks if chunk]
+        pieces = [Piece(weight)]
+        if weight in ranges and weight.numel * each > room:
+            pieces = _ranges(weight, int(room / each), int(limit_bytes / each))
+        for piece in pieces:
+            need = piece.numel * each
+            if need > room or not chunks:
+                chunks.append([])
+                room = float(limit_bytes)
+            chunks[-1].append(piece)
+            room -= need
+    return chunks
+
+
+def _ranges(weight: Weight, first: int, most: int) -> list[Piece]:
+    """A weight in ranges of at most so many elements, the first of which may be shorter; none of them a single element.
+
+    The state of one element could not be told from a number.
+    """
+    length = max(ALIGN, most // ALIGN * ALIGN)
+    starts = [0, *range(first // ALIGN * ALIGN or length, weight.numel, length)]
+    if weight.numel - starts[-1] == 1 and len(starts) > 1:
+        starts.pop()
+    if len(starts) == 1:
+        return [Piece(weight)]
+    return [Piece(weight, start, stop) for start, stop in zip(starts, [*starts[1:], weight.numel], strict=True)]
 
 
 class Stepper:
@@ -120,6 +130,7 @@ class Stepper:
         options: For each of them.
         master_dtype: Of masters, if there are any.
         name: Of the class.
+        begun: The groups whose class makes state when it is made, and not in the first step only.
     """
 
     def __init__(
@@ -129,12 +140,14 @@ class Stepper:
         options: Mapping[str, Any],
         master_dtype: torch.dtype | None,
         name: str,
+        begun: Collection[int],
     ) -> None:
         self._buffers = buffers
         self._factories = factories
         self._options = options
         self._master_dtype = master_dtype
         self.name = name
+        self._begun = begun
 
     @torch.no_grad()
     def step(
@@ -177,8 +190,6 @@ class Stepper:
         inner = chunk.inner
         if inner is None:
             inner = self._factories[chunk.group](list(leaves.values()), **self._options)
-            if not (chunk.blocks or any(chunk.values.values()) or chunk.unkept):  # state of one element is in no block
-                self._note_made(inner, leaves, new, values)
         active = [piece for piece in chunk.pieces if piece.weight in gradients]
         group = inner.param_groups[0]
         try:
@@ -190,6 +201,9 @@ class Stepper:
                 found: dict[str, Any] = {key: stored(piece, key).detach() for key in chunk.tensors[piece] if key != MASTER}
                 found.update((key, value) for key, value in values[piece].items() if key != MASTER)
                 found.update((key, value) for (other, key), value in new.items() if other is piece and key != MASTER)
+                if not found and chunk.group in self._begun:  # only now: pieces of one parameter are in several chunks, and have it or not
+                    found = self.made_state(homes[piece], chunk.group)
+                    self._note_made(piece, found, new, values)
                 if found:
                     inner.state[leaf] = found
             give(inner, hyper.options[chunk.group], hyper.attributes)
@@ -212,14 +226,13 @@ class Stepper:
 
     def _home(self, chunk: Chunk, piece: Piece, weights: Mapping[str, Tensor], stored: Callable[[Piece, str], Tensor], new: New) -> Tensor:
         """Where the optimizer's update is to end up: the weight, or its master."""
-        own = piece.of(weights[piece.weight.name])
         if self._master_dtype is None:
-            return own
+            return piece.of(weights[piece.weight.name])
         if MASTER in chunk.tensors[piece]:
             return stored(piece, MASTER)
         master = chunk.values[piece].get(MASTER, new.get((piece, MASTER)))
         if master is None:
-            master = new[piece, MASTER] = own.to(self._master_dtype, copy=True)
+            master = new[piece, MASTER] = piece.of(weights[piece.weight.name]).to(self._master_dtype, copy=True)
         assert isinstance(master, Tensor)
         return master
 
@@ -227,20 +240,18 @@ class Stepper:
     def made_state(self, value: Tensor, group: int) -> dict[str, Any]:
         """The state that a parameter has before its first step, of classes that make it when they are made."""
         leaf = nn.Parameter(value)
-        return dict(self._factories[group]([leaf], **self._options).state.get(leaf, {}))
-
-    def _note_made(
-        self, inner: torch.optim.Optimizer, leaves: Mapping[Piece, Tensor], new: New, values: dict[Piece, dict[str, Any]]
-    ) -> None:
-        """State that the optimizer makes when it is made."""
         owns = self._buffers.store.engine.device.owns
-        for piece, leaf in leaves.items():
-            for key, made in inner.state.get(leaf, {}).items():
-                value = made.clone() if isinstance(made, Tensor) and owns(made) else made
-                if isinstance(value, Tensor) and value.numel() > 1:
-                    new[piece, key] = value
-                else:
-                    values[piece][key] = value
+        made = self._factories[group]([leaf], **self._options).state.get(leaf, {})
+        return {key: each.clone() if isinstance(each, Tensor) and owns(each) else each for key, each in made.items()}
+
+    @staticmethod
+    def _note_made(piece: Piece, made: Mapping[str, Any], new: New, values: dict[Piece, dict[str, Any]]) -> None:
+        """State of before the first step."""
+        for key, value in made.items():
+            if isinstance(value, Tensor) and value.numel() > 1:
+                new[piece, key] = value
+            else:
+                values[piece][key] = value
 
     def _note_state(self, chunk: Chunk, piece: Piece, state: Mapping[str, Any], stored: Callable[[Piece, str], Tensor]) -> None:
         """What a step has left behind: most optimizers change their tensors in place, some put others in their stead or take some away."""

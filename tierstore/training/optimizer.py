@@ -181,7 +181,8 @@ class TieredOptimizer(torch.optim.Optimizer):
         made = factory([sample], **options)
         super().__init__(groups, made.defaults)
         options = {**options, **self._implementation}
-        self._stepper = Stepper(tiered.buffers, factories, options, master_dtype, factory_name(factory))
+        begun = {group for (group, _), rules in self._rules.items() if rules.state_at_construction}
+        self._stepper = Stepper(tiered.buffers, factories, options, master_dtype, factory_name(factory), begun)
         self._rehearsal = Rehearsal(factories, options, self._samples()) if may_change(made) else None
         self._attributes: dict[str, Any] = {}
         self._coefficients: list[Coefficient] = []

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -28,28 +28,38 @@ class Piece:
 
     Attributes:
         start, stop: Elements of the flattened parameter; None: all of it.
+        numel: How many these are.
+        key: Its tensor's name in a block.
     """
 
     weight: Weight
     start: int | None = None
     stop: int | None = None
+    numel: int = field(init=False, repr=False, compare=False)
+    key: str = field(init=False, repr=False, compare=False)
+    _hash: int = field(init=False, repr=False, compare=False)
 
-    @property
-    def key(self) -> str:
-        """Its tensor's name in a block."""
-        return self.weight.name if self.start is None else f"{self.weight.name}[{self.start}:{self.stop}]"
+    def __post_init__(self) -> None:
+        # Once: they are asked for many times in each step.
+        whole = self.start is None or self.stop is None
+        object.__setattr__(self, "numel", self.weight.numel if self.start is None or self.stop is None else self.stop - self.start)
+        object.__setattr__(self, "key", self.weight.name if whole else f"{self.weight.name}[{self.start}:{self.stop}]")
+        object.__setattr__(self, "_hash", hash((id(self.weight), self.start, self.stop)))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.weight.shape) if self.start is None else (self.numel,)
 
-    @property
-    def numel(self) -> int:
-        return self.weight.numel if self.start is None or self.stop is None else self.stop - self.start
-
     def of(self, tensor: Tensor) -> Tensor:
         """This piece of a tensor shaped like the parameter. Of a range, a view if the tensor is contiguous."""
-        return tensor if self.start is None else tensor.reshape(-1)[self.start : self.stop]
+        if self.start is None:
+            return tensor
+        if tensor.is_contiguous():
+            return tensor.as_strided((self.numel,), (1,), tensor.storage_offset() + self.start)
+        return tensor.reshape(-1)[self.start : self.stop]
 
 
 def parse_piece(key: str, weights: dict[str, Weight]) -> Piece | None:

@@ -18,7 +18,7 @@ A pass ends where the next begins, and what the device still has there is used f
 backward passes come next; at the end of backward the first layers and their gradients, whose updates or next forward passes come next;
 and between an update and a forward pass in the same direction, a fixed part of the weights. At each turn the bytes in `kept` are not
 loaded: the device's budget, less what the leases around the turn use up themselves (a chunk of state and of gradients, the weights of
-a layer where they are not of those kept) and as much again, for what is on its way while they compute. Where state does not fit RAM,
+a layer where they are not of those kept) and half as much again, for what is on its way while they compute. Where state does not fit RAM,
 the policy goes by a plan for both tiers, which leaves `SLOTS` of the largest blocks to what passes through: what is kept is the rest.
 This is what `lookahead` reaches from the fourth step on ([Note: How far ahead] and [Note: Patience] in `placement`). It is within a
 block or two of it: which ones are on the device when the turn comes depends on when copies end.
@@ -34,6 +34,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
+
+ON_ITS_WAY = 0.5
+"""What is on its way to the device, as a share of what is leased."""
 
 SLOTS = 3
 """Blocks of the largest size that pass through a tier while others stay, in the plan for two tiers (`plan.OUTLINED`)."""
@@ -144,10 +147,11 @@ def turns(settings: Settings) -> Iterator[Turn]:
     update = settings.state_chunk + gradient  # what an update leases beside weights
 
     def kept(busy: float, most: float = streamed) -> float:
+        passing = (1 + ON_ITS_WAY) * busy
         if settings.state_in_ram < 1:
             largest = max(layer, settings.state_chunk, gradient)
-            busy = (SLOTS * largest - (layer if busy == layer / 2 else 0)) / 2  # the layer at the turn is one of those that pass
-        return min(max(0.0, device - 2 * busy), most)
+            passing = SLOTS * largest - (layer if busy == layer / 2 else 0)  # the layer at the turn is one of those that pass
+        return min(max(0.0, device - passing), most)
 
     # From forward to backward: the layer at the turn is leased on both sides of it. With "deferred", updates precede it in the first pass.
     for number in range(settings.accumulation):
