@@ -248,6 +248,7 @@ class UseBase:
         fresh: Collection[str] = (),
         spent: Collection[str] = (),
         owner: Owner | None = None,
+        plain: bool = False,
     ) -> None:
         """Note what is asked for.
 
@@ -255,8 +256,10 @@ class UseBase:
             engine, names, write, timeout: As in `TierStore.use`.
             fresh, spent: Names among those written; see [Note: Blank blocks] in `scheduler`.
             owner: On whose behalf; None: the thread's or task's that enters.
+            plain: Autograd is to save none of the tensors, and changes are not looked for.
         """
         self._engine = engine
+        self._plain = plain
         self._fresh, self._spent, self._owner = fresh, spent, owner
         self._names = names
         self._timeout = timeout
@@ -287,12 +290,12 @@ class UseBase:
 
     def _yield(self) -> Leased:
         assert self._ticket is not None
-        tensors = self._engine.tensors(self._ticket)
+        tensors = self._engine.tensors(self._ticket, plain=self._plain)
         writes = self._ticket.writes
         by_name: dict[str, Leased] = {}
         for record, views in tensors.items():
             block = record.block
-            if record.id not in writes and record.writer is None:
+            if not self._plain and record.id not in writes and record.writer is None:
                 self._watched += [(block.name, view, view._version) for view in views]
             by_name[block.name] = views[0] if block.single else {spec.name: view for spec, view in zip(block.tensors, views, strict=True)}
         values = tuple(by_name[name] for name in self._names)

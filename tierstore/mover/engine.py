@@ -202,13 +202,19 @@ class Engine:
             ticket.request = None
             self.note_wait(request.cause, request.queued_ns, end_ns, tuple(record.block.name for record in ticket.records))
 
-    def tensors(self, ticket: Ticket) -> dict[Record, tuple[torch.Tensor, ...]]:
-        """The leased tensors, usable on the caller's current stream from here on."""
+    def tensors(self, ticket: Ticket, *, plain: bool = False) -> dict[Record, tuple[torch.Tensor, ...]]:
+        """The leased tensors, usable on the caller's current stream from here on.
+
+        Args:
+            plain: Autograd is to save none of them; see `DeviceArena.plain_tensors`.
+        """
         records = ticket.records
         if ticket.fresh:
             self.copies.take([(record.gpu.offset, record.nbytes) for record in records if record.id in ticket.fresh])
         ticket.stream = self.copies.lease([(record.gpu.offset, record.nbytes) for record in records])
         ticket.used = True
+        if plain:
+            return {record: self.device.plain_tensors(record.block, record.gpu.offset) for record in records}
         return {record: self.device.tensors(record.id, record.block, record.gpu.offset) for record in records}
 
     def end_use(self, ticket: Ticket, *, failed: bool = False) -> None:

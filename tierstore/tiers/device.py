@@ -74,6 +74,7 @@ class DeviceArena:
         self.nbytes = nbytes
         self.device = device
         self._views: dict[int, tuple[int, tuple[torch.Tensor, ...]]] = {}
+        self._bases: dict[str, torch.Tensor] = {}  # all of it, by dtype
         try:
             if device.type == "cpu":
                 memory = map_memory(nbytes)  # page-aligned, which torch's own allocator is not
@@ -109,6 +110,23 @@ class DeviceArena:
             cached = self._views[number] = (offset, views)
         return tuple([view.detach() for view in cached[1]])
 
+    def plain_tensors(self, block: Block, offset: int) -> tuple[torch.Tensor, ...]:
+        """The same for who lets autograd save nothing of them: views of one tensor, made in a third of the time.
+
+        Raises:
+            ClosedError: As `tensors`.
+        """
+        if self._storage is None:
+            raise ClosedError("the store was closed", remedy="open a new TierStore")
+        with torch.no_grad():  # so that writing into one while autograd records raises, instead of giving all of them a history
+            return tuple([self._typed(spec, offset) for spec in block.tensors])
+
+    def _typed(self, spec: TensorSpec, offset: int) -> torch.Tensor:
+        base = self._bases.get(spec.dtype)
+        if base is None:
+            base = self._bases[spec.dtype] = self.tensor.view(DTYPES[spec.dtype])
+        return base.as_strided(spec.shape, strides(spec.shape), (offset + spec.offset) // base.itemsize)
+
     def owns(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor lies in this memory."""
         return self._storage is not None and tensor.untyped_storage().data_ptr() == self._storage.data_ptr()
@@ -127,5 +145,6 @@ class DeviceArena:
     def close(self) -> None:
         """Let the memory go, as soon as the caller holds no tensor in it."""
         self._views.clear()
+        self._bases.clear()
         del self.tensor
         self._storage = None

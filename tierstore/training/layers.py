@@ -419,7 +419,7 @@ class Tiered:
         """
         self.settle(unit.blocks)
         names = [block.name for block in unit.blocks]
-        with self._alone(), self.buffers.lease(*names) as leased:
+        with self._alone(), self.buffers.lease(*names, plain=False) as leased:
             mappings: tuple[Mapping[str, Tensor], ...] = leased if len(names) != 1 else (leased,)
             leaves = {
                 weight: mapping[weight.name].requires_grad_(weight.requires_grad and requires_grad)

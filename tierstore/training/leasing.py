@@ -76,7 +76,9 @@ class Buffers:
         ident: int | None = getattr(self._owner, "ident", None)
         return threading.get_ident() if ident is None else ident
 
-    def lease(self, *names: str, write: Collection[str] = (), fresh: Collection[str] = (), spent: Collection[str] = ()) -> Use:
+    def lease(
+        self, *names: str, write: Collection[str] = (), fresh: Collection[str] = (), spent: Collection[str] = (), plain: bool = True
+    ) -> Use:
         """Lease blocks. One yields its mapping of names to tensors, several a tuple of these.
 
         Args:
@@ -84,10 +86,11 @@ class Buffers:
             write: Those that may be written.
             fresh: Those of `write` whose content does not matter on entering.
             spent: Those of `write` whose content does not matter after leaving, unless by an exception.
+            plain: Autograd saves none of the tensors.
         """
         if fresh and self._unwanted:
             self._unwanted.difference_update(fresh)
-        return _Lease(self.store.engine, names, write, None, fresh=fresh, spent=spent, owner=self.owner)
+        return _Lease(self.store.engine, names, write, None, fresh=fresh, spent=spent, owner=self.owner, plain=plain)
 
     @contextlib.contextmanager
     def lease_all(
