@@ -180,9 +180,12 @@ class Stepper:
         def stored(piece: Piece, key: str) -> Tensor:
             return state[chunk.tensors[piece][key]][f"{key}.{piece.key}"]
 
-        homes = {piece: self._home(chunk, piece, weights, stored, new) for piece in chunk.pieces}
-        if written:
-            for piece, master in homes.items():
+        # Of these only is there state, masters included: pieces of one parameter are in several chunks, and all of them have it or none.
+        active = [piece for piece in chunk.pieces if piece.weight in gradients]
+        homes = {piece: self._home(chunk, piece, weights, stored, new) for piece in active}
+        for piece in chunk.pieces if written else ():
+            master = self._master(chunk, piece, stored, new)
+            if master is not None:
                 own = piece.of(weights[piece.weight.name])
                 master.copy_(torch.where(master.to(own.dtype) == own, master, own.to(master.dtype)))
         # As in plain torch: some optimizers pass by what is no parameter, or requires no gradient.
@@ -190,7 +193,6 @@ class Stepper:
         inner = chunk.inner
         if inner is None:
             inner = self._factories[chunk.group](list(leaves.values()), **self._options)
-        active = [piece for piece in chunk.pieces if piece.weight in gradients]
         group = inner.param_groups[0]
         try:
             inner.state.clear()
@@ -201,7 +203,7 @@ class Stepper:
                 found: dict[str, Any] = {key: stored(piece, key).detach() for key in chunk.tensors[piece] if key != MASTER}
                 found.update((key, value) for key, value in values[piece].items() if key != MASTER)
                 found.update((key, value) for (other, key), value in new.items() if other is piece and key != MASTER)
-                if not found and chunk.group in self._begun:  # only now: pieces of one parameter are in several chunks, and have it or not
+                if not found and chunk.group in self._begun:
                     found = self.made_state(homes[piece], chunk.group)
                     self._note_made(piece, found, new, values)
                 if found:
@@ -228,12 +230,17 @@ class Stepper:
         """Where the optimizer's update is to end up: the weight, or its master."""
         if self._master_dtype is None:
             return piece.of(weights[piece.weight.name])
-        if MASTER in chunk.tensors[piece]:
-            return stored(piece, MASTER)
-        master = chunk.values[piece].get(MASTER, new.get((piece, MASTER)))
+        master = self._master(chunk, piece, stored, new)
         if master is None:
             master = new[piece, MASTER] = piece.of(weights[piece.weight.name]).to(self._master_dtype, copy=True)
-        assert isinstance(master, Tensor)
+        return master
+
+    @staticmethod
+    def _master(chunk: Chunk, piece: Piece, stored: Callable[[Piece, str], Tensor], new: New) -> Tensor | None:
+        """The one that there is."""
+        if MASTER in chunk.tensors[piece]:
+            return stored(piece, MASTER)
+        master: Tensor | None = chunk.values[piece].get(MASTER, new.get((piece, MASTER)))
         return master
 
     @torch.no_grad()
