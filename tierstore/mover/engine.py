@@ -52,6 +52,9 @@ T = TypeVar("T")
 ACCESS_BATCH = 64
 """Accesses the policy may lag behind while there is nothing to decide."""
 
+ROUNDS = 4
+"""Of the scheduler, before the loop sees to others."""
+
 DYING_ROUNDS = 3
 
 
@@ -97,7 +100,8 @@ class Engine:
         self.failure: BaseException | None = None
         self._futures: dict[Request, Future[None]] = {}
         self._started_ns: dict[int, int] = {}
-        self._woken = False
+        self._woken = False  # `_pump` is on its way, or at work
+        self._asked = False  # since it last looked
         self.tasks: set[asyncio.Task[Any]] = set()
         self.calls: set[Call[Any]] = set()
         self.ended: Future[None] = Future()
@@ -336,10 +340,14 @@ class Engine:
             self._wake()
 
     def _wake(self) -> None:
+        self._asked = True
         if not self._woken and not self.forked:
             self._woken = True
             try:
-                self.loop.call_soon_threadsafe(self._pump)
+                if threading.current_thread() is self._thread:
+                    self.loop.call_soon(self._pump)  # the other call writes to a socket, and gives up the interpreter's lock for it
+                else:
+                    self.loop.call_soon_threadsafe(self._pump)
             except RuntimeError:  # the loop is closed, and so is the store
                 self._woken = False
 
@@ -394,33 +402,47 @@ class Engine:
         self._futures.pop(request, None)
 
     def _pump(self) -> None:
-        """Let the scheduler decide, carry out its orders, answer those who wait."""
+        """Let the scheduler decide, carry out its orders, answer those who wait; again, while somebody asks for it meanwhile.
+
+        A round of the loop between two of these would look at its selector, and give up the interpreter's lock for that.
+        """
+        for _ in range(ROUNDS):
+            self._asked = False
+            if self.closed or self.failure is not None:
+                self._woken = False
+                return
+            try:
+                self._pump_once()
+            except BaseException as error:
+                self._woken = False
+                self._fail(error)
+                raise
+            if not self._asked:
+                break
         self._woken = False
-        if self.closed or self.failure is not None:
-            return
-        try:
-            with self.lock:
-                orders, again = self.scheduler.advance()
-                self.device.invalidate(self.placement.left_device)
-                self._capture()
-                resolved, self.scheduler.resolved = self.scheduler.resolved, []
-                answers = [(request, self._futures.pop(request, None)) for request in resolved]
-            for request, future in answers:
-                if future is None:
-                    if request.error is not None:
-                        log.warning("in the background: %s", request.error)
-                elif future.set_running_or_notify_cancel():
-                    if request.error is None:
-                        future.set_result(None)
-                    else:
-                        future.set_exception(request.error)
-            for order in orders:
-                self._start(order)
-            if again:
-                self.wake()
-        except BaseException as error:
-            self._fail(error)
-            raise
+        if self._asked:  # also by who found it awake just now
+            self.wake()
+
+    def _pump_once(self) -> None:
+        with self.lock:
+            orders, again = self.scheduler.advance()
+            self.device.invalidate(self.placement.left_device)
+            self._capture()
+            resolved, self.scheduler.resolved = self.scheduler.resolved, []
+            answers = [(request, self._futures.pop(request, None)) for request in resolved]
+        for request, future in answers:
+            if future is None:
+                if request.error is not None:
+                    log.warning("in the background: %s", request.error)
+            elif future.set_running_or_notify_cancel():
+                if request.error is None:
+                    future.set_result(None)
+                else:
+                    future.set_exception(request.error)
+        for order in orders:
+            self._start(order)
+        if again:
+            self._asked = True
 
     def _fail(self, error: BaseException) -> None:
         """A bug of ours: nobody may wait for ever."""
