@@ -154,11 +154,11 @@ def test_ctrl_c_while_a_lease_ends_wakes_who_waits_for_it(tmp_path: Path, monkey
             if in_main_thread():
                 signal.raise_signal(signal.SIGINT)
 
-        def fail(ticket: Ticket) -> dict[Record, tuple[torch.Tensor, ...]]:
+        def fail(ticket: Ticket, *, plain: bool) -> dict[Record, tuple[torch.Tensor, ...]]:
             if in_main_thread():
                 start_waiter()
                 raise ValueError("the lease was granted, and its tensors cannot be handed out")
-            return tensors(ticket)
+            return tensors(ticket, plain=plain)
 
         with monkeypatch.context() as patch:
             patch.setattr(engine.scheduler, "release", strike)

@@ -20,6 +20,9 @@ LAYERS = 8
 WIDTH = 128
 BUDGET = 6 << 20
 
+ROUNDED = 4 << 10
+"""Counts of steps, and other tensors of one element."""
+
 Activations = Literal["device", "ram", "nvme"]
 When = Literal["step", "deferred", "backward"]
 
@@ -75,6 +78,6 @@ def test_what_is_taken_beside_the_budget(
         chunk=chunk,
         widened=parameter * 4 if masters and when != "backward" else 0,
     )
-    assert peak <= bytes_outside(shapes)
+    assert peak <= bytes_outside(shapes) + ROUNDED
     # With one micro-batch there are no sums over several, and an update's gradients are gone before the next chunk's come.
     assert peak > 0.45 * bytes_outside(shapes), "the formula promises nothing"

@@ -1,9 +1,16 @@
 """The engine: one thread with an event loop that carries out what the scheduler orders, and answers those who wait.
 
 [Note: Threads and the lock]
-The scheduler's state is changed only under `lock`, in short bursts: by the engine's thread (`_pump` and the reports of finished
-orders), and on callers' threads where they take or release a lease or submit a request. Orders are decided and booked
-in one burst, so none can be stale when it is carried out. Nothing waits under the lock, and futures are resolved outside it.
+The scheduler's state is changed only under `lock`, in short bursts: by whoever attends to it, by the reports of finished orders, and
+where callers take or release a lease or submit a request. Orders are decided and booked in one burst, so none can be stale when it is
+carried out. Nothing waits under the lock, and futures are resolved outside it.
+
+[Note: Who attends]
+To attend is to book what has landed, let the scheduler decide, and start its orders. One thread at a time does that (`_issuing`), and
+whoever comes meanwhile leaves a mark (`_asked`) and goes: the other looks again before he goes himself. It is the engine's thread where a
+copy has landed or a coroutine asks. But who waits for a lease, or has ended one, attends himself: two threads that issue work to a GPU take
+the interpreter's lock from each other with every call, and wait for it longer than the calls take. What is done on the drive is started
+by the loop in any case.
 
 [Note: Abandoned requests]
 A waiter can leave at any time: time-out, cancellation, Ctrl-C. `abandon` then withdraws the request, or gives back what it was
@@ -20,6 +27,7 @@ import os
 import sys
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Collection, Coroutine
 from concurrent.futures import Future
 from functools import partial
@@ -100,8 +108,11 @@ class Engine:
         self.failure: BaseException | None = None
         self._futures: dict[Request, Future[None]] = {}
         self._started_ns: dict[int, int] = {}
-        self._woken = False  # `_pump` is on its way, or at work
-        self._asked = False  # since it last looked
+        self._woken = False  # the engine's thread is about to attend
+        self._issuing = threading.Lock()  # only ever tried, never waited for; see [Note: Who attends]
+        self._issuer = 0
+        self._asked = False
+        self._reports: deque[tuple[Order, BaseException | None, int]] = deque()  # copies that have ended, and when; not booked yet
         self.tasks: set[asyncio.Task[Any]] = set()
         self.calls: set[Call[Any]] = set()
         self.ended: Future[None] = Future()
@@ -169,10 +180,19 @@ class Engine:
         Returns:
             None when `ticket.lease` is set, else what to wait for.
         """
+        with Uninterrupted():
+            future, attend = self._try_use(ticket, names, write, fresh, spent)
+            if attend:
+                self._attend()
+        return future
+
+    def _try_use(
+        self, ticket: Ticket, names: tuple[str, ...], write: bool | frozenset[str], fresh: Collection[str], spent: Collection[str]
+    ) -> tuple[Future[None] | None, bool]:
         with self.lock:
             self.check_open()
             if not names:
-                return None  # nothing to lease
+                return None, False  # nothing to lease
             scheduler = self.scheduler
             ticket.records = (
                 (scheduler.find(names[0]),) if len(names) == 1 else tuple(dict.fromkeys(scheduler.find(name) for name in names))
@@ -193,8 +213,8 @@ class Engine:
             elif fresh:  # extents may be in other hands already, which no `_pump` has seen
                 self.device.invalidate(self.placement.left_device)
             scheduler.note_use(ticket.records, ticket.writes, ticket.fresh)
-            self.wanted |= future is not None or self._has_work()
-        return future
+            # While copies are under way, somebody will look when they have landed, or when this lease ends.
+            return future, future is not None or (not self.placement.flying and self._has_work())
 
     def finish_wait(self, ticket: Ticket) -> None:
         """The future of `begin_use` has resolved: take the lease over, and note the wait."""
@@ -231,17 +251,20 @@ class Engine:
             return
         start_ns = self.clock.now_ns()
         waited = self.copies.release([(record.gpu.offset, record.nbytes) for record in ticket.records])
-        with self.lock:
-            lease, ticket.lease = ticket.lease, None
-            if lease is None:
-                return
-            if failed:
-                self.scheduler.give_back(lease)
-            else:
-                self.scheduler.release(lease)
-            self.wanted |= self._has_work()
-            if waited:
-                self.note_wait("run-ahead", start_ns, start_ns + waited, tuple(record.block.name for record in ticket.records))
+        with Uninterrupted():
+            with self.lock:
+                lease, ticket.lease = ticket.lease, None
+                if lease is None:
+                    return
+                if failed:
+                    self.scheduler.give_back(lease)
+                else:
+                    self.scheduler.release(lease)
+                attend = self._has_work()
+                if waited:
+                    self.note_wait("run-ahead", start_ns, start_ns + waited, tuple(record.block.name for record in ticket.records))
+            if attend:
+                self._attend()
 
     def abandon(self, ticket: Ticket) -> None:
         """Whatever became of the ticket, nothing of it remains. See [Note: Abandoned requests]."""
@@ -402,28 +425,40 @@ class Engine:
         self._futures.pop(request, None)
 
     def _pump(self) -> None:
+        """The engine's thread was woken."""
+        self._woken = False
+        self._attend()
+
+    def _attend(self) -> None:
         """Let the scheduler decide, carry out its orders, answer those who wait; again, while somebody asks for it meanwhile.
 
-        A round of the loop between two of these would look at its selector, and give up the interpreter's lock for that.
+        Any thread; see [Note: Who attends]. Uninterrupted.
         """
+        self._asked = True
         for _ in range(ROUNDS):
-            self._asked = False
-            if self.closed or self.failure is not None:
-                self._woken = False
+            if not self._issuing.acquire(blocking=False):
                 return
+            self._issuer = threading.get_ident()
             try:
-                self._pump_once()
+                self._asked = False
+                self._look()
             except BaseException as error:
-                self._woken = False
                 self._fail(error)
                 raise
-            if not self._asked:
-                break
-        self._woken = False
-        if self._asked:  # also by who found it awake just now
-            self.wake()
+            finally:
+                self._issuer = 0
+                self._issuing.release()
+            if not self._asked:  # read behind the release: who came before it has left his mark, and who came after it got in
+                return
+        self._wake()
 
-    def _pump_once(self) -> None:
+    def _look(self) -> None:
+        self._book_landed()
+        if self.closed or self.failure is not None:
+            return
+        if self.captures and threading.current_thread() is not self._thread:
+            self._wake()  # what it takes hold of for a commit is the loop's
+            return
         with self.lock:
             orders, again = self.scheduler.advance()
             self.device.invalidate(self.placement.left_device)
@@ -444,11 +479,17 @@ class Engine:
         if again:
             self._asked = True
 
+    def _book_landed(self) -> None:
+        """Book what the copies have to report."""
+        self.copies.poll()
+        while self._reports:
+            self._finish(*self._reports.popleft())
+
     def _fail(self, error: BaseException) -> None:
         """A bug of ours: nobody may wait for ever."""
         self.failure = self.failure or error
         log.critical("the engine failed", exc_info=error)
-        self._landed.set()  # `drain` waits for nothing any more
+        self._has_landed()  # `drain` waits for nothing any more
         with self.lock:  # who found no failure under it has his future among these
             futures, self._futures = self._futures, {}
         for future in futures.values():
@@ -480,15 +521,20 @@ class Engine:
 
     def _start(self, order: Order) -> None:
         self._started_ns[order.number] = self.clock.now_ns()
-        if order.action is Action.READ:
-            self._spawn(self._read(order))
-        elif order.action is Action.WRITE:
-            self._spawn(self._write(order))
-        else:
-            try:
-                self.copies.start(order, self._ordered, self._done)
-            except Exception as error:  # of the driver, or of a thread pool that is shutting down
-                self._done(order, error)
+        if order.action in (Action.READ, Action.WRITE):
+            if threading.current_thread() is self._thread:
+                self._transfer(order)
+            else:
+                self._soon(self._transfer, order)
+            return
+        try:
+            self.copies.start(order, self._ordered, self._done)
+        except Exception as error:  # of the driver, or of a thread pool that is shutting down
+            self._done(order, error)
+
+    def _transfer(self, order: Order) -> None:
+        """Start what the drive has to do. On the loop."""
+        self._spawn(self._read(order) if order.action is Action.READ else self._write(order))
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = self.loop.create_task(coroutine)
@@ -505,20 +551,31 @@ class Engine:
             self.loop.call_soon_threadsafe(callback, *arguments)
 
     def _ordered(self, order: Order, _: BaseException | None) -> None:
-        if threading.current_thread() is not self._thread:
-            self._soon(self._ordered, order, None)
-            return
-        with self.lock:
-            self.placement.ordered(order)
-        self.wake()
+        """Any thread."""
+        try:
+            with self.lock:
+                self.placement.ordered(order)
+        except BaseException as failure:
+            self._fail(failure)
+            raise
+        self._look_again()
 
     def _done(self, order: Order, error: BaseException | None) -> None:
-        if threading.current_thread() is not self._thread:
-            self._soon(self._done, order, error)
-            return
+        """A copy has ended. Any thread."""
+        self._reports.append((order, error, self.clock.now_ns()))
+        self._look_again()
+
+    def _look_again(self) -> None:
+        if self._issuer == threading.get_ident():
+            self._asked = True
+        else:
+            self._wake()
+
+    def _finish(self, order: Order, error: BaseException | None, end_ns: int) -> None:
+        """Book an order that has ended: copies as part of `_look`, what the drive has done on the loop."""
         on_device = self.copies.asynchronous and order.action not in (Action.READ, Action.WRITE)
         if error is not None and on_device and not isinstance(error, NoThreadError):
-            self._landed.set()
+            self._has_landed()
             self._fail(error)  # an error of CUDA is there to stay: this process cannot use the device any more
             return
         hung = under_way(error)
@@ -536,9 +593,15 @@ class Engine:
             log.log(logging.INFO if quiet else logging.WARNING, "a transfer failed: %s", error)
         if hung and order.action is Action.READ:
             when_landed(hung, lambda: self._end_quarantine(order.offset_ram))
-        self._count(order, error)
-        self._landed.set()
-        self.wake()
+        self._count(order, error, end_ns)
+        self._has_landed()
+        self._asked = True
+
+    def _has_landed(self) -> None:
+        if threading.current_thread() is self._thread:
+            self._landed.set()
+        elif self.closed or self.failure is not None:  # only `drain` waits for it
+            self._soon(self._landed.set)
 
     def _note_full(self, order: Order) -> bool:
         """The drive had no room for a block. Whether that is news: until it is there, blocks are tried again and again."""
@@ -572,7 +635,8 @@ class Engine:
                 await directory.read(self.shards[record], target)
         except BaseException as failure:  # also cancellation: the order must be answered whatever happens
             error = failure
-        self._done(order, error)
+        self._finish(order, error, self.clock.now_ns())
+        self.wake()
 
     async def _write(self, order: Order) -> None:
         record, directory = order.record, self.directory
@@ -588,7 +652,8 @@ class Engine:
         else:
             with self.lock:
                 self.replace_shard(record, shard, order.version)
-        self._done(order, error)
+        self._finish(order, error, self.clock.now_ns())
+        self.wake()
 
     def replace_shard(self, record: Record, shard: Shard, version: int) -> None:
         """A shard was written with this version of the block. Under the lock, on the loop."""
@@ -628,8 +693,7 @@ class Engine:
                 else:
                     capture.needs[record] = version
 
-    def _count(self, order: Order, error: BaseException | None) -> None:
-        end_ns = self.clock.now_ns()
+    def _count(self, order: Order, error: BaseException | None, end_ns: int) -> None:
         start_ns = self._started_ns.pop(order.number, end_ns)
         link = LINK_OF.get(order.action)
         if link is None or order.record is None:
@@ -657,7 +721,7 @@ class Engine:
     async def finish_commits(self) -> None:
         """Let commits end whose state is fixed, or can be at once. New calls are refused already."""
         while True:
-            self._pump()
+            self._attend()
             fixed = [capture for capture in self.captures if capture.request.started or capture.request.resolved]
             if not fixed:
                 return

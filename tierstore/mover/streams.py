@@ -19,6 +19,7 @@ may still wait for it.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -27,6 +28,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from ctypes import memmove
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -63,11 +65,15 @@ class Copies(Protocol):
     """Whether copies are ordered by events, so that `ordered` comes before `done`."""
 
     def start(self, order: Order, ordered: Report, done: Report) -> None:
-        """Carry the order out. Called on the engine's thread; `done` may come from any thread, `ordered` before it.
+        """Carry the order out. Called by one thread at a time; `done` may come from any thread, `ordered` before it.
 
         H2D orders, and those that move blocks together on the device, take effect in the order in which they are started: an extent
         may be filled right behind the move that brings it to its place.
         """
+        ...
+
+    def poll(self) -> None:
+        """Report what has landed. Called by who may call `start`; nobody need call it, it comes sooner so."""
         ...
 
     def lease(self, offsets: Iterable[tuple[int, int]]) -> object:
@@ -104,6 +110,9 @@ class OnCpu:
 
     def __init__(self, device: DeviceArena) -> None:
         self._device = device
+
+    def poll(self) -> None:
+        pass
 
     def lease(self, offsets: Iterable[tuple[int, int]]) -> object:
         return None
@@ -248,6 +257,7 @@ class CudaCopies:
         self._pruned_to = 0
         self._lock = threading.Lock()
         self._run_ahead: deque[torch.cuda.Event] = deque()
+        self._flights: dict[Action, deque[_Flight]] = {Action.H2D: deque(), Action.D2H: deque()}
         self._waiters = {Action.H2D: _Waiter("tierstore-h2d-done", self._at), Action.D2H: _Waiter("tierstore-d2h-done", self._at)}
         self._host_moves = Threads("tierstore-move", 1)
         self._staged = {
@@ -270,7 +280,20 @@ class CudaCopies:
                 self._copy(order, self._host.tensor[offset : offset + nbytes], offset - order.offset_ram)
             event = self._record_behind(order, stream)
         ordered(order, None)
-        self._waiters[order.action].wait_for(event, lambda error: done(order, error))
+        flight = _Flight(event, partial(done, order))
+        self._flights[order.action].append(flight)
+        self._waiters[order.action].wait_for(event, flight.land)
+
+    def poll(self) -> None:
+        for flights in self._flights.values():
+            while flights:
+                try:
+                    if not flights[0].event.query():
+                        break
+                except RuntimeError as error:  # CUDA is lost to this process
+                    flights.popleft().land(error)
+                else:
+                    flights.popleft().land(None)
 
     # -- one copy ----------------------------------------------------------------------------------------------------------
 
@@ -498,6 +521,21 @@ class CudaCopies:
             waiter.close()
         for pool in (self._host_moves, *self._staged.values()):
             pool.shutdown()
+
+
+class _Flight:
+    """A copy that was issued. Two may find that it has landed, who polls and the waiter's thread: it is reported once."""
+
+    __slots__ = ("_report", "event")
+
+    def __init__(self, event: torch.cuda.Event, report: Callable[[BaseException | None], None]) -> None:
+        self.event = event
+        self._report = [report]
+
+    def land(self, error: BaseException | None) -> None:
+        with contextlib.suppress(IndexError):  # as one step for all threads
+            report = self._report.pop()
+            report(error)
 
 
 class _Waiter:
