@@ -41,6 +41,7 @@ class Extents:
         self.blank_bytes = 0
         self.promised: dict[Tier, dict[BlockId, int]] = {Tier.GPU: {}, Tier.RAM: {}}  # see [Note: Room for what is yet to be written]
         self.promised_bytes = {Tier.GPU: 0, Tier.RAM: 0}
+        self._whole_next: dict[BlockId, tuple[int, bool]] = {}  # what `written_whole_next` has found, and the policy's epoch then
         self._fresh_at: dict[int, None] = {}  # positions of the trace at which a block was written whole, the oldest first
         self.save_failed: dict[BlockId, Record] = {}
         self.arenas = {Tier.GPU: Arena(gpu_bytes), Tier.RAM: Arena(ram_bytes)}
@@ -111,6 +112,7 @@ class Extents:
             self.blank_bytes -= record.nbytes
         for tier in MEMORY_TIERS:
             self.take_back(record, tier)
+        self._whole_next.pop(record.id, None)
         del self.records[record.id]
 
     def reserve(self, record: Record, tier: Tier, offset: int) -> None:
@@ -217,8 +219,17 @@ class Extents:
         """Whether the block's next use is expected to write all of it, so that nobody wants what it holds until then."""
         if not self._fresh_at:
             return False
-        next_use = self.policy.next_use(record.id)
-        return 0 <= next_use < math.inf and self.policy.repeats(int(next_use)) in self._fresh_at
+        epoch = self.policy.epoch
+        known = self._whole_next.get(record.id)
+        if known is None or known[0] != epoch:
+            next_use = self.policy.next_use(record.id)
+            whole = 0 <= next_use < math.inf and self.policy.repeats(int(next_use)) in self._fresh_at
+            known = self._whole_next[record.id] = (epoch, whole)
+        return known[1]
+
+    def learned(self, record: Record) -> None:
+        """The policy was told of an access to the block: what is expected of it is what comes behind that."""
+        self._whole_next.pop(record.id, None)
 
     def promise(self, record: Record, tier: Tier) -> None:
         """A block is to be written whole before what is fetched from here on is used: the tier will have to take it."""

@@ -320,8 +320,10 @@ class Scheduler(Leases):
             number, write = self._accesses.popleft()
             self._now += 1
             policy.accessed(number, write)
-            if number in records:
-                policy.touched(number, Tier.GPU)
+            record = records.get(number)
+            if record is not None:
+                policy.touched(number, _GPU)
+                self.placement.learned(record)
 
     def _serve_all(self) -> set[Record]:
         """Serve until nothing changes: what was granted or refused may let others go on. Returns as `_serve`."""

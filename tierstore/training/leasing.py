@@ -23,10 +23,14 @@ CHUNK_BYTES = 64_000_000
 SHARE = 8
 """On a small device, a chunk takes at most one part in so many of it."""
 
+LARGE_CHUNK_BYTES = 128_000_000
+LARGE_SHARE = 32
+"""On a large one chunks may be larger, if they take no more than one part in so many of it: each costs the host as much as any other."""
+
 
 def chunk_bytes(device_bytes: int) -> int:
     """The most that a chunk takes, on a device with so much room."""
-    return min(CHUNK_BYTES, device_bytes // SHARE)
+    return max(min(CHUNK_BYTES, device_bytes // SHARE), min(LARGE_CHUNK_BYTES, device_bytes // LARGE_SHARE))
 
 
 class _Lease(Use):
