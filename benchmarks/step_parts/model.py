@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -92,7 +93,10 @@ class Gpt(nn.Module):
 
 
 class Draws:
-    """First values of parameters: drawn once, and used again from another place on for each: billions of draws take minutes."""
+    """First values of parameters: drawn once, and used again from another place on for each: billions of draws take minutes.
+
+    The place follows from the module's name, so that models filled in different orders are the same.
+    """
 
     NUMBER = (1 << 22) - 3
 
@@ -104,6 +108,8 @@ class Draws:
     @torch.no_grad()
     def __call__(self, name: str, module: nn.Module) -> None:
         """As GPT-2: normal, less for what is added to the residual stream; biases 0, norms 1."""
+        # The head's weight is the embedding's: whichever is filled last, it is this.
+        self._at = zlib.crc32(("embedding" if name == "head" else name).encode()) % self.NUMBER
         for key, parameter in module.named_parameters(recurse=False):
             if isinstance(module, nn.LayerNorm):
                 parameter.fill_(float(key == "weight"))

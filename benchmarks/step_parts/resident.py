@@ -18,7 +18,7 @@ BYTES_EACH = 2 + 2 + 12 + 4
 """Of a parameter: weight, gradient, master and moments, and the gradient widened."""
 
 
-class _Checkpointed(nn.Module):
+class Checkpointed(nn.Module):
     """A layer that is computed again in the backward pass, on `micro_batch` rows at a time as the streamed one."""
 
     def __init__(self, layer: nn.Module, micro_batch: int | None) -> None:
@@ -72,7 +72,7 @@ def _measure(shape: Shape, rows: int, tokens: int, micro_batch: int | None, devi
             forward = _median(device, [lambda batch=batch: model(*batch) for batch in itertools.islice(batches(rows, tokens, device), 6)])
         return Compute(forward, 0.0, 0.0)
     for number, layer in enumerate(model.layers):
-        model.layers[number] = _Checkpointed(layer, micro_batch)
+        model.layers[number] = Checkpointed(layer, micro_batch)
     weights = list(model.parameters())
     masters = [weight.detach().float() for weight in weights]
     optimizer = torch.optim.AdamW(masters, lr=1e-4, fused=device.type == "cuda")
