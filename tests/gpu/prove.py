@@ -46,8 +46,8 @@ MUTANTS = {
         "                    if key != stream.cuda_stream and not event.query():\n                        pass",
     ),
     "a copy is reported done before it has landed": (
-        "        self._waiters[order.action].wait_for(event, lambda error: done(order, error))",
-        "        done(order, None)",
+        "        self._waiters[order.action].wait_for(flight)",
+        "        flight.land(None)",
     ),
 }
 FRESH_MUTANTS = {

@@ -44,16 +44,16 @@ MUTANTS = (
     Mutant(
         "the end of a lease wakes nobody",
         ENGINE,
-        "            self.scheduler.release(lease)\n            self.wanted |= self._has_work()\n",
-        "            self.scheduler.release(lease)\n",
+        "                attend = not stays and self._has_work()\n",
+        "                attend = False\n",
     ),
     Mutant(
-        "a transfer that has landed wakes nobody",
+        "a copy that has landed wakes nobody",
         ENGINE,
-        "        self._landed.set()\n        self.wake()\n",
-        "        self._landed.set()\n",
+        "        self._reports.append((order, error, self.clock.now_ns()))\n        self._look_again()\n",
+        "        self._reports.append((order, error, self.clock.now_ns()))\n",
     ),
-    Mutant("a caller who queues for a lease wakes nobody", ENGINE, "self.wanted |= future is not None or self._has_work()", "pass"),
+    Mutant("a caller who queues for a lease wakes nobody", ENGINE, "return future, future is not None or (", "return future, ("),
     Mutant(
         "close() does not wait for transfers under way",
         ENGINE,

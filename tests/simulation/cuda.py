@@ -266,15 +266,15 @@ class Pool:
 
 
 class Waiter:
-    """The thread that waits for events in order and calls back, as an actor that lives as long as it has work."""
+    """The thread that waits for copies in order and says so, as an actor that lives as long as it has work."""
 
     def __init__(self, machine: Streams, name: str) -> None:
         self._pool = Pool(machine, name)
 
-    def wait_for(self, event: Event, then: Callable[[BaseException | None], Any]) -> None:
+    def wait_for(self, flight: Any) -> None:
         def wait() -> None:
-            event.synchronize()
-            then(None)
+            flight.event.synchronize()
+            flight.land(None)
 
         self._pool.submit(wait)
 
@@ -358,6 +358,6 @@ def simulated_cuda(machine: Streams) -> Iterator[None]:
     with (
         mock.patch.object(streams, "torch", SimpleNamespace(cuda=cuda, _C=raw, device=torch.device, Tensor=torch.Tensor)),
         mock.patch.object(streams, "Threads", lambda name, _: Pool(machine, name)),
-        mock.patch.object(streams, "_Waiter", lambda name, _: Waiter(machine, name)),
+        mock.patch.object(streams, "_Waiter", lambda name, *_: Waiter(machine, name)),
     ):
         yield

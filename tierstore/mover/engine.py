@@ -112,6 +112,7 @@ class Engine:
         self._issuing = threading.Lock()  # only ever tried, never waited for; see [Note: Who attends]
         self._issuer = 0
         self._asked = False
+        copies.hurried = partial(bool, self._futures)  # not a method: the copies would keep the engine alive
         self._reports: deque[tuple[Order, BaseException | None, int]] = deque()  # copies that have ended, and when; not booked yet
         self.tasks: set[asyncio.Task[Any]] = set()
         self.calls: set[Call[Any]] = set()
@@ -260,7 +261,9 @@ class Engine:
                     self.scheduler.give_back(lease)
                 else:
                     self.scheduler.release(lease)
-                attend = self._has_work()
+                # What is held on the device leaves no room behind: while copies are under way, somebody will look when they have landed.
+                stays = self.placement.flying and not self._futures and all(record.hold is Tier.GPU for record in ticket.records)
+                attend = not stays and self._has_work()
                 if waited:
                     self.note_wait("run-ahead", start_ns, start_ns + waited, tuple(record.block.name for record in ticket.records))
             if attend:
@@ -558,7 +561,8 @@ class Engine:
         except BaseException as failure:
             self._fail(failure)
             raise
-        self._look_again()
+        if order.action is not Action.H2D or self._futures:  # what has come in makes room for nothing, but somebody may wait for it
+            self._look_again()
 
     def _done(self, order: Order, error: BaseException | None) -> None:
         """A copy has ended. Any thread."""
@@ -595,7 +599,6 @@ class Engine:
             when_landed(hung, lambda: self._end_quarantine(order.offset_ram))
         self._count(order, error, end_ns)
         self._has_landed()
-        self._asked = True
 
     def _has_landed(self) -> None:
         if threading.current_thread() is self._thread:

@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from ctypes import memmove
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -54,6 +54,9 @@ LANE_BYTES = 16 << 20
 LANE_SHARE = 64
 """The lane is at most this fraction of the device's budget."""
 
+REST_S = 0.003
+"""For which a copy that has landed is left to be found by who uses the store."""
+
 FEW_USES = 4
 """Of different streams or lengths, noted for extents that begin at one place, above which finished ones are looked for."""
 
@@ -63,6 +66,9 @@ class Copies(Protocol):
 
     asynchronous: bool
     """Whether copies are ordered by events, so that `ordered` comes before `done`."""
+
+    hurried: Callable[[], bool]
+    """Whether somebody waits; set by the engine."""
 
     def start(self, order: Order, ordered: Report, done: Report) -> None:
         """Carry the order out. Called by one thread at a time; `done` may come from any thread, `ordered` before it.
@@ -110,6 +116,7 @@ class OnCpu:
 
     def __init__(self, device: DeviceArena) -> None:
         self._device = device
+        self.hurried: Callable[[], bool] = lambda: True
 
     def poll(self) -> None:
         pass
@@ -242,6 +249,7 @@ class CudaCopies:
             ring: (offset, bytes of one slot) in it: four slots through which extents that are not page-locked are copied.
             lane: Bytes at the end of the device arena, in which no extents lie, through which blocks are moved by less than their length.
         """
+        self.hurried: Callable[[], bool] = lambda: True
         self._device = device
         self._host = host
         self._at = device.device
@@ -258,7 +266,9 @@ class CudaCopies:
         self._lock = threading.Lock()
         self._run_ahead: deque[torch.cuda.Event] = deque()
         self._flights: dict[Action, deque[_Flight]] = {Action.H2D: deque(), Action.D2H: deque()}
-        self._waiters = {Action.H2D: _Waiter("tierstore-h2d-done", self._at), Action.D2H: _Waiter("tierstore-d2h-done", self._at)}
+        self._waiters = {
+            action: _Waiter(f"tierstore-{action.value}-done", self._at, self._is_hurried) for action in (Action.H2D, Action.D2H)
+        }
         self._host_moves = Threads("tierstore-move", 1)
         self._staged = {
             Action.H2D: Threads("tierstore-ring-h2d", 1),
@@ -274,7 +284,7 @@ class CudaCopies:
         if not all(locked for _, _, locked in pieces):
             self._stage(order, ordered, done)
             return
-        with torch.cuda.device(self._at), torch.cuda.stream(stream):
+        with torch.cuda.stream(stream):
             self._order_before(order, stream)
             for offset, nbytes, _ in pieces:
                 self._copy(order, self._host.tensor[offset : offset + nbytes], offset - order.offset_ram)
@@ -282,7 +292,10 @@ class CudaCopies:
         ordered(order, None)
         flight = _Flight(event, partial(done, order))
         self._flights[order.action].append(flight)
-        self._waiters[order.action].wait_for(event, flight.land)
+        self._waiters[order.action].wait_for(flight)
+
+    def _is_hurried(self) -> bool:
+        return self.hurried()
 
     def poll(self) -> None:
         for flights in self._flights.values():
@@ -337,9 +350,10 @@ class CudaCopies:
                     continue
                 for (key, stop), event in list(uses.items()):
                     if start < stop:
-                        if not event.query():
+                        over = event.query()
+                        if not over:
                             stream.wait_event(event)
-                        if writes and start <= offset and stop <= end:
+                        if over or (writes and start <= offset and stop <= end):
                             del uses[key, stop]
                 if not uses:
                     del self._uses[offset]
@@ -422,7 +436,7 @@ class CudaCopies:
             start_move(self._host_moves, self._host.tensor, order, lambda *_: None, done)
             return
         stream = self._h2d
-        with torch.cuda.device(self._at), torch.cuda.stream(stream):
+        with torch.cuda.stream(stream):
             for record, source, target in order.moves:
                 nbytes = record.nbytes
                 self._wait_for_uses(stream, source, source + nbytes, writes=False)
@@ -521,6 +535,7 @@ class CudaCopies:
             waiter.close()
         for pool in (self._host_moves, *self._staged.values()):
             pool.shutdown()
+        del self._lane  # of the arena, which would live as long as this does
 
 
 class _Flight:
@@ -532,6 +547,10 @@ class _Flight:
         self.event = event
         self._report = [report]
 
+    @property
+    def landed(self) -> bool:
+        return not self._report
+
     def land(self, error: BaseException | None) -> None:
         with contextlib.suppress(IndexError):  # as one step for all threads
             report = self._report.pop()
@@ -539,16 +558,26 @@ class _Flight:
 
 
 class _Waiter:
-    """A thread that sleeps until events have happened, in order, and calls back."""
+    """A thread that sleeps until copies have landed, in order, and says so.
 
-    def __init__(self, name: str, device: torch.device) -> None:
-        self._queue: queue.SimpleQueue[tuple[torch.cuda.Event, Callable[[BaseException | None], Any]] | None] = queue.SimpleQueue()
+    While nobody waits, whoever uses the store comes by often and finds out himself; to be told of each copy by a thread would cost him more
+    than it saves. So the thread lets him go first, for a moment.
+
+    Args:
+        name: Of the thread.
+        device: Whose events they are.
+        hurried: Whether somebody waits.
+    """
+
+    def __init__(self, name: str, device: torch.device, hurried: Callable[[], bool]) -> None:
+        self._queue: queue.SimpleQueue[_Flight | None] = queue.SimpleQueue()
         self._device = device
+        self._hurried = hurried
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    def wait_for(self, event: torch.cuda.Event, then: Callable[[BaseException | None], Any]) -> None:
-        self._queue.put((event, then))
+    def wait_for(self, flight: _Flight) -> None:
+        self._queue.put(flight)
 
     def close(self) -> None:
         self._queue.put(None)
@@ -556,14 +585,19 @@ class _Waiter:
 
     def _run(self) -> None:
         torch.cuda.set_device(self._device)
-        while (item := self._queue.get()) is not None:
-            event, then = item
+        rested = 0.0
+        while (flight := self._queue.get()) is not None:
+            if flight.landed:
+                continue
             error: BaseException | None = None
             try:
-                event.synchronize()
+                flight.event.synchronize()
             except BaseException as failure:  # CUDA is lost to this process, but nobody may wait for ever
                 error = failure
+            if not flight.landed and time.perf_counter() - rested > REST_S and not self._hurried():
+                time.sleep(REST_S)
+                rested = time.perf_counter()
             try:
-                then(error)
+                flight.land(error)
             except Exception:
                 log.exception("reporting a copy failed")
