@@ -88,6 +88,7 @@ def test_what_is_taken_beside_the_budget(batch: tuple[int, int | None], when: st
             activations=activations,  # type: ignore[arg-type]
             chunk=state // (3 if masters else 2),  # two moments and the master, each as large as the gradient that goes with them
             widened=parameter * 4 if masters and when != "backward" else 0,
+            made=state,  # the first of the steps makes it
             temporaries=2.0,  # `foreach` makes its own for all of a chunk at once
         )
         assert store.stats().tiers["gpu"].evictions > 0

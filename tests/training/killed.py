@@ -45,8 +45,8 @@ class Way:
 
 
 WAYS = {
-    "deferred, masters": Way(master=True),
-    "step, not waited for": Way(when="step", wait=False),
+    "deferred, masters": Way(480 << 10, master=True),
+    "step, not waited for": Way(480 << 10, when="step", wait=False),
     "backward": Way(320 << 10, when="backward", accumulation=1),
 }
 

@@ -40,6 +40,7 @@ class Shapes:
         activations: Where inputs wait for the backward pass.
         chunk: Of the gradients that one update takes at once, in the dtype of the masters. See `chunks`.
         widened: Of the largest parameter's gradient in the dtype of the masters, where gradients are clipped and there are masters.
+        made: Of the state that one chunk's first step makes: it lies beside the store until that step is over. 0: of a later step.
         temporaries: What the optimizer makes for itself, in multiples of `chunk`.
     """
 
@@ -53,6 +54,7 @@ class Shapes:
     chunk: int
     temporaries: float = 2.0
     widened: int = 0
+    made: int = 0
 
 
 def bytes_outside(shapes: Shapes) -> int:
@@ -61,7 +63,7 @@ def bytes_outside(shapes: Shapes) -> int:
     forward = 3 * shapes.inputs
     backward = shapes.alone + shapes.gradients + shapes.gradient + 4 * shapes.inputs
     clip = shapes.gradients + shapes.gradient + shapes.widened + 4 * shapes.inputs
-    update = round((1 + shapes.temporaries) * shapes.chunk)
+    update = round((1 + shapes.temporaries) * shapes.chunk) + shapes.made
     if shapes.when == "backward":
         update += shapes.gradients + 4 * shapes.inputs
     return kept + max(forward, backward, clip, update)
