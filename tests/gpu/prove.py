@@ -26,8 +26,8 @@ MUTANTS = {
         "                else:\n                    pass",
     ),
     "copies do not wait for earlier uses of their extent": (
-        "                        if not event.query():\n                            stream.wait_event(event)",
-        "                        if not event.query():\n                            pass",
+        "                        if not over:\n                            stream.wait_event(event)",
+        "                        if not over:\n                            pass",
     ),
     "a copy out does not wait for the move that put the block there": (
         "if order.action is Action.D2H and ready is not None:",
