@@ -53,7 +53,7 @@ MUTANTS = (
         "        self._reports.append((order, error, self.clock.now_ns()))\n        self._look_again()\n",
         "        self._reports.append((order, error, self.clock.now_ns()))\n",
     ),
-    Mutant("a caller who queues for a lease wakes nobody", ENGINE, "return future, future is not None or (", "return future, ("),
+    Mutant("a caller who queues for a lease wakes nobody", ENGINE, "return future, future is not None or (", "return future, False and ("),
     Mutant(
         "close() does not wait for transfers under way",
         ENGINE,
