@@ -78,7 +78,7 @@ class Sim:
     # -- the engine's loop ---------------------------------------------------------------------------------------------
 
     def pump(self) -> list[Request]:
-        """As `Engine._pump`, until it would go to sleep. Returns what was resolved."""
+        """As `Engine._look`, until it would go to sleep. Returns what was resolved."""
         found: list[Request] = []
         for _ in range(300):
             orders, again = self.scheduler.advance()

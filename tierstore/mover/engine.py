@@ -61,7 +61,7 @@ ACCESS_BATCH = 64
 """Accesses the policy may lag behind while there is nothing to decide."""
 
 ROUNDS = 4
-"""Of the scheduler, before the loop sees to others."""
+"""Looks at the scheduler, one right behind the other, before the rest is left to the engine's thread."""
 
 DYING_ROUNDS = 3
 
@@ -211,7 +211,7 @@ class Engine:
                 request = Use(ticket.owner, ticket.records, writes=ticket.writes, fresh=ticket.fresh, spent=ticket.spent)
                 future = self.submit(request)
                 ticket.request = request
-            elif fresh:  # extents may be in other hands already, which no `_pump` has seen
+            elif fresh:  # extents may be in other hands already, which no `_look` has seen
                 self.device.invalidate(self.placement.left_device)
             scheduler.note_use(ticket.records, ticket.writes, ticket.fresh)
             # While copies are under way, somebody will look when they have landed, or when this lease ends.

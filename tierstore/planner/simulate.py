@@ -411,7 +411,7 @@ class _World:
         return scheduler.busy or self.placement.arenas[Tier.GPU].used_bytes != self.total_bytes or scheduler.num_unlearned >= ACCESS_BATCH
 
     def pump(self) -> None:
-        """As `Engine._pump`, until it would go to sleep."""
+        """As `Engine._look`, until it would go to sleep."""
         scheduler = self.scheduler
         again = True
         granted: list[_Thread] = []
