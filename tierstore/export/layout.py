@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from tierstore.catalog import PAGE, TensorSpec, round_up
 from tierstore.errors import TensorError
 from tierstore.nvme.manifest import Record
-from tierstore.nvme.safetensors import LENGTH_BYTES
+from tierstore.nvme.safetensors import LENGTH_BYTES, stored_shape
 
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
@@ -159,7 +159,8 @@ def _header(tensors: Sequence[Placed]) -> bytes:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     for placed in tensors:
         spec = placed.spec
-        header[placed.name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": (placed.begin, placed.begin + spec.nbytes)}
+        shape, offsets = stored_shape(spec.dtype, spec.shape), (placed.begin, placed.begin + spec.nbytes)
+        header[placed.name] = {"dtype": spec.dtype, "shape": shape, "data_offsets": offsets}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     length = round_up(LENGTH_BYTES + len(text), PAGE) - LENGTH_BYTES
     return length.to_bytes(LENGTH_BYTES, "little") + text.ljust(length)
