@@ -190,7 +190,11 @@ class _Files(ModelFiles):
         return self._checkpoint.tensors[origin.key].dtype == weight.dtype
 
     def adopt(self, structure: Structure, store: TierStore) -> Collection[str]:
-        return []
+        blocks = {weight.stored: block.name for block in self._adoptable for weight in block.weights}
+        num_put = len(structure.blocks) - len(self._adoptable)
+        if num_put:
+            log.info("%d blocks of %d have to be made, and are put into the store: the files do not hold them as they are", num_put, len(structure.blocks))
+        return store.adopt(self._checkpoint.source, layout=blocks.get) if blocks else ()
 
     def fill(self, modules: list[tuple[str, nn.Module]], weights: list[Weight]) -> None:
         from tierstore.huggingface.loading import read_all  # noqa: PLC0415  # of an extra

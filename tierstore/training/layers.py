@@ -224,7 +224,8 @@ class Tiered:
         info = self.store.info(block.name)
         have = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in info.tensors.items()}
         need = {weight.stored: (tuple(weight.shape), weight.dtype) for weight in block.weights}
-        if have != need or info.frozen == block.trainable:
+        # A block that lies in model files is anybody's: who does not train it does not write to it.
+        if have != need or (info.frozen == block.trainable and not (info.adopted and not block.trainable)):
             different = next((name for name in {**need, **have} if need.get(name) != have.get(name)), block.name)
             raise TensorError(
                 f"block {block.name!r} of the store does not fit the model",
