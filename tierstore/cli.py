@@ -119,6 +119,7 @@ def _smollm2(gguf: Path | None) -> Callable[[Options, Console], int]:
 
 
 main.add_command(commands.generate)
+main.add_command(commands.finetune)
 
 
 # -- a store's directory, looked at without opening it ------------------------------------------------------------------------

@@ -31,6 +31,7 @@ class Tuning:
     """One process's model and optimizer; on a store that holds a commit, they go on from it.
 
     Attributes:
+        by_pieces: Whether the loss is computed for a few tokens at a time.
         resumed: The metadata of that commit; None at the beginning.
     """
 
@@ -59,7 +60,7 @@ class Tuning:
             weight_decay=recipe.weight_decay,
         )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: factor(recipe, step, steps))
-        self._by_pieces = self._can_go_by_pieces()
+        self.by_pieces = self._can_go_by_pieces()
         self.model.train()
         self.resumed: dict[str, Any] | None = self.tiered.resume(schedule=self.schedule)
 
@@ -70,6 +71,13 @@ class Tuning:
     @property
     def num_frozen(self) -> int:
         return sum(weight.numel for weight in self.tiered.structure.weights if not weight.requires_grad)
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Of one token between two layers."""
+        width: int = self._plain().config.get_text_config().hidden_size
+        dtype: torch.dtype = self._plain().dtype
+        return width * dtype.itemsize
 
     def _with_adapters(self, model: Any) -> Any:
         require("peft")
@@ -120,7 +128,10 @@ class Tuning:
         device = self.store.device
         tokens, targets = batch.tokens.to(device), batch.targets.to(device)
         mask = None if bool(batch.mask.all()) else batch.mask.to(device)
-        return self._loss_by_pieces(tokens, targets, mask) if self._by_pieces else self._own_loss(tokens, targets, mask)
+        if self.by_pieces:
+            loss: Tensor = self.tiered.run(self._loss_by_pieces, tokens, targets, mask)
+            return loss
+        return self._own_loss(tokens, targets, mask)
 
     def _own_loss(self, tokens: Tensor, targets: Tensor, mask: Tensor | None) -> Tensor:
         loss: Tensor = self.model(input_ids=tokens, attention_mask=mask, labels=targets, use_cache=False).loss
@@ -146,7 +157,7 @@ class Tuning:
         tokens = (torch.arange(TRIED_TOKENS, device=device)[None] + 3) % plain.config.get_text_config().vocab_size
         self.model.eval()
         own = self._own_loss(tokens, tokens, None).item()
-        ours = self._loss_by_pieces(tokens, tokens, None).item()
+        ours = self.tiered.run(self._loss_by_pieces, tokens, tokens, None).item()
         close = math.isclose(own, ours, rel_tol=CLOSE)
         if not close:
             log.info("the loss of %s is its own: logits of all tokens of a batch are in memory at once", type(plain).__name__)

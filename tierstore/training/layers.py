@@ -8,7 +8,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from tierstore.training.optimizer import TieredOptimizer
 
 log = logging.getLogger("tierstore")
+T = TypeVar("T")
 
 _MODELS: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _STORES: weakref.WeakSet[TierStore] = weakref.WeakSet()
@@ -374,6 +375,11 @@ class Tiered:
             raise TrainingError("the model was detached", remedy="attach() it again")
 
     # -- running ---------------------------------------------------------------------------------------------------------
+
+    def run(self, function: Callable[..., T], *args: Any) -> T:
+        """Run a function of the model's modules as a forward pass of the model: a loss that calls the body and the head by themselves."""
+        result: T = self._run_model(function, args, {})
+        return result
 
     def _run_model(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._copies.clear()
