@@ -27,8 +27,12 @@ log = logging.getLogger("tierstore")
 
 INSTALL = 'pip install "tierstore[huggingface]"'
 
-RESIDENT_SHARE = 8
-"""Adapters stay on the device where all of them take at most one part in so many of it."""
+RESIDENT_SHARE = 4
+"""Adapters stay on the device where all of them take at most one part in so many of it, and with their gradients and state in RAM where they
+take at most one part in so many of that."""
+
+STATE_COPIES = 4
+"""Of a parameter beside its weights: its gradient, and what AdamW keeps, with a master."""
 
 
 def from_pretrained(
@@ -146,14 +150,33 @@ def _of(slot: tuple[nn.Module, str]) -> nn.Parameter:
 
 
 def _hold_adapters(tiered: Tiered) -> None:
-    """Keep what is trained beside a frozen model on the device, where it is small: it is needed twice a step, and never read again."""
-    blocks = tiered.structure.blocks
-    trained = [block.name for block in blocks if block.trainable]
-    nbytes = sum(tiered.store.info(name).nbytes for name in trained)
-    capacity = tiered.store.engine.placement.arenas[Tier.GPU].capacity_bytes
-    if trained and len(trained) < len(blocks) and nbytes * RESIDENT_SHARE <= capacity:
-        for name in trained:
-            tiered.store.hold(name, "gpu")
+    """Keep what is trained beside a frozen model where it is, if it is small: it is needed in every step, and changes in every step.
+
+    Else the drive would be written to in each: what is needed furthest in the future is the state that was just used, and not a layer.
+    """
+    store, blocks = tiered.store, tiered.structure.blocks
+    trained = [block for block in blocks if block.trainable]
+    if not trained or len(trained) == len(blocks):
+        return
+    weights = sum(store.info(block.name).nbytes for block in trained)
+    state = STATE_COPIES * sum(max(weight.dtype.itemsize, 4) * weight.numel for block in trained for weight in block.weights)
+    arenas = store.engine.placement.arenas
+    if weights * RESIDENT_SHARE <= arenas[Tier.GPU].capacity_bytes:
+        tier = "gpu"
+    elif (weights + state) * RESIDENT_SHARE <= arenas[Tier.RAM].capacity_bytes:
+        tier = "ram"
+    else:
+        return
+    for block in trained:
+        store.hold(block.name, tier)
+        if tier == "gpu" and not tiered.resumed:
+            # The newest copy is to be the one that stays: that in RAM would be written to the drive when its place is needed.
+            with store.use(block.name, write=True):
+                pass
+    if (weights + state) * RESIDENT_SHARE <= arenas[Tier.RAM].capacity_bytes:
+        tiered.buffers.held_on = "ram"
+        for name in [name for name in store if name.startswith(("gradients/", "optimizer/"))]:
+            store.hold(name, "ram")
 
 
 class _Files(ModelFiles):
