@@ -45,6 +45,10 @@ class Hollow(Placeholder):
         if func in _OF_GRAD:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
+        if func is torch.Tensor.detach:  # `state_dict()` does that to everything, before it is known what is wanted of it
+            fields = args[0].__dict__
+            alias = hollow(fields["parameter_name"], args[0], fields["origin"])
+            return alias.requires_grad_(False)
         try:
             return super().__torch_function__(func, types, args, kwargs)
         except PlaceholderError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import json
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tierstore.catalog import ITEM_BYTES
 from tierstore.errors import OptionError, TrainingError
@@ -48,7 +49,8 @@ def save_pretrained(tiered: Tiered, directory: str | os.PathLike[str], *, max_sh
     model: Any = tiered.model
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         target.mkdir(parents=True, exist_ok=True)
-        type(model).save_pretrained(model, os.fspath(target), state_dict=_trained(tiered))
+        with _in_their_places(tiered, _trained(tiered)) as values:
+            type(model).save_pretrained(model, os.fspath(target), state_dict=values)
     elif hasattr(model, "base_model_prefix") and hasattr(model, "config"):
         target.mkdir(parents=True, exist_ok=True)
         _save_whole(tiered, target, parse_size(max_shard_size, what="max_shard_size="))
@@ -62,14 +64,29 @@ def replace_saving(tiered: Tiered) -> None:
     tiered.replace_method(tiered.model, "save_pretrained", functools.partial(save_pretrained, tiered))
 
 
-def _trained(tiered: Tiered) -> dict[str, Tensor]:
-    """Values of the trainable parameters by all their names."""
-    found: dict[str, Tensor] = {}
+def _trained(tiered: Tiered) -> dict[Weight, Tensor]:
+    """Values of the trainable parameters."""
+    found: dict[Weight, Tensor] = {}
     for block in tiered.structure.blocks:
         if block.trainable:
             values: Any = tiered.store.read(block.name)
-            found.update((alias, values[weight.stored]) for weight in block.weights for alias in weight.aliases)
+            found.update((weight, values[weight.stored]) for weight in block.weights)
     return found
+
+
+@contextlib.contextmanager
+def _in_their_places(tiered: Tiered, values: dict[Weight, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Have these parameters in the model for the time being: PEFT looks there for what modules have. Yields them by all their names."""
+    try:
+        for weight, value in values.items():
+            parameter = nn.Parameter(value, requires_grad=weight.requires_grad)
+            for module, attribute in weight.slots:
+                module._parameters[attribute] = parameter
+        yield {alias: value for weight, value in values.items() for alias in weight.aliases}
+    finally:
+        for weight in values:
+            for module, attribute in weight.slots:
+                module._parameters[attribute] = weight.stand_in
 
 
 @dataclass(slots=True)
