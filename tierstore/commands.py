@@ -131,7 +131,9 @@ def _from_toml(context: click.Context, _: click.Parameter, path: Path | None) ->
 @device_option
 @click.option("--seq-len", type=click.IntRange(min=2), default=512, metavar="N", help="Most tokens of a sample.")
 @click.option("--batch", type=click.IntRange(min=1), default=8, metavar="N", help="Samples a step.")
-@click.option("--micro-batch", type=click.IntRange(min=1), default=None, metavar="N", help="Samples that a layer computes at once.  [default: all]")
+@click.option(
+    "--micro-batch", type=click.IntRange(min=1), default=None, metavar="N", help="Samples that a layer computes at once.  [default: all]"
+)
 @click.option("--activations", type=click.Choice(["device", "ram", "nvme"]), default="device", help="Where inputs of layers wait.")
 @click.option("--steps", type=click.IntRange(min=1), default=None, metavar="N", help="Of the whole run.  [default: what --epochs takes]")
 @click.option("--epochs", type=click.FloatRange(min=0, min_open=True), default=1.0, help="How often all samples are used.")

@@ -72,7 +72,11 @@ def log_of(place: Path) -> list[dict[str, Any]]:
 def kill_at(command: Sequence[str], log: Path, num_lines: int) -> None:
     """Run it in a process of its own and kill that without warning once it has taken so many steps."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "tierstore", *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"COLUMNS": "200"}
+        [sys.executable, "-m", "tierstore", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"COLUMNS": "200"},
     )
     deadline = time.monotonic() + 120
     try:
@@ -206,7 +210,12 @@ def test_options_may_come_from_a_file(folder: Path, text: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("line", "match"),
-    [("learning-rate = 1", "unknown option 'learning-rate'"), ("steps = [1]", "not one value"), ("steps =", "cannot be read"), ('steps = "x"', "x")],
+    [
+        ("learning-rate = 1", "unknown option 'learning-rate'"),
+        ("steps = [1]", "not one value"),
+        ("steps =", "cannot be read"),
+        ('steps = "x"', "x"),
+    ],
 )
 def test_files_with_mistakes_are_refused(line: str, match: str, tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
@@ -239,13 +248,17 @@ def test_texts_are_packed(folder: Path, text: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     data = datas.load(text, tokenizer, 32)
     assert {len(sample.tokens) for sample in data.samples[:-1]} == {32}
-    assert tokenizer.decode(torch.cat([sample.tokens for sample in data.samples])) == "".join(f"{each}<|end|>" for each in tokenizers.texts())
+    assert tokenizer.decode(torch.cat([sample.tokens for sample in data.samples])) == "".join(
+        f"{each}<|end|>" for each in tokenizers.texts()
+    )
     assert all(same(sample.tokens, sample.targets) for sample in data.samples)
 
 
 def test_only_completions_count(folder: Path, tmp_path: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    file = lines(tmp_path / "d.jsonl", {"prompt": "The assert", "completion": " statement"}, {"text": "Some text"}, {"prompt": "", "completion": "x"})
+    file = lines(
+        tmp_path / "d.jsonl", {"prompt": "The assert", "completion": " statement"}, {"text": "Some text"}, {"prompt": "", "completion": "x"}
+    )
     data = datas.load(file, tokenizer, 64)
     assert [tokenizer.decode(sample.tokens) for sample in data.samples] == ["Some text<|end|>", "The assert statement<|end|>", "x<|end|>"]
     assert [learnt(tokenizer, sample) for sample in data.samples[1:]] == [" statement<|end|>", "x<|end|>"]
@@ -340,7 +353,11 @@ def test_the_loss_by_pieces_is_the_models_own(folder: Path, text: Path, tmp_path
     """Gemma 2 caps its logits, so that its loss is its own; Llama's is computed by pieces; of both the first step's loss is plain torch's."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     for name, by_pieces in (("llama", True), ("gemma2", False)):
-        other = save(name, tmp_path / name, vocab_size=tokenizers.VOCABULARY, pad_token_id=0, final_logit_softcapping=0.2) if not by_pieces else folder
+        other = (
+            save(name, tmp_path / name, vocab_size=tokenizers.VOCABULARY, pad_token_id=0, final_logit_softcapping=0.2)
+            if not by_pieces
+            else folder
+        )
         tokenizer.save_pretrained(other)
         result = finetune(other, text, tmp_path / f"{name}-run", "--lora-rank", "2", "--steps", "1", "--lr", "1e-9", gpu_share=0.7)
         assert result.exit_code == 0, result.output

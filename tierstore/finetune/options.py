@@ -103,7 +103,9 @@ def read_toml(path: Path, known: Collection[str]) -> dict[str, Any]:
     unknown = sorted(key for key in options if key not in known)
     if unknown:
         have = ", ".join(sorted(each.replace("_", "-") for each in known))
-        raise OptionError(f"{path} has an unknown option {unknown[0].replace('_', '-')!r}", need=f"one of: {have}", remedy="correct its name")
+        raise OptionError(
+            f"{path} has an unknown option {unknown[0].replace('_', '-')!r}", need=f"one of: {have}", remedy="correct its name"
+        )
     nested = next((key for key, value in options.items() if isinstance(value, dict | list)), None)
     if nested is not None:
         raise OptionError(f"{path}: option {nested!r} is not one value", remedy="write it as text or a number, without a table")

@@ -182,7 +182,9 @@ def check(plan: Plan, store: TierStore, nvme: Path, output: Path, export_bytes: 
     free = shutil.disk_usage(output).free
     if export_bytes > free:
         raise CapacityError(
-            f"the drive of {output} is too small for the result", need=format_bytes(export_bytes), have=f"{format_bytes(free)} free",
+            f"the drive of {output} is too small for the result",
+            need=format_bytes(export_bytes),
+            have=f"{format_bytes(free)} free",
             remedy="free some, or name another --output",
         )
     ram = store.engine.placement.arenas[Tier.RAM].capacity_bytes

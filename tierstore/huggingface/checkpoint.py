@@ -121,7 +121,9 @@ class Checkpoint:
                 present = set(opened.keys())
                 for name in present if wanted is None else wanted:
                     if name not in present:
-                        raise ShardError(f"{INDEX} says that {file.name} has {name!r}, which it has not", remedy="download it again", path=file)
+                        raise ShardError(
+                            f"{INDEX} says that {file.name} has {name!r}, which it has not", remedy="download it again", path=file
+                        )
                     part = opened.get_slice(name)
                     self.tensors[name] = Entry(file, tuple(part.get_shape()), DTYPES.get(part.get_dtype()))
         except (SafetensorError, OSError) as error:

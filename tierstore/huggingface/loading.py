@@ -154,9 +154,7 @@ def _dtype(dtype: torch.dtype | str | None, config: Any, checkpoint: Checkpoint)
     return dtype
 
 
-def _match(
-    model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtype
-) -> tuple[dict[str, Origin], LoadStateDictInfo, int]:
+def _match(model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[dict[str, Origin], LoadStateDictInfo, int]:
     """Find what each tensor of the files becomes. Parameters of the model get the dtype and the shape that they will have."""
     expected = model.state_dict()
     rules = get_model_conversion_mapping(model)

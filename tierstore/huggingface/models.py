@@ -216,7 +216,11 @@ class _Files(ModelFiles):
         blocks = {weight.stored: block.name for block in self._adoptable for weight in block.weights}
         num_put = len(structure.blocks) - len(self._adoptable)
         if num_put:
-            log.info("%d blocks of %d have to be made, and are put into the store: the files do not hold them as they are", num_put, len(structure.blocks))
+            log.info(
+                "%d blocks of %d have to be made, and are put into the store: the files do not hold them as they are",
+                num_put,
+                len(structure.blocks),
+            )
         return store.adopt(self._checkpoint.source, layout=blocks.get) if blocks else ()
 
     def fill(self, modules: list[tuple[str, nn.Module]], weights: list[Weight]) -> None:
@@ -230,4 +234,3 @@ class _Files(ModelFiles):
             values = read_all(self._model, dict.fromkeys(self.of[weight] for weight in weights), files)
             for weight in weights:
                 _of(weight.slots[0]).data = values[self.of[weight].name].to(weight.dtype).contiguous()
-
