@@ -1,7 +1,8 @@
 """Makes the stores that stand for versions of the format: `python -m tests.golden.make 1 DIR`, `... 2 DIR`.
 
-What is committed under `v1/` and `v2/` was made by this, and is never made anew once it is released: a store of today must open what a store
-of then wrote. The second one's model lies in `model/`. Its manifests name it by a path that is nowhere; who opens the store puts his own there.
+What is committed under `v1/` and `v2/` was made by this, and is never made anew once it is released: a store of today must open what a
+store of then wrote. The second one's model lies in `model/`. Its manifests name it by a path that is nowhere; who opens the store puts
+his own there.
 A new version of the format gets a directory of its own beside it.
 """
 
@@ -14,6 +15,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from safetensors.torch import save_file
 
 from tierstore import TierStore
 from tierstore.nvme.checksums import checksum
@@ -22,7 +24,26 @@ from tierstore.tiers.device import DTYPES
 STORE = "7165727473726569"
 """Which store it is: drawn, but for this one."""
 
-V1_DTYPES = """BOOL U8 I8 F8_E5M2 F8_E4M3 F8_E5M2FNUZ F8_E4M3FNUZ F8_E8M0 I16 U16 F16 BF16 I32 U32 F32 I64 U64 F64""".split()
+V1_DTYPES = [
+    "BOOL",
+    "U8",
+    "I8",
+    "F8_E5M2",
+    "F8_E4M3",
+    "F8_E5M2FNUZ",
+    "F8_E4M3FNUZ",
+    "F8_E8M0",
+    "I16",
+    "U16",
+    "F16",
+    "BF16",
+    "I32",
+    "U32",
+    "F32",
+    "I64",
+    "U64",
+    "F64",
+]
 
 MODEL = Path(__file__).parent / "model"
 NOWHERE = "/golden/model"
@@ -74,7 +95,7 @@ def make(path: str) -> None:
 
 
 def make_second(path: str, model: Path) -> None:
-    """The same, with a block of the new dtypes and adopted ones: of these, generation 1 has read none, generation 2 one, and written one."""
+    """The same, with a block of the new dtypes and adopted ones. Of these, generation 3 has read none; 4 has read one and written one."""
     make(path)
     os.utime(model / "model.safetensors", ns=(MODIFIED_NS, MODIFIED_NS))
     with TierStore(nvme=path, **BUDGETS) as store:  # type: ignore[arg-type]
@@ -98,8 +119,6 @@ def rename_model(directory: Path, before: str, after: str) -> None:
 
 def make_model(path: Path) -> None:
     """What is committed under `model/`: no tensor of it is aligned."""
-    from safetensors.torch import save_file
-
     tensors = {f"layers.{layer}.weight": pattern(torch.float32, (5, 7), 20 + layer) for layer in range(2)}
     tensors |= {f"layers.{layer}.bias": pattern(torch.int8, (3,), 30 + layer) for layer in range(2)}
     path.mkdir()

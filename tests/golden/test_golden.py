@@ -72,7 +72,12 @@ SHAPES = {
     "bias": (9,),
     "F8_E8M0": (3, 2),
 }
-METADATA: dict[int, object] = {3: {"step": 3}, 4: {"step": 4}, 1: {"step": 1}, 2: {"step": 2, "note": "ä", "nested": [None, True, 0.1, {"deep": []}]}}
+METADATA: dict[int, object] = {
+    3: {"step": 3},
+    4: {"step": 4},
+    1: {"step": 1},
+    2: {"step": 2, "note": "ä", "nested": [None, True, 0.1, {"deep": []}]},
+}
 
 
 def raw(tensor: torch.Tensor) -> bytes:

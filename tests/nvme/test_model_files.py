@@ -21,6 +21,7 @@ from tierstore.errors import ModelFileError, OptionError, TierstoreError
 from tierstore.nvme.local import LocalFiles
 from tierstore.nvme.model_files import INDEX, WHOLE, Model, changes, survey
 from tierstore.nvme.safetensors import NOT_IN_TORCH
+from tierstore.tiers.device import DTYPES
 
 posix = pytest.mark.skipif(os.name == "nt", reason="links and devices of POSIX")
 
@@ -81,7 +82,9 @@ def test_one_file(tmp_path: Path) -> None:
 
 def test_which_files_of_a_folder_are_the_model(tmp_path: Path) -> None:
     one, other = raw({"a": entry(0, 4)}, DATA[:4]), raw({"b": entry(0, 6)}, DATA[4:])
-    by_index = folder(tmp_path / "index", {"1.safetensors": one, "2.safetensors": other, "0.safetensors": b"rubbish"}, {"a": "1.safetensors"})
+    by_index = folder(
+        tmp_path / "index", {"1.safetensors": one, "2.safetensors": other, "0.safetensors": b"rubbish"}, {"a": "1.safetensors"}
+    )
     assert [tensor.name for tensor in look_at(by_index).tensors] == ["a"]
     whole = folder(tmp_path / "whole", {WHOLE: one, "2.safetensors": b"rubbish"}, {"b": "2.safetensors"})
     assert [tensor.name for tensor in look_at(whole).tensors] == ["a"]
@@ -133,7 +136,9 @@ def test_an_index_that_names_what_is_not_there(tmp_path: Path) -> None:
     refused(lacking, path=str(lacking / "1"), tensor="lost")
 
 
-@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../secret", "", "..", "a\\..\\..\\secret", "C:\\x", "a\0", "a/./", "\n"])
+@pytest.mark.parametrize(
+    "name", ["../secret", "/etc/passwd", "a/../../secret", "", "..", "a\\..\\..\\secret", "C:\\x", "a\0", "a/./", "\n"]
+)
 def test_an_index_that_leads_out_of_its_folder(tmp_path: Path, name: str) -> None:
     (tmp_path / "secret").write_bytes(raw(GOOD, DATA))
     path = folder(tmp_path / "m", {}, {"a.weight": name})
@@ -171,7 +176,8 @@ def test_what_is_no_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", [b"", b"[]", b"{", b'{"weight_map": 3}', b'{"weight_map": {}}', b'{"weight_map": {"a": 3}}', b'{"weight_map": {"a": "1", "a": "1"}}']
+    "text",
+    [b"", b"[]", b"{", b'{"weight_map": 3}', b'{"weight_map": {}}', b'{"weight_map": {"a": 3}}', b'{"weight_map": {"a": "1", "a": "1"}}'],
 )
 def test_an_index_that_is_none(tmp_path: Path, text: bytes) -> None:
     path = folder(tmp_path / "m", {"1": raw({"a": entry(0, 4)}, DATA[:4])})
@@ -290,12 +296,11 @@ def test_what_we_take_the_library_takes_too(data: bytes, tmp_path_factory: pytes
     """And reads the same; what it takes and we refuse has a reason that stands here."""
     path = tmp_path_factory.mktemp("m") / "m.safetensors"
     path.write_bytes(data)
-    try:
-        found = look_at(path)
-    except TierstoreError as error:
-        assert isinstance(error, ModelFileError)
-        assert str(path) in str(error)
-        assert _is_refused(path) or _is_stricter(str(error)), error
+    found = _try(path)
+    if isinstance(found, TierstoreError):
+        assert isinstance(found, ModelFileError)
+        assert str(path) in str(found)
+        assert _is_refused(path) or _is_stricter(str(found)), found
         return
     with safe_open(path, framework="pt") as opened:
         assert sorted(opened.keys()) == sorted(tensor.name for tensor in found.tensors)
@@ -304,6 +309,13 @@ def test_what_we_take_the_library_takes_too(data: bytes, tmp_path_factory: pytes
             assert tuple(value.shape) == tensor.shape
             flat = value.contiguous().reshape(-1).view(torch.uint8) if value.numel() else torch.empty(0, dtype=torch.uint8)
             assert bytes(flat.tolist()) == data[tensor.begin : tensor.begin + flat.numel()]
+
+
+def _try(path: Path) -> Model | TierstoreError:
+    try:
+        return look_at(path)
+    except TierstoreError as error:
+        return error
 
 
 def _is_refused(path: Path) -> bool:
@@ -323,8 +335,6 @@ def _is_stricter(text: str) -> bool:
 
 @given(dtypes=st.lists(st.sampled_from(sorted(ITEM_BYTES)), min_size=1, max_size=6), seed=st.integers(0, 1 << 20))
 def test_what_the_library_saves_is_taken(dtypes: list[str], seed: int, tmp_path_factory: pytest.TempPathFactory) -> None:
-    from tierstore.tiers.device import DTYPES
-
     path = tmp_path_factory.mktemp("m") / "m.safetensors"
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
