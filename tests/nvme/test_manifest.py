@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tierstore.catalog import ITEM_BYTES, lay_out
+from tierstore.catalog import ITEM_BYTES, PAIRED, lay_out
 from tierstore.errors import DirectoryError, OptionError, ShardError
 from tierstore.nvme import names
 from tierstore.nvme.checksums import CHUNK_BYTES, checksum, num_chunks, split_chunks
@@ -45,6 +45,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
         tensors = [
             (tensor, draw(st.sampled_from(sorted(ITEM_BYTES))), draw(shapes)) for tensor in draw(st.lists(plain, max_size=3, unique=True))
         ]
+        tensors = [(tensor, dtype, shape or ((1,) if dtype in PAIRED else ())) for tensor, dtype, shape in tensors]
         block = lay_out(name, tensors, single=draw(st.booleans()), frozen=draw(st.booleans()))
         chunks = tuple(draw(sums) for _ in range(num_chunks(block.nbytes))) if draw(st.booleans()) else None
         records.append(Record(block, ShardRecord(names.shard_name(name, number), number, 4096 + block.nbytes, 4096, chunks, draw(sums))))

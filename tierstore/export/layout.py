@@ -140,6 +140,7 @@ def _places(specs: Sequence[TensorSpec]) -> Iterator[tuple[int, int]]:
 
 
 RENAMED, FILLERS, REFUSED = "with renamed tensors", "with gaps between tensors", "that the file system does not share"
+IN_MODEL = "that lie in model files"
 """Why a block's shard is no file of an export."""
 
 
@@ -150,6 +151,8 @@ def _is_export(record: Record, called: dict[tuple[str, str], str]) -> bool:
 
 def why_no_export(record: Record, called: dict[tuple[str, str], str]) -> str | None:
     block = record.block
+    if record.adopted is not None:
+        return IN_MODEL
     if any(called[block.name, spec.name] != spec.name for spec in block.tensors):
         return RENAMED
     return FILLERS if sum(spec.nbytes for spec in block.tensors) != block.nbytes else None

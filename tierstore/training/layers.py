@@ -173,7 +173,11 @@ class Tiered:
     # -- moving in and out -----------------------------------------------------------------------------------------------
 
     def _move_in(self, fill: Fill, files: ModelFiles | None) -> bool:
-        """Put what the store does not have, and hang placeholders in the places of parameters. Returns whether it had all."""
+        """Put what the store does not have, and hang placeholders in the places of parameters.
+
+        Returns:
+            Whether it had all, from an earlier training: what has only been adopted begins one.
+        """
         self.state.read()
         if files is not None:
             files.name(self.structure)
@@ -189,7 +193,10 @@ class Tiered:
         if known:
             for block in self.structure.blocks:
                 self._check_known(block)
-            log.info("taking the parameters of the store's commit, not the model's: %d blocks", len(known))
+            trained = [name for name in known if not self.store.info(name).adopted]
+            log.info(
+                "taking the parameters of the store, not the model's: %d blocks, %d of them adopted", len(known), len(known) - len(trained)
+            )
         done: set[Weight] = set()
         put: list[str] = [] if known or files is None else list(files.adopt(self.structure, self.store))
         adopted = frozenset(put)
@@ -219,14 +226,14 @@ class Tiered:
             for name in put:
                 self.store.delete(name)
             raise
-        return bool(known)
+        return bool(known and trained)
 
     def _check_known(self, block: WeightBlock) -> None:
         info = self.store.info(block.name)
         have = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in info.tensors.items()}
         need = {weight.stored: (tuple(weight.shape), weight.dtype) for weight in block.weights}
-        # A block that lies in model files is anybody's: who does not train it does not write to it.
-        if have != need or (info.frozen == block.trainable and not (info.adopted and not block.trainable)):
+        unfit = info.frozen == block.trainable and not (info.adopted and not block.trainable)  # what was adopted may stay as it is
+        if have != need or unfit:
             different = next((name for name in {**need, **have} if need.get(name) != have.get(name)), block.name)
             raise TensorError(
                 f"block {block.name!r} of the store does not fit the model",
