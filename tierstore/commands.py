@@ -64,7 +64,7 @@ def generate(
     from tierstore.huggingface import generating
 
     if prompt == "-":
-        prompt = click.get_text_stream("stdin").read()
+        prompt = sys.stdin.read()
     options = generating.Options(
         model,
         prompt,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.huggingface.folders import ARCHITECTURES, contents, make, ram_for, save, tokens, weight_bytes
+from tests.huggingface.folders import ARCHITECTURES, contents, ram_for, save, tokens, weight_bytes
 from tests.training.harness import same
 from tierstore import TierStore
 from tierstore.testing.reference import resident_reference
@@ -18,7 +17,7 @@ from tierstore.training import TieredOptimizer
 
 transformers = pytest.importorskip("transformers")
 
-from tierstore.huggingface import from_pretrained, save_pretrained  # noqa: E402  # needs transformers
+from tierstore.huggingface import from_pretrained  # noqa: E402  # needs transformers
 
 
 def opened(folder: Path, directory: Path | None, *, device_share: float = 0.5) -> TierStore:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import time
 from collections.abc import Iterator
@@ -93,7 +94,7 @@ def make_plan(tuning: Tuning, tokens: int, hidden_bytes: int, activations: str) 
         device=arenas[Tier.GPU].capacity_bytes,
     )
     ram = arenas[Tier.RAM].capacity_bytes
-    settings = Settings(**{**_fields(settings), "state_in_ram": share_in_ram(settings, ram)})
+    settings = dataclasses.replace(settings, state_in_ram=share_in_ram(settings, ram))
     flops = _measure_flops(store.device, tiered.structure.weights[-1].dtype)
     durable = trained + settings.state
     return Plan(
@@ -108,10 +109,6 @@ def make_plan(tuning: Tuning, tokens: int, hidden_bytes: int, activations: str) 
         durable,
         2 * durable + sum(nbytes for name, nbytes in sizes.items() if not store.info(name).adopted),
     )
-
-
-def _fields(settings: Settings) -> dict[str, object]:
-    return {name: getattr(settings, name) for name in Settings.__slots__}
 
 
 def _chunks(tuning: Tuning) -> Iterator[tuple[int, int]]:
@@ -203,22 +200,18 @@ def describe(plan: Plan, store: TierStore, recipe: Recipe, steps: int, commits: 
     moved = plan.per_step
     kind = f"LoRA of rank {recipe.lora_rank}" if recipe.lora_rank is not None else "all weights"
     yield f"Model     {plan.trained + plan.frozen:,} parameters; {kind}: {plan.trained:,} are trained, {plan.frozen:,} stay as they are"
-    yield (
-        f"Blocks    {plan.num_blocks} of weights, the largest {format_bytes(settings.layer)}; "
-        f"{format_bytes(settings.weights)} trained, {format_bytes(settings.frozen)} frozen, {format_bytes(settings.gradients)} of gradients, "
-        f"{format_bytes(settings.state)} of optimizer state"
-    )
+    weights = f"{format_bytes(settings.weights)} trained, {format_bytes(settings.frozen)} frozen"
+    state = f"{format_bytes(settings.gradients)} of gradients, {format_bytes(settings.state)} of optimizer state"
+    yield f"Blocks    {plan.num_blocks} of weights, the largest {format_bytes(settings.layer)}; {weights}, {state}"
     budgets = ", ".join(f"{tier} {format_bytes(stats.tiers[tier].capacity_bytes)}" for tier in ("gpu", "ram"))
     yield f"Tiers     {budgets}; the drive at most {format_bytes(plan.drive_bytes)}"
+    drive = f"{format_bytes(moved.nvme_read)} read from the drive, {format_bytes(moved.nvme_write)} written to it"
+    yield f"A step    at most {format_bytes(moved.h2d)} to the device, {format_bytes(moved.d2h)} back; {drive}"
+    computing = f"computing {format_duration(plan.compute_s)} at {plan.flops / 1e12:.2f} TFLOP/s"
+    copying = f"copies at {format_bytes(plan.copied_bytes_per_s)}/s"
+    yield f"Time      about {format_duration(plan.step_s)} a step: {computing}, {copying} (measured), the drive as planned for a PCIe 4 one"
+    written = format_bytes(moved.nvme_write * steps + plan.commit_bytes * commits)
     yield (
-        f"A step    at most {format_bytes(moved.h2d)} to the device, {format_bytes(moved.d2h)} back; "
-        f"{format_bytes(moved.nvme_read)} read from the drive, {format_bytes(moved.nvme_write)} written to it"
-    )
-    yield (
-        f"Time      about {format_duration(plan.step_s)} a step: computing {format_duration(plan.compute_s)} at {plan.flops / 1e12:.2f} TFLOP/s, "
-        f"copies at {format_bytes(plan.copied_bytes_per_s)}/s (both measured), the drive as planned for a PCIe 4 one"
-    )
-    yield (
-        f"Run       {steps} steps, about {format_duration(plan.step_s * steps)}; {commits} commits of at most {format_bytes(plan.commit_bytes)}: "
-        f"{format_bytes(moved.nvme_write * steps + plan.commit_bytes * commits)} written to the drive"
+        f"Run       {steps} steps, about {format_duration(plan.step_s * steps)}; {commits} commits of at most "
+        f"{format_bytes(plan.commit_bytes)}; {written} written to the drive in all"
     )

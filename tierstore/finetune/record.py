@@ -65,7 +65,7 @@ def check_same(record: Record, recipe: Recipe, steps: int, data: str) -> None:
         was, now = record.recipe[name], getattr(recipe, name)
         option = f"--{name.replace('_', '-')}"
         raise FinetuneError(
-            f"this run began with {option} {was}, and was now given {now}: give the same options to go on, or another --nvme for another run"
+            f"this run began with {option} {was}, and was now given {now}: give the same options to go on, or another --nvme for another"
         )
     if record.data != data:
         raise FinetuneError("this run began on other data: give the same to go on, or another --nvme for another run")

@@ -138,9 +138,8 @@ class Run:
 
     def _announce(self) -> None:
         recipe, samples, record = self._recipe, self._samples, self._record
-        self._say(
-            f"Data      {len(samples.samples):,} samples, {samples.num_tokens:,} tokens, at most {recipe.seq_len} each, from {self._options.data}"
-        )
+        size = f"{len(samples.samples):,} samples, {samples.num_tokens:,} tokens, at most {recipe.seq_len} each"
+        self._say(f"Data      {size}, from {self._options.data}")
         tokens = recipe.batch * min(recipe.seq_len, max(len(sample.tokens) for sample in samples.samples))
         plan = make_plan(self._tuning, tokens, self._tuning.hidden_bytes, self._options.activations)
         export = plan.settings.weights + (plan.settings.frozen if recipe.lora_rank is None else 0)

@@ -105,7 +105,7 @@ class Tuning:
     def step(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """One optimizer step. Returns the loss before it, in nats per token that counts, and the gradients' norm before clipping."""
         loss = self.loss(batch)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         norm = self.optimizer.clip_grad_norm_(self.recipe.clip) if self.recipe.clip else None
         self.optimizer.step()
         self.schedule.step()

@@ -55,7 +55,7 @@ class Hollow(Placeholder):
             raise TrainingError(
                 f"{error.problem.removesuffix(' outside a lease')} before its values are there",
                 need="changes that look at no weights",
-                remedy="freeze, add adapters and tie as you like; of PEFT, leave out what begins from the weights (DoRA, PiSSA, OLoRA, LoftQ)",
+                remedy="freeze, add adapters, tie; of PEFT, leave out what begins from the weights (DoRA, PiSSA, OLoRA, LoftQ)",
             ) from error
 
 
@@ -63,7 +63,7 @@ def hollow(name: str, like: torch.Tensor, origin: object) -> Hollow:
     """A parameter of the shape, dtype and `requires_grad` of `like`."""
     made = Hollow(name, tuple(like.shape), like.dtype, like.requires_grad, torch.device("cpu"))
     made.__dict__["origin"] = origin
-    return made  # type: ignore[return-value]
+    return made
 
 
 def solid(parameter: nn.Parameter) -> nn.Parameter:

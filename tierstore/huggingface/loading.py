@@ -20,6 +20,7 @@ from transformers import initialization as init
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.modeling_utils import LoadStateDictConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 from transformers.utils.loading_report import LoadStateDictInfo
 
@@ -27,6 +28,9 @@ from tierstore.errors import OptionError, TensorError
 from tierstore.huggingface.checkpoint import Checkpoint
 
 logger = transformers_logging.get_logger("transformers.modeling_utils")
+
+INITIALISED = "_is_hf_initialized"
+"""What transformers marks with this, its initialisation leaves alone."""
 
 COMPARED_ELEMENTS = 1 << 22
 """Of two tensors in files that should be one, so many are compared at a time."""
@@ -128,8 +132,6 @@ def build(checkpoint: Checkpoint, model_class: Any, dtype: torch.dtype | str | N
 
 
 def _config(checkpoint: Checkpoint) -> Any:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
     kind = checkpoint.config.get("model_type")
     if kind not in CONFIG_MAPPING:
         own = " and brings code of its own, which is never run" if checkpoint.config.get("auto_map") else ""
@@ -164,7 +166,8 @@ def _match(model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtype) -
     plan = {re.compile(name.replace("*", ".*")): kept for name, kept in model._get_dtype_plan(dtype).items()}
 
     def dtype_of(name: str) -> torch.dtype:
-        return next((kept for pattern, kept in plan.items() if pattern.search(name)), expected[name].dtype)
+        found: torch.dtype = next((kept for pattern, kept in plan.items() if pattern.search(name)), expected[name].dtype)
+        return found
 
     origins: dict[str, Origin] = {}
     conversions: dict[str, Conversion] = {}
@@ -221,7 +224,7 @@ def _place(model: PreTrainedModel, name: str, dtype: torch.dtype) -> None:
     if parameter.dtype != dtype:
         requires_grad = parameter.requires_grad
         parameter = module._parameters[attribute] = nn.Parameter(parameter.to(dtype), requires_grad=requires_grad)
-    parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+    parameter.__dict__[INITIALISED] = True
 
 
 def _finish(model: PreTrainedModel, checkpoint: Checkpoint, origins: dict[str, Origin], info: LoadStateDictInfo) -> None:
@@ -234,7 +237,7 @@ def _finish(model: PreTrainedModel, checkpoint: Checkpoint, origins: dict[str, O
             value = files[origin.key] if origin.key is not None else origin.conversion.run(model, files.__getitem__)[name]  # type: ignore[union-attr]
             path, _, attribute = name.rpartition(".")
             value = value.to(buffer.dtype)
-            value._is_hf_initialized = True  # type: ignore[attr-defined]
+            value.__dict__[INITIALISED] = True
             model.get_submodule(path)._buffers[attribute] = value
         pairs = [(target, source) for target, source in model.all_tied_weights_keys.items() if {target, source} <= origins.keys()]
         # Of two that are on the meta device both, transformers would tie none.
@@ -253,9 +256,7 @@ def _tie_if_equal(model: PreTrainedModel, target: str, source: str, origins: dic
     """As transformers does where the files hold a tied weight twice, which it finds out by looking at both."""
     first, second = origins[source], origins[target]
     if first.key is None or second.key is None or not _same_values(files[first.key], files[second.key]):
-        logger.warning(
-            f"The configuration says that {target} is tied to {source}, but both are in the files, with different values: they are NOT tied."
-        )
+        logger.warning(f"The configuration ties {target} to {source}, but both are in the files, with different values: they are NOT tied.")
         return False
     path, _, attribute = target.rpartition(".")
     model.get_submodule(path)._parameters[attribute] = model.get_parameter(source)

@@ -28,8 +28,8 @@ log = logging.getLogger("tierstore")
 INSTALL = 'pip install "tierstore[huggingface]"'
 
 RESIDENT_SHARE = 4
-"""Adapters stay on the device where all of them take at most one part in so many of it, and with their gradients and state in RAM where they
-take at most one part in so many of that."""
+"""Adapters stay on the device where all of them take at most one part in so many of it, and with their gradients and state in RAM where
+all that takes at most one part in so many of that."""
 
 STATE_COPIES = 4
 """Of a parameter beside its weights: its gradient, and what AdamW keeps, with a master."""

@@ -122,7 +122,7 @@ def _save_whole(tiered: Tiered, target: Path, most: int) -> None:
             for expected in shard.tensors:
                 found, tensor = next(tensors)
                 assert found == expected
-                file.write(memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()))
+                file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
             file.flush()
             os.fsync(file.fileno())
     for old in [*target.glob("model-*-of-*.safetensors"), target / SINGLE, target / INDEX]:
