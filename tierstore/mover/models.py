@@ -39,6 +39,9 @@ from tierstore.nvme.shards import Shard, chunk_range, io_error
 
 log = logging.getLogger("tierstore")
 
+PARTS = 2
+"""Requests for which one slot of transfer space has room."""
+
 
 class Models:
     """The model files of one store. All methods belong to the engine's loop, save `forget_in_child`.
@@ -91,13 +94,16 @@ class Models:
         adopted = _adopted(shard)
         direct = all([await self._reads_directly(file) for file in adopted.files])
         async with self._reading(shard, direct=direct) as files:
-            sums = _Sums(self, shard, into)
             await self._files.work(_clear, into, list(gaps(shard.block)))
-            if direct:
-                await self._shift(shard, files, into, sums)
-            else:
-                await self._straight(shard, files, into, 0)
-            await sums.finish()
+            sums = _Sums(self, shard, into)
+            try:
+                if direct:
+                    await self._shift(shard, files, into, sums)
+                else:
+                    await self._straight(shard, files, into, 0)
+                await sums.finish()
+            finally:
+                await sums.end()
         if self._checksum:
             shard.chunks = sums.found
 
@@ -197,25 +203,37 @@ class Models:
             self._count(len(requests), sum(len(request.buffer) for request in requests))
 
     async def _shift(self, shard: Shard, files: Sequence[File], into: memoryview, sums: _Sums) -> None:
-        adopted = _adopted(shard)
+        """Two pieces of half a slot are under way for each slot: while one is asked for, the drive is busy with the other."""
+        part_bytes = max(PAGE, self._slots.nbytes // PARTS // PAGE * PAGE)
         plan = self._plans.get(shard)
         if plan is None:
-            plan = self._plans[shard] = pieces(ranges(shard.block, adopted), self._slots.nbytes)
+            plan = self._plans[shard] = pieces(ranges(shard.block, _adopted(shard)), part_bytes)
         waiting: Iterator[Piece] = iter(plan)
         failures: list[BaseException] = []
 
-        async def some() -> None:
+        async def one_by_one(buffer: memoryview) -> None:
             for piece in waiting:
-                if failures:
-                    return
                 try:
-                    async with self._slots.take(shard.block.name) as slot:
-                        await self._read_piece(files[piece.file], piece, self._transfer[slot : slot + piece.nbytes], into)
-                    await sums.landed(piece)
+                    await self._read_piece(files[piece.file], piece, buffer[: piece.nbytes], into)
+                    sums.landed(piece)
                 except BaseException as error:
                     failures.append(error)
+                if failures:
+                    return
 
-        await land(asyncio.gather(*(some() for _ in range(min(self._slots.num_slots, len(plan))))))
+        async def through_a_slot() -> None:
+            try:
+                async with self._slots.take(shard.block.name) as slot:
+                    parts = range(slot, slot + self._slots.nbytes - part_bytes + 1, part_bytes)
+                    await asyncio.gather(*(one_by_one(self._transfer[start : start + part_bytes]) for start in parts))
+                    if failures:  # told to the slot too: a read that hangs may still fill it
+                        raise all_stalled(failures) or failures[0]
+            except BaseException as error:
+                if error not in failures:
+                    failures.append(error)
+
+        per_slot = max(1, self._slots.nbytes // part_bytes)
+        await land(asyncio.gather(*(through_a_slot() for _ in range(min(self._slots.num_slots, -(-len(plan) // per_slot))))))
         if failures:
             raise all_stalled(failures) or failures[0]
 
@@ -286,6 +304,7 @@ class _Sums:
         self._shard = shard
         self._into = into
         self._found: dict[int, int] = {}
+        self._sums: dict[int, asyncio.Future[None]] = {}
         self._left: dict[int, int] = {}
         for one in ranges(shard.block, _adopted(shard)):
             for low, high in split_chunks(one.target, one.nbytes):
@@ -295,30 +314,39 @@ class _Sums:
     def found(self) -> tuple[int, ...]:
         return tuple(self._found[chunk] for chunk in range(num_chunks(self._shard.payload_bytes)))
 
-    async def landed(self, piece: Piece) -> None:
+    def landed(self, piece: Piece) -> None:
         """A piece is in its place."""
-        complete: list[int] = []
         for part in piece.parts:
             for low, high in split_chunks(part.target, part.nbytes):
                 chunk = low // CHUNK_BYTES
                 self._left[chunk] -= high - low
                 if not self._left[chunk]:
-                    complete.append(chunk)
-        for chunk in complete:
-            await self._sum(chunk)
+                    self._begin(chunk)
 
     async def finish(self) -> None:
-        """Sum what is left."""
-        left = [chunk for chunk in range(num_chunks(self._shard.payload_bytes)) if chunk not in self._found]
-        for outcome in await land(asyncio.gather(*map(self._sum, left), return_exceptions=True)):
-            if isinstance(outcome, BaseException):
-                raise outcome
+        """Sum what is left, and wait for all sums.
+
+        Raises:
+            ModelFileError: One of them is not what it was.
+        """
+        for chunk in range(num_chunks(self._shard.payload_bytes)):
+            self._begin(chunk)
+        await self.end()
+        for sum_ in self._sums.values():
+            sum_.result()
+
+    async def end(self) -> None:
+        """Have no sum under way, whatever has become of it."""
+        await land(asyncio.gather(*self._sums.values(), return_exceptions=True))
+
+    def _begin(self, chunk: int) -> None:
+        if chunk not in self._sums and self._models._checksum:
+            self._sums[chunk] = asyncio.ensure_future(self._sum(chunk))
 
     async def _sum(self, chunk: int) -> None:
-        if self._models._checksum:
-            start, stop = chunk_range(self._shard, chunk)
-            self._found[chunk] = await self._models._files.work(checksum, self._into[start:stop])
-            self._models._check(self._shard, chunk, self._found[chunk])
+        start, stop = chunk_range(self._shard, chunk)
+        self._found[chunk] = await self._models._files.work(checksum, self._into[start:stop])
+        self._models._check(self._shard, chunk, self._found[chunk])
 
 
 class Stream:
