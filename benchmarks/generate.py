@@ -106,7 +106,9 @@ def save_model(shape: str, folder: Path) -> None:
     """Write the folder with random weights, a few tensors in memory at a time."""
     config = transformers.LlamaConfig(**SHAPES[shape], dtype="bfloat16", bos_token_id=1, eos_token_id=None, pad_token_id=0)
     torch.manual_seed(0)
-    with TierStore(gpu="1GB" if shape != "quick" else "4MB", ram="4GB" if shape != "quick" else "8MB", nvme=folder.parent / "made") as store:
+    with TierStore(
+        gpu="1GB" if shape != "quick" else "4MB", ram="4GB" if shape != "quick" else "8MB", nvme=folder.parent / "made"
+    ) as store:
         from tierstore.huggingface import save_pretrained  # noqa: PLC0415
         from tierstore.training import attach, empty_parameters  # noqa: PLC0415
 
@@ -137,7 +139,9 @@ class Clock(transformers.LogitsProcessor):
         return scores
 
 
-def generate(model: Any, setting: Setting, row: Row, count: Callable[[], int] | None = None, between: Callable[[], None] | None = None) -> Row:
+def generate(
+    model: Any, setting: Setting, row: Row, count: Callable[[], int] | None = None, between: Callable[[], None] | None = None
+) -> Row:
     """Fill the row.
 
     Args:
@@ -149,7 +153,10 @@ def generate(model: Any, setting: Setting, row: Row, count: Callable[[], int] | 
     prompt = torch.arange(3, 3 + PROMPT_TOKENS, device=setting.device)[None]
     with torch.no_grad():
         output = model.generate(
-            prompt, max_new_tokens=setting.warm_up + setting.tokens + 1, do_sample=False, logits_processor=transformers.LogitsProcessorList([clock])
+            prompt,
+            max_new_tokens=setting.warm_up + setting.tokens + 1,
+            do_sample=False,
+            logits_processor=transformers.LogitsProcessorList([clock]),
         )
     times = clock.times[setting.warm_up :]
     row.tokens_s = [after - before for before, after in zip(times[:-1], times[1:], strict=True)]
@@ -266,7 +273,9 @@ def probed(setting: Setting, row: Row) -> Iterator[None]:
 
 
 def show(report: dict[str, Any]) -> None:
-    print(f"\n{report['model']}: {report['bytes'] / 1e9:.2f} GB; budgets: device {DEVICE_SHARE:.0%}, RAM {RAM_SHARE:.0%} where the drive is used")
+    print(
+        f"\n{report['model']}: {report['bytes'] / 1e9:.2f} GB; budgets: device {DEVICE_SHARE:.0%}, RAM {RAM_SHARE:.0%} where the drive is used"
+    )
     for name, row in report["rows"].items():
         if row["error"]:
             print(f"  {CONTENDERS[name][0]:76} {row['error']}")

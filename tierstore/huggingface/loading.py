@@ -271,15 +271,10 @@ def _same_values(first: Tensor, second: Tensor) -> bool:
     return all(torch.equal(one, other) for one, other in pairs)
 
 
-def read_all(model: PreTrainedModel, origins: Iterable[Origin], files: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The values of these parameters, by their names in transformers' model, in the dtype of the files where nothing is converted."""
+def convert(model: PreTrainedModel, origins: Iterable[Origin], files: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The values of parameters that conversions make, by their names in transformers' model."""
     found: dict[str, Tensor] = {}
-    made: set[Conversion] = set()
-    for origin in origins:
-        if origin.key is not None:
-            found[origin.name] = files[origin.key]
-        elif origin.conversion not in made:
-            assert origin.conversion is not None
-            made.add(origin.conversion)
-            found.update(origin.conversion.run(model, files.__getitem__))
+    for conversion in dict.fromkeys(origin.conversion for origin in origins):
+        assert conversion is not None
+        found.update(conversion.run(model, files.__getitem__))
     return found

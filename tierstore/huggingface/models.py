@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib.util
 import logging
 import os
@@ -224,13 +226,26 @@ class _Files(ModelFiles):
         return store.adopt(self._checkpoint.source, layout=blocks.get) if blocks else ()
 
     def fill(self, modules: list[tuple[str, nn.Module]], weights: list[Weight]) -> None:
-        from tierstore.huggingface.loading import read_all  # noqa: PLC0415  # of an extra
+        from tierstore.huggingface.loading import convert  # noqa: PLC0415  # of an extra
 
         homeless = next((weight.name for weight in weights if weight not in self.of), None)
         if homeless is not None:
             remedy = "have adapt= make parameters with values, on the CPU"
             raise TensorError(f"parameter {homeless!r} has no values, and no file has them", remedy=remedy, tensor=homeless)
+        _give_memory_back()
         with self._checkpoint.reading() as files, torch.no_grad():
-            values = read_all(self._model, dict.fromkeys(self.of[weight] for weight in weights), files)
+            converted = [weight for weight in weights if self.of[weight].key is None]
+            values = convert(self._model, dict.fromkeys(self.of[weight] for weight in converted), files)
+            for weight in converted:
+                _of(weight.slots[0]).copy_(values[self.of[weight].name])
+            values.clear()
             for weight in weights:
-                _of(weight.slots[0]).data = values[self.of[weight].name].to(weight.dtype).contiguous()
+                key = self.of[weight].key
+                if key is not None:  # one at a time takes room
+                    _of(weight.slots[0]).copy_(files[key])
+
+
+def _give_memory_back() -> None:
+    """Have the C library let go of what was freed: glibc does not find aligned memory again, and would grow by each unit that is made."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
