@@ -675,6 +675,7 @@ def _refuses(call: Callable[[], object]) -> bool:
 
 
 @TWO_TIERS
+@pytest.mark.native_files
 def test_a_file_that_cannot_be_read(tmp_path: Path, model: Watched, tiers: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An error of the drive is one of the drive; afterwards the same call succeeds."""
     with open_store(tmp_path, tiers) as store:

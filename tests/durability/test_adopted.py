@@ -10,6 +10,7 @@ import hashlib
 import os
 import random
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,7 @@ def open_store(swap: Path) -> TierStore:
 
 
 def live(say: Say, model: Path, swap: Path, seed: int) -> None:
-    rng = random.Random(seed)
+    rng = random.Random(f"adopted {BASE} {seed}")
     say("opening")
     with open_store(swap) as store:
         found = store.committed
@@ -98,7 +99,7 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
     rng = random.Random(f"adopted {BASE}")
     step = 0
     for number in range(KILLS):
-        child = Child(lambda say, seed=rng.random(): live(say, model, swap, seed))  # type: ignore[misc]
+        child = Child(partial(live, model=model, swap=swap, seed=number))
         if number % 4 == 0:
             child.wait_for("opening")
             time.sleep(rng.uniform(0, 0.05))

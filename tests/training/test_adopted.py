@@ -1,4 +1,4 @@
-"""Models attached to blocks that lie in their own files: trained and run bit for bit as plain torch does, and the files stay as they are."""
+"""Models attached to blocks that lie in their own files: trained and run bit for bit as in plain torch, and the files stay as they are."""
 
 from __future__ import annotations
 
@@ -180,4 +180,4 @@ def test_another_model_is_refused(tmp_path: Path, file: Path) -> None:
         with pytest.raises(TensorError, match="does not fit the model") as caught:
             attach(model, store, layers=model.layers)
         assert caught.value.block == "head"
-        assert list(store)[0] == "embedding"
+        assert next(iter(store)) == "embedding"
