@@ -675,6 +675,7 @@ def _refuses(call: Callable[[], object]) -> bool:
 
 
 @TWO_TIERS
+@pytest.mark.native_files
 def test_a_file_that_cannot_be_read(tmp_path: Path, model: Watched, tiers: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An error of the drive is one of the drive; afterwards the same call succeeds."""
     with open_store(tmp_path, tiers) as store:
@@ -705,6 +706,36 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, model: Watched, tiers: str, 
         with monkeypatch.context() as patch:
             patch.setattr("tierstore.nvme.local._PREADV", interrupted)
             model.check(store)
+        assert_quiet(store)
+
+
+@TWO_TIERS
+@pytest.mark.native_files
+@pytest.mark.parametrize("call", ["read", "use"])
+def test_a_file_that_is_written_while_it_is_read(
+    tmp_path: Path, model: Watched, tiers: str, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the first read, when there is no checksum yet: what may be half of each state is not served, nor remembered."""
+    data = {path: path.read_bytes() for path in model.files}
+    preadv = os.preadv
+
+    def racing(descriptor: int, buffers: Any, offset: int) -> int:
+        count = preadv(descriptor, buffers, offset)
+        for path in model.files:
+            with path.open("r+b") as file:
+                file.seek(-1, os.SEEK_END)
+                file.write(b"x")
+        return count
+
+    with open_store(tmp_path, tiers) as store:
+        names = store.adopt(model.path)
+        with monkeypatch.context() as patch:
+            patch.setattr("tierstore.nvme.local._PREADV", racing)
+            with pytest.raises(ModelFileError, match="written to since"):
+                store.read(names[2]) if call == "read" else store.use(names[2]).__enter__()
+        for path, content in data.items():
+            put_back(path, content)
+        model.check(store)
         assert_quiet(store)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -18,8 +18,6 @@ from pathlib import Path
 from benchmarks.core_parts.measure import MIB, Plan, Row
 from tierstore import AsyncTierStore
 from tierstore.catalog import PAGE
-from tierstore.nvme.checksums import CHUNK_BYTES
-from tierstore.nvme.files import aligned_buffer
 from tierstore.nvme.local import LocalFiles
 
 THREADS = 4
@@ -27,16 +25,22 @@ THREADS = 4
 
 
 class Bare:
-    """Reads whole files into memory with `preadv` on threads, 16 MiB at a time, past the page cache if the file system allows it."""
+    """Reads whole files with `preadv` on threads, a slot at a time, past the page cache if the file system allows it.
 
-    def __init__(self, paths: list[Path], *, direct: bool) -> None:
+    Into the very memory that the store reads into: how fast a virtual drive is depends on how that memory lies in the machine's.
+    """
+
+    def __init__(self, paths: list[Path], memory: memoryview, slot_bytes: int, *, direct: bool) -> None:
+        self._memory = memory
+        self._slot_bytes = slot_bytes
         self._descriptors = [os.open(path, os.O_RDONLY | (os.O_DIRECT if direct else 0)) for path in paths]
         self._pool = ThreadPoolExecutor(THREADS)
         self._local = threading.local()
+        self._threads = itertools.count()
         self._jobs = [
             (descriptor, offset)
             for descriptor, path in zip(self._descriptors, paths, strict=True)
-            for offset in range(0, path.stat().st_size, CHUNK_BYTES)
+            for offset in range(0, path.stat().st_size, slot_bytes)
         ]
 
     def seconds(self) -> float:
@@ -45,9 +49,12 @@ class Bare:
         return time.perf_counter() - start
 
     def _read(self, job: tuple[int, int]) -> None:
-        buffer = self._local.__dict__.setdefault("buffer", aligned_buffer(CHUNK_BYTES))
+        mine = self._local.__dict__
+        if "buffer" not in mine:
+            start = next(self._threads) * self._slot_bytes
+            mine["buffer"] = self._memory[start : start + self._slot_bytes]
         descriptor, offset = job
-        os.preadv(descriptor, [buffer], offset)
+        os.preadv(descriptor, [mine["buffer"]], offset)
 
     def close(self) -> None:
         self._pool.shutdown()
@@ -66,7 +73,7 @@ def scattered(plan: Plan) -> list[Row]:
 
 
 def _measure(plan: Plan, what: str, *, scattered: bool) -> list[Row]:
-    """In each turn a model is written anew: how fast a virtual drive is may depend on where the system has put a file."""
+    """In each turn a model is written anew: how fast a virtual drive is may depend on where the system has put a file, too."""
     rows: list[Row] = []
     for checksum in (True, False):
         seen = Seen()
@@ -75,8 +82,7 @@ def _measure(plan: Plan, what: str, *, scattered: bool) -> list[Row]:
                 model = directory.with_name(f"model {turn}")
                 paths = _write_model(plan, model, scattered=scattered)
                 seen.direct = asyncio.run(_takes_direct_io(paths[0]))
-                with contextlib.closing(Bare(paths, direct=seen.direct)) as bare:
-                    asyncio.run(_beside(plan, model, paths, bare, checksum, seen, turn))
+                asyncio.run(_beside(plan, model, paths, checksum, seen, turn))
                 shutil.rmtree(model)
         rows += seen.rows(f"{what}, checksums {'on' if checksum else 'off'}")
     return rows
@@ -181,11 +187,13 @@ def _forget(paths: list[Path]) -> None:
             os.close(descriptor)
 
 
-async def _beside(plan: Plan, model: Path, paths: list[Path], bare: Bare, checksum: bool, seen: Seen, turn: int) -> None:
+async def _beside(plan: Plan, model: Path, paths: list[Path], checksum: bool, seen: Seen, turn: int) -> None:
     total = sum(path.stat().st_size for path in paths)
     ram = total * 17 // 16 + max(160 * MIB, total // 8)
     async with AsyncTierStore(max(total // 4, 64 * PAGE), ram, device=plan.device, policy="lru", checksum=checksum) as store:
         names = await store.adopt(model)
+        engine = store.engine
+        bare = Bare(paths, engine.transfer.memory, engine.slots.nbytes, direct=seen.direct)
 
         async def fetch() -> float:
             _forget(paths)
@@ -204,6 +212,7 @@ async def _beside(plan: Plan, model: Path, paths: list[Path], bare: Bare, checks
         seen.again.append(await fetch())
         after = store.stats().models
         alone += [_alone(bare, paths, total)] if turn % 2 else []
+        bare.close()
     seen.bare.append(sum(alone) / len(alone))
     seen.shift_shares.append((after.shift_ns - before.shift_ns) / 1e9 / (total / seen.again[-1]))
     seen.requests, seen.read_bytes = after.requests - before.requests, after.read_bytes - before.read_bytes

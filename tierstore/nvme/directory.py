@@ -454,8 +454,9 @@ class Directory(Shelf):
 
 
 def _manifest_bytes(store: str, generation: int, next_shard: int, metadata: str, entries: Sequence[Entry]) -> bytes:
+    lines = [entry.line() for entry in entries]
     version = max((entry.format for entry in entries), default=1)
-    return encode_manifest(store, generation, next_shard, metadata, [entry.line() for entry in entries], version)
+    return encode_manifest(store, generation, next_shard, metadata, lines, version)
 
 
 async def busy(files: Files, path: str) -> BusyError:

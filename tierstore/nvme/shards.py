@@ -56,7 +56,7 @@ class Shard:
         header_unverified: The header is checked at the next read.
         handle: What it was last written through, kept until it is synced.
         hung: Writes that were given up and may still change the file, which is nobody else's until they have returned.
-        line: Its line in a manifest, and what that was made from.
+        line: What its line in a manifest was made from, the line, and the version of the format that it takes.
         adopted: Where it lies in model files; it has no file of the store's then, and all of the above but `block`, `chunks`, `references`
             and `discarded` stays as it is. `chunks` is None until they are learned: see `mover.models`.
     """
@@ -80,7 +80,7 @@ class Shard:
     header_unverified: bool = False
     handle: File | None = None
     hung: tuple[Future[None], ...] = ()
-    line: tuple[tuple[object, ...], str] | None = field(default=None, repr=False)
+    line: tuple[tuple[object, ...], str, int] | None = field(default=None, repr=False)
     adopted: Adopted | None = None
 
     @property
@@ -137,13 +137,14 @@ class Entry:
         shard = self.shard
         source = (self.block, shard.file, shard.digest, shard.chunks)
         if shard.line is None or shard.line[0] != source:
-            shard.line = source, encode_record(Record(self.block, shard.record(), shard.adopted))
+            record = Record(self.block, shard.record(), shard.adopted)
+            shard.line = source, encode_record(record), format_of(self.block, shard.adopted)
         return shard.line[1]
 
     @property
     def format(self) -> int:
-        """The first version of the format that can say it."""
-        return format_of(self.block, self.shard.adopted)
+        """The first version of the format that can say its line, once that was asked for."""
+        return self.shard.line[2] if self.shard.line is not None else format_of(self.block, self.shard.adopted)
 
 
 def io_error(error: OSError, doing: str, *, path: str, block: str | None = None) -> TierstoreError:
