@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.util
+import itertools
 import json
 import logging
 import mmap
@@ -159,7 +160,7 @@ def generate(
             logits_processor=transformers.LogitsProcessorList([clock]),
         )
     times = clock.times[setting.warm_up :]
-    row.tokens_s = [after - before for before, after in zip(times[:-1], times[1:], strict=True)]
+    row.tokens_s = [after - before for before, after in itertools.pairwise(times)]
     row.bytes_per_token = (counts[-1] - counts[setting.warm_up]) / len(row.tokens_s)
     row.first_tokens = output[0, PROMPT_TOKENS:].tolist()
     return row
@@ -273,9 +274,8 @@ def probed(setting: Setting, row: Row) -> Iterator[None]:
 
 
 def show(report: dict[str, Any]) -> None:
-    print(
-        f"\n{report['model']}: {report['bytes'] / 1e9:.2f} GB; budgets: device {DEVICE_SHARE:.0%}, RAM {RAM_SHARE:.0%} where the drive is used"
-    )
+    budgets = f"device {DEVICE_SHARE:.0%}, RAM {RAM_SHARE:.0%} where the drive is used"
+    print(f"\n{report['model']}: {report['bytes'] / 1e9:.2f} GB; budgets: {budgets}")
     for name, row in report["rows"].items():
         if row["error"]:
             print(f"  {CONTENDERS[name][0]:76} {row['error']}")
@@ -289,8 +289,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", action="append", choices=CONTENDERS, help="only this one; may be given several times")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dir", type=Path, help="on the drive to be measured (default: the system's temporary directory)")
-    parser.add_argument("--warm-up", type=int, default=12, help="tokens that are not measured (default: 12)")
-    parser.add_argument("--tokens", type=int, default=24, help="tokens that are (default: 24)")
+    parser.add_argument("--warm-up", type=int, default=20, help="tokens that are not measured (default: 20)")
+    parser.add_argument("--tokens", type=int, default=16, help="tokens that are (default: 16)")
     parser.add_argument("--quick", action="store_true", help="a small scale, to see that it works")
     parser.add_argument("--output", type=Path, help="the JSON file (default: benchmarks/results/generate-DEVICE.json)")
     options = parser.parse_args(arguments)
