@@ -187,6 +187,12 @@ def test_other_data_is_not_gone_on_with(folder: Path, text: Path, tmp_path: Path
     assert "began on other data" in result.output
 
 
+def test_sixteen_bits_without_range_are_refused(folder: Path, text: Path, tmp_path: Path) -> None:
+    result = finetune(folder, text, tmp_path / "run", "--dtype", "float16")
+    assert result.exit_code == 1
+    assert "add --dtype bfloat16" in result.output
+
+
 def test_the_folder_of_the_model_is_not_written_to(folder: Path, text: Path, tmp_path: Path) -> None:
     result = finetune(folder, text, tmp_path / "run", "--output", str(folder))
     assert result.exit_code == 1

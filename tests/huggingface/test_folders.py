@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tests.huggingface.folders import contents, make, ram_for, save, tokens, weight_bytes
 from tests.training.harness import same
 from tierstore import TierStore
-from tierstore.errors import OptionError, PlaceholderError, ShardError, TensorError, TierstoreError
+from tierstore.errors import ModelFileError, OptionError, PlaceholderError, TensorError, TierstoreError
 from tierstore.training import TieredOptimizer
 
 transformers = pytest.importorskip("transformers")
@@ -300,12 +300,12 @@ def test_an_index_that_leads_astray(tmp_path: Path) -> None:
     for name, match in (("../outside.safetensors", "outside of the folder"), ("model-9.safetensors", "not there")):
         (tmp_path / "outside.safetensors").write_bytes((folder / good["weight_map"]["model.norm.weight"]).read_bytes())
         index.write_text(json.dumps({"weight_map": {**good["weight_map"], "model.norm.weight": name}}), encoding="utf-8")
-        refused(folder, tmp_path, ShardError, match)
+        refused(folder, tmp_path, ModelFileError, match)
     other = next(name for name in good["weight_map"].values() if name != good["weight_map"]["model.norm.weight"])
     index.write_text(json.dumps({"weight_map": {**good["weight_map"], "model.norm.weight": other}}), encoding="utf-8")
-    refused(folder, tmp_path, ShardError, "which it has not")
+    refused(folder, tmp_path, ModelFileError, "which it has not")
     index.write_text("[]", encoding="utf-8")
-    refused(folder, tmp_path, ShardError, "not a JSON object")
+    refused(folder, tmp_path, ModelFileError, "not a JSON object")
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:
@@ -314,7 +314,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for broken in (whole[:100], whole[:-100], struct.pack("<Q", 1 << 60) + whole[8:], b""):
         path.write_bytes(broken)
-        error = refused(folder, tmp_path, ShardError, "cannot be read")
+        error = refused(folder, tmp_path, ModelFileError, "cannot be read")
         assert str(path) in str(error)
 
 

@@ -94,20 +94,22 @@ def make_plan(tuning: Tuning, tokens: int, hidden_bytes: int, activations: str) 
         device=arenas[Tier.GPU].capacity_bytes,
     )
     ram = arenas[Tier.RAM].capacity_bytes
-    settings = dataclasses.replace(settings, state_in_ram=share_in_ram(settings, ram))
+    held = tiered.buffers.held_on is not None
+    settings = dataclasses.replace(settings, state_in_ram=1.0 if held else share_in_ram(settings, ram))
     flops = _measure_flops(store.device, tiered.structure.weights[-1].dtype)
     durable = trained + settings.state
+    frozen = [block for block in tiered.structure.blocks if not block.trainable]
     return Plan(
         settings,
         tuning.num_trained,
         tuning.num_frozen,
         len(sizes),
-        _with_weights(settings, traffic(settings), ram),
+        _with_weights(settings, traffic(settings), ram, held=held),
         _measure_copies(store.device),
         flops,
         tokens * (8 * tuning.num_trained + 6 * tuning.num_frozen) / flops,
         durable,
-        2 * durable + sum(nbytes for name, nbytes in sizes.items() if not store.info(name).adopted),
+        2 * durable + sum(sizes[block.name] for block in frozen if not store.info(block.name).adopted),
     )
 
 
@@ -120,8 +122,16 @@ def _chunks(tuning: Tuning) -> Iterator[tuple[int, int]]:
         yield round_up(state, PAGE), round_up(sum(numel * size for numel, size in itemsizes), PAGE)
 
 
-def _with_weights(settings: Settings, moved: Traffic, ram: int) -> Traffic:
-    """What the drive carries besides, where RAM does not hold all weights and gradients: those that it lacks, in each pass."""
+def _with_weights(settings: Settings, moved: Traffic, ram: int, *, held: bool) -> Traffic:
+    """What the drive carries besides, where RAM does not hold all weights and gradients: those that it lacks, in each pass.
+
+    Args:
+        held: Gradients and state are held in RAM: they leave less of it to the weights, and only those that nobody writes to pass through.
+    """
+    if held:
+        left = max(0, ram - settings.gradients - settings.state - settings.layer)
+        lacking = max(0.0, 1 - left / settings.frozen) if settings.frozen else 0.0
+        return dataclasses.replace(moved, nvme_read=2 * lacking * settings.frozen, nvme_write=0.0)
     weights = settings.weights + settings.frozen
     often = weights + settings.gradients
     left = max(0, ram - SLOTS * max(settings.layer, settings.state_chunk))

@@ -47,6 +47,10 @@ class Tuning:
             micro_batch=recipe.micro_batch,
             activations=activations,
         )
+        if any(weight.dtype is torch.float16 for weight in self.tiered.structure.weights):
+            raise FinetuneError(
+                "gradients in float16 vanish without a scaled loss, which this does not do: add --dtype bfloat16, or float32"
+            )
         trained = [weight for weight in self.tiered.structure.weights if weight.requires_grad]
         masters = torch.float32 if any(weight.dtype in (torch.bfloat16, torch.float16) for weight in trained) else None
         self.has_masters = masters is not None

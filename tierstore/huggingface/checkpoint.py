@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from tierstore.errors import OptionError, ShardError, TensorError
+from tierstore.errors import ModelFileError, OptionError, TensorError
 from tierstore.tiers.device import DTYPES
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -52,7 +52,7 @@ class Checkpoint:
 
         Raises:
             OptionError: `path` is not a folder with a model that can be read.
-            ShardError: A file is damaged, or is not there.
+            ModelFileError: A file is damaged, or is not there.
         """
         self.path = Path(path)
         if not self.path.is_dir():
@@ -76,9 +76,9 @@ class Checkpoint:
         try:
             read = json.loads(file.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
-            raise ShardError(f"{file} is not JSON: {error}", remedy="download it again", path=file) from error
+            raise ModelFileError(f"{file} is not JSON: {error}", remedy="download it again", path=file) from error
         if not isinstance(read, dict):
-            raise ShardError(f"{file} is not a JSON object", remedy="download it again", path=file)
+            raise ModelFileError(f"{file} is not a JSON object", remedy="download it again", path=file)
         return read
 
     def _find(self) -> tuple[Path, dict[Path, set[str] | None]]:
@@ -89,13 +89,13 @@ class Checkpoint:
         if (self.path / INDEX).is_file():
             index = self._read_json(INDEX).get("weight_map")
             if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
-                raise ShardError(f"{self.path / INDEX} has no weight_map", remedy="download it again", path=self.path / INDEX)
+                raise ModelFileError(f"{self.path / INDEX} has no weight_map", remedy="download it again", path=self.path / INDEX)
             files: dict[Path, set[str] | None] = {}
             for tensor, name in index.items():
                 file = self.path / name
                 if Path(name).name != name or not file.is_file():
                     problem = "a file outside of the folder" if Path(name).name != name else "a file that is not there"
-                    raise ShardError(
+                    raise ModelFileError(
                         f"{INDEX} names {problem}: {name!r}, for tensor {tensor!r}", remedy="download it again", path=file, tensor=tensor
                     )
                 wanted = files.setdefault(file, set())
@@ -121,13 +121,13 @@ class Checkpoint:
                 present = set(opened.keys())
                 for name in present if wanted is None else wanted:
                     if name not in present:
-                        raise ShardError(
+                        raise ModelFileError(
                             f"{INDEX} says that {file.name} has {name!r}, which it has not", remedy="download it again", path=file
                         )
                     part = opened.get_slice(name)
                     self.tensors[name] = Entry(file, tuple(part.get_shape()), DTYPES.get(part.get_dtype()))
         except (SafetensorError, OSError) as error:
-            raise ShardError(f"{file} cannot be read: {error}", remedy="download it again", path=file) from error
+            raise ModelFileError(f"{file} cannot be read: {error}", remedy="download it again", path=file) from error
 
     @contextmanager
     def reading(self) -> Iterator[Mapping[str, torch.Tensor]]:
@@ -149,7 +149,7 @@ class _Reader(Mapping[str, torch.Tensor]):
                 self._opened[entry.file] = self._stack.enter_context(safe_open(entry.file, framework="pt", **BACKEND))
             tensor: torch.Tensor = self._opened[entry.file].get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise ShardError(
+            raise ModelFileError(
                 f"tensor {name!r} of {entry.file} cannot be read: {error}", remedy="download it again", path=entry.file, tensor=name
             ) from error
         if tuple(tensor.shape) != entry.shape:

@@ -76,7 +76,7 @@ def from_pretrained(
     Raises:
         OptionError: No such folder, a quantised model, or one that transformers does not know.
         TensorError: A tensor does not fit the configuration.
-        ShardError: A file is damaged or missing.
+        ModelFileError: A file is damaged or missing.
         CapacityError: A block is too large for the budgets.
     """
     require("transformers")
