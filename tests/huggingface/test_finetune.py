@@ -26,7 +26,8 @@ from tierstore import TierStore
 from tierstore.cli import main
 from tierstore.finetune import data as datas
 from tierstore.finetune.options import FinetuneError, Recipe, read_toml
-from tierstore.finetune.tuning import factor
+from tierstore.finetune.plan import make_plan
+from tierstore.finetune.tuning import Tuning, factor
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -373,3 +374,24 @@ def test_the_loss_is_the_models_own(name: str, by_pieces: bool, text: Path, tmp_
     with TierStore(gpu="1MB", ram="2MB", nvme=tmp_path / "run" / "store", device="cpu") as store:
         assert store.committed is not None
         assert store.committed.metadata["by_pieces"] == by_pieces
+
+
+@pytest.mark.parametrize("rank", [None, 2], ids=["full", "lora"])
+def test_what_is_said_beforehand_holds(rank: int | None, folder: Path, text: Path, tmp_path: Path) -> None:
+    """Bytes over the device's link, once the order of accesses is known: about what was said."""
+    total = weight_bytes(folder)
+    recipe = Recipe(lora_rank=rank, seq_len=32, batch=4)
+    data = datas.load(text, transformers.AutoTokenizer.from_pretrained(folder), 32)
+    with TierStore(gpu=total // 2, ram=ram_for(6 * total), nvme=tmp_path / "store", device="cpu") as store:
+        tuning = Tuning(store, folder, recipe, 12)
+        plan = make_plan(tuning, 4 * 32, tuning.hidden_bytes, "device")
+        moved = []
+        for batch in datas.training_batches(data, batch=4, seed=0, first=0, steps=12, padding=0):
+            before = store.stats().links["h2d"].bytes
+            tuning.step(batch)
+            moved.append(store.stats().links["h2d"].bytes - before)
+        last = sum(moved[-4:]) / 4
+        assert 0.5 * plan.per_step.h2d < last < 1.2 * plan.per_step.h2d  # blocks are a few pages here
+        assert plan.trained + plan.frozen == sum(weight.numel for weight in tuning.tiered.structure.weights)
+        assert plan.step_s > 0
+        assert store.stats().tiers["gpu"].evictions

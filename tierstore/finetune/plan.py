@@ -91,7 +91,7 @@ def make_plan(tuning: Tuning, tokens: int, hidden_bytes: int, activations: str) 
         masters=tuning.has_masters,
         activations=activations,  # type: ignore[arg-type]
         inputs=layers * tokens * hidden_bytes,
-        device=arenas[Tier.GPU].capacity_bytes,
+        device=arenas[Tier.GPU].capacity_bytes - sum(size for name, size in sizes.items() if store.info(name).hold == "gpu"),
     )
     ram = arenas[Tier.RAM].capacity_bytes
     held = tiered.buffers.held_on is not None
