@@ -2,7 +2,7 @@
 
 python benchmarks/adopt.py [--part NAME ...] [--device cpu|cuda] [--dir DIRECTORY] [--quick] [--output FILE]
 
-The store brings every block of a model into RAM; the bare loop reads the same files, whole, with `preadv` on as many threads, 16 MiB at a
+The store brings every block of a model into RAM; the bare loop reads the same files, whole, with `preadv` on four threads, 16 MiB at a
 time, into the store's own transfer space. Both read past the page cache, or find it emptied where that cannot be had; they take turns
 within one process. It prints a table, and writes every repetition to `benchmarks/results/adopt-DEVICE.json` with the machine and the
 versions. `--quick` runs everything on a small scale: it shows that the benchmark works, and measures nothing.

@@ -21,7 +21,7 @@ from tierstore.catalog import PAGE
 from tierstore.nvme.local import LocalFiles
 
 THREADS = 4
-"""As many as the store reads with."""
+"""As many as the store reads its own shards with, and as it has reads of model files with the drive; two more move bytes meanwhile."""
 
 
 class Bare:

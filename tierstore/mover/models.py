@@ -39,6 +39,9 @@ from tierstore.nvme.shards import Shard, chunk_range, io_error
 
 log = logging.getLogger("tierstore")
 
+THREADS = 6
+"""That read and shift: as many reads are to be with the drive at any time as there are of own shards (4), while others move bytes."""
+
 PARTS = 2
 """Requests for which one slot of transfer space has room."""
 
@@ -66,7 +69,7 @@ class Models:
         self._checksum = checksum
         self._direct_io = direct_io
         self._files = LocalFiles()
-        self._past_cache = LocalFiles()
+        self._past_cache = LocalFiles(threads=THREADS)
         self._past_cache.direct = True
         self._direct: dict[str, bool] = {}  # by directory
         self._plans: dict[Shard, list[Piece]] = {}
