@@ -13,6 +13,7 @@ import torch
 
 from tierstore.catalog import PAGE, round_up
 from tierstore.errors import CapacityError
+from tierstore.finetune.data import Batch
 from tierstore.finetune.options import Recipe
 from tierstore.finetune.tuning import Tuning
 from tierstore.residency import Tier
@@ -23,8 +24,12 @@ from tierstore.units import LinkRates, format_bytes, format_duration
 MOMENTS = 2
 """Of AdamW, in the precision of the masters, or of the weights where there are none."""
 
-MATRIX, COPIED_BYTES = 1024, 32 << 20
-"""What the device's speed, and that of copies, is measured with: products of square matrices, and a copy."""
+COPIED_BYTES = 32 << 20
+"""What the speed of copies is measured with."""
+
+PASSES, FROZEN_PASSES = 4, 3
+"""Forward passes that a step's computing is worth: forward, once more in the backward pass, and that, which is twice as much, or as much
+where nearly all is frozen."""
 
 DRIVE = LinkRates()
 """Not measured: reading back what was just written tells of the system's cache."""
@@ -38,9 +43,9 @@ class Plan:
         settings: Of the traffic.
         trained, frozen: Numbers of parameters.
         num_blocks: Of weights.
-        per_step: Bytes over each link, once the period is known, at most.
-        copied_bytes_per_s, flops: Measured.
-        compute_s: Of a step.
+        per_step: Bytes over each link, about, once the period is known.
+        copied_bytes_per_s: Measured.
+        compute_s: Of a step, from a forward pass that was measured.
         commit_bytes: That one commit writes.
         drive_bytes: That the store's directory takes at most.
     """
@@ -51,7 +56,6 @@ class Plan:
     num_blocks: int
     per_step: Traffic
     copied_bytes_per_s: float
-    flops: float
     compute_s: float
     commit_bytes: int
     drive_bytes: int
@@ -64,13 +68,13 @@ class Plan:
         return max(self.compute_s, moved, read + written)
 
 
-def make_plan(tuning: Tuning, tokens: int, hidden_bytes: int, activations: str) -> Plan:
+def make_plan(tuning: Tuning, batch: Batch, tokens: int, activations: str) -> Plan:
     """Work it out.
 
     Args:
         tuning: Before its first step.
+        batch: One of those to come.
         tokens: Of a step, at most.
-        hidden_bytes: Of one token between two layers.
         activations: Where inputs of layers wait.
     """
     store, tiered = tuning.store, tuning.tiered
@@ -90,13 +94,12 @@ def make_plan(tuning: Tuning, tokens: int, hidden_bytes: int, activations: str) 
         when="deferred",
         masters=tuning.has_masters,
         activations=activations,  # type: ignore[arg-type]
-        inputs=layers * tokens * hidden_bytes,
+        inputs=layers * tokens * tuning.hidden_bytes,
         device=arenas[Tier.GPU].capacity_bytes - sum(size for name, size in sizes.items() if store.info(name).hold == "gpu"),
     )
     ram = arenas[Tier.RAM].capacity_bytes
     held = tiered.buffers.held_on is not None
     settings = dataclasses.replace(settings, state_in_ram=1.0 if held else share_in_ram(settings, ram))
-    flops = _measure_flops(store.device, tiered.structure.weights[-1].dtype)
     durable = trained + settings.state
     frozen = [block for block in tiered.structure.blocks if not block.trainable]
     return Plan(
@@ -106,8 +109,7 @@ def make_plan(tuning: Tuning, tokens: int, hidden_bytes: int, activations: str) 
         len(sizes),
         _with_weights(settings, traffic(settings), ram, held=held),
         _measure_copies(store.device),
-        flops,
-        tokens * (8 * tuning.num_trained + 6 * tuning.num_frozen) / flops,
+        (PASSES if tuning.num_trained > tuning.num_frozen else FROZEN_PASSES) * _measure_forward(tuning, batch),
         durable,
         2 * durable + sum(sizes[block.name] for block in frozen if not store.info(block.name).adopted),
     )
@@ -141,10 +143,13 @@ def _with_weights(settings: Settings, moved: Traffic, ram: int, *, held: bool) -
     return Traffic(moved.h2d, moved.d2h, moved.nvme_read + read, moved.nvme_write + written)
 
 
-def _measure_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Products of matrices, in operations per second."""
-    one = torch.ones(MATRIX, MATRIX, dtype=dtype, device=device)
-    return 2 * MATRIX**3 / _time(lambda: one @ one, device)
+def _measure_forward(tuning: Tuning, batch: Batch) -> float:
+    """Seconds of a forward pass, the second of two: the first finds nothing where it is wanted."""
+    for _ in range(2):
+        started_s = time.perf_counter()
+        tuning.evaluate([batch])
+        seconds = time.perf_counter() - started_s
+    return seconds
 
 
 def _measure_copies(device: torch.device) -> float:
@@ -216,10 +221,11 @@ def describe(plan: Plan, store: TierStore, recipe: Recipe, steps: int, commits: 
     budgets = ", ".join(f"{tier} {format_bytes(stats.tiers[tier].capacity_bytes)}" for tier in ("gpu", "ram"))
     yield f"Tiers     {budgets}; the drive at most {format_bytes(plan.drive_bytes)}"
     drive = f"{format_bytes(moved.nvme_read)} read from the drive, {format_bytes(moved.nvme_write)} written to it"
-    yield f"A step    at most {format_bytes(moved.h2d)} to the device, {format_bytes(moved.d2h)} back; {drive}"
-    computing = f"computing {format_duration(plan.compute_s)} at {plan.flops / 1e12:.2f} TFLOP/s"
+    yield f"A step    about {format_bytes(moved.h2d)} to the device, {format_bytes(moved.d2h)} back; {drive}"
+    computing = f"computing {format_duration(plan.compute_s)}"
     copying = f"copies at {format_bytes(plan.copied_bytes_per_s)}/s"
-    yield f"Time      about {format_duration(plan.step_s)} a step: {computing}, {copying} (measured), the drive as planned for a PCIe 4 one"
+    measured = f"{computing}, {copying} (both measured)"
+    yield f"Time      about {format_duration(plan.step_s)} a step: {measured}, the drive as planned for a PCIe 4 one"
     written = format_bytes(moved.nvme_write * steps + plan.commit_bytes * commits)
     yield (
         f"Run       {steps} steps, about {format_duration(plan.step_s * steps)}; {commits} commits of at most "

@@ -141,7 +141,8 @@ class Run:
         size = f"{len(samples.samples):,} samples, {samples.num_tokens:,} tokens, at most {recipe.seq_len} each"
         self._say(f"Data      {size}, from {self._options.data}")
         tokens = recipe.batch * min(recipe.seq_len, max(len(sample.tokens) for sample in samples.samples))
-        plan = make_plan(self._tuning, tokens, self._tuning.hidden_bytes, self._options.activations)
+        batch = datas.collate(samples.samples[: recipe.batch], self._padding)
+        plan = make_plan(self._tuning, batch, tokens, self._options.activations)
         export = plan.settings.weights + (plan.settings.frozen if recipe.lora_rank is None else 0)
         check(plan, self._store, self._options.nvme, self._options.output, export)
         left = self._steps - record.step

@@ -7,6 +7,7 @@ import logging
 import os
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,6 +129,7 @@ def silence() -> None:
     transformers_logging.disable_progress_bar()
     if not logging.getLogger().isEnabledFor(logging.INFO):
         transformers_logging.set_verbosity(logging.ERROR)
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # what PEFT calls by an old name
 
 
 def load_tokenizer(folder: Path) -> Any:
