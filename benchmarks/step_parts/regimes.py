@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -165,8 +165,11 @@ def measure(
             optimizer.zero_grad()
             losses.append(loss.detach())
 
-        for _ in range(warm_up):
+        for number in range(warm_up):
             step()
+            if regime.weights == "nvme" and not number:  # state is made by the first step
+                for block in list(store):
+                    store.hold(block, "nvme")
         if device.type == "cuda":
             torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
@@ -280,8 +283,11 @@ def _expected(regime: Regime, store: TierStore, tiered: Any, when: Literal["defe
         device=store.stats().tiers["gpu"].capacity_bytes,
         resident=1.0 if regime.weights == "gpu" else 0.0,
     )
+    if regime.weights == "nvme":  # whatever passes through the device comes from the drive and goes back there
+        moved = traffic(replace(settings, device=None))
+        return {"h2d": moved.h2d, "d2h": moved.d2h, "nvme_read": moved.h2d, "nvme_write": moved.d2h}
     if regime.nvme:
-        settings = Settings(**{**asdict(settings), "state_in_ram": share_in_ram(settings, store.stats().tiers["ram"].capacity_bytes)})
+        settings = replace(settings, state_in_ram=share_in_ram(settings, store.stats().tiers["ram"].capacity_bytes))
     return asdict(traffic(settings))
 
 
