@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import tempfile
 import time
@@ -39,6 +40,7 @@ class Regime:
         nvme: Whether there is a drive.
         trains: False: forward only.
         micro_batch: Rows that a layer runs at a time.
+        repeats: Every step is taken on the same batch, so that its loss has to fall.
         targets: Least fraction without clipping, and with it.
     """
 
@@ -50,6 +52,7 @@ class Regime:
     nvme: bool = False
     trains: bool = True
     micro_batch: int | None = None
+    repeats: bool = False
     targets: tuple[float | None, float | None] = (None, None)
 
     @property
@@ -150,6 +153,8 @@ def measure(
         say(f"  {name}{' clipped' if clipped else ''}: open and filled after {time.perf_counter() - begun:.0f} s")
         losses: list[Tensor] = []
         data = batches(regime.rows, CONTEXT, device)
+        if regime.repeats:
+            data = itertools.repeat(next(data))
 
         def step() -> None:
             inputs, targets = next(data)
