@@ -1,6 +1,7 @@
 """How near a training step comes to the least time that this machine's links, drive and processor allow.
 
-python benchmarks/step.py [--regime NAME ...] [--clipped | --unclipped] [--dir DIRECTORY] [--quick] [--output FILE] [--timelines DIRECTORY]
+python benchmarks/step.py [--regime NAME ...] [--clipped | --unclipped] [--dir DIRECTORY] [--quick] [--output FILE]
+    [--timelines DIRECTORY] [--plot FILE]
 
 A GPT in 16 bits with fp32 masters and AdamW, the whole process capped at 8 GB of device memory. Each regime is trained without clipping
 (updates in the backward pass) and with clipping (updates deferred), and held against its floor: the compute time, measured with everything
@@ -25,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-from benchmarks.step_parts import regimes, resident
+from benchmarks.step_parts import parts, regimes, resident
 from benchmarks.step_parts.links import Probe
 from benchmarks.step_parts.model import SHAPES
 from benchmarks.step_parts.regimes import GIB, Measured, Regime
@@ -39,11 +40,29 @@ CAP_BYTES = 8_000_000_000
 REGIMES = {
     "weights-resident-16k": Regime("1.3B", 16_384, 4_300_000_000, 20 * GIB, "gpu", micro_batch=8, targets=(0.95, 0.90)),
     "weights-resident-4k": Regime("1.3B", 4_096, 5_500_000_000, 20 * GIB, "gpu", targets=(0.92, 0.90)),
-    "weights-streamed": Regime("6.7B", 16_384, 1_700_000_000, 112_000_000_000, "ram", micro_batch=2, targets=(0.92, 0.88)),
+    "weights-streamed": Regime("6.7B", 16_384, 1_250_000_000, 112_000_000_000, "ram", micro_batch=2, targets=(0.92, 0.88)),
     "state-on-nvme": Regime("1.3B", 16_384, 4_300_000_000, 7 * GIB, "gpu", nvme=True, micro_batch=8, targets=(0.90, 0.88)),
     "all-on-nvme": Regime("1.3B", 16_384, 4_300_000_000, 4_000_000_000, "nvme", nvme=True, micro_batch=8, targets=(0.90, None)),
     "inference": Regime("6.7B", 1_024, 5_000_000_000, 16_000_000_000, "ram", trains=False, targets=(0.95, None)),
 }
+
+STATE_BYTES = 12 * SHAPES["350M"].parameters
+PASSING_BYTES = 400_000_000
+"""Of RAM, for what passes through where no state stays there."""
+
+EXTRA = {
+    f"state-in-ram-{quarters}/4": Regime(
+        "350M",
+        4_096,
+        1_250_000_000,
+        max(PASSING_BYTES, quarters * STATE_BYTES // 4 + (quarters == 4) * PASSING_BYTES),
+        "gpu",
+        nvme=True,
+        targets=(0.85, None),
+    )
+    for quarters in range(5)
+} | {"largest": Regime("9B", 4_096, 2_500_000_000, 100_000_000_000, "ram", nvme=True, micro_batch=2, repeats=True)}
+"""Run only when named: RAM for parts of the state, drawn by `--plot`, and the largest model that is to train (three steps, no warm-up)."""
 
 
 def quick(regime: Regime) -> Regime:
@@ -73,29 +92,36 @@ def show(measured: Measured) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--regime", action="append", choices=REGIMES, help="only this one; may be given several times")
+    parser.add_argument(
+        "--regime", action="append", choices=[*REGIMES, *EXTRA, "state-in-ram"], help="only this one; may be given several times"
+    )
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--clipped", action="store_true", help="only with clipping")
     only.add_argument("--unclipped", action="store_true", help="only without")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dir", type=Path, help="on the drive to be measured (default: the system's temporary directory)")
-    parser.add_argument("--warm-up", type=int, default=4, help="steps that are not measured (default: 4)")
+    parser.add_argument("--warm-up", type=int, default=20, help="steps that are not measured (default: 20: a plan takes about ten)")
     parser.add_argument("--steps", type=int, default=5, help="steps that are (default: 5)")
     parser.add_argument("--timelines", type=Path, help="a directory for the timelines of all runs")
     parser.add_argument("--quick", action="store_true", help="a small scale, to see that it works")
+    parser.add_argument("--plot", type=Path, help="draw the runs with RAM for parts of the state to this file, and measure nothing")
     parser.add_argument("--output", type=Path, help="the JSON file (default: benchmarks/results/step-DEVICE.json)")
     options = parser.parse_args(arguments)
     logging.getLogger("tierstore").setLevel(logging.ERROR)
+    output = options.output or ROOT / "benchmarks" / "results" / f"step-{options.device}.json"
+    if options.plot is not None:
+        parts.draw(json.loads(output.read_text(encoding="utf-8"))["runs"], options.plot)
+        return 0
     if options.device == "cpu" and not options.quick:
         print("no CUDA device here: only --quick runs")
         return 0
     device = torch.device("cuda", torch.cuda.current_device()) if options.device == "cuda" else torch.device("cpu")
-    output = options.output or ROOT / "benchmarks" / "results" / f"step-{options.device}.json"
     computed: dict[Any, Any] = {}
     with tempfile.TemporaryDirectory(dir=options.dir, prefix="tierstore-step-") as made:
         directory = Path(made)
-        for name in options.regime or REGIMES:
-            regime = quick(REGIMES[name]) if options.quick else REGIMES[name]
+        for name in _named(options.regime):
+            regime = (REGIMES | EXTRA)[name]
+            regime = quick(regime) if options.quick else regime
             key = (regime.model, regime.tokens, regime.micro_batch, regime.trains)
             if key not in computed:
                 _cap(device, None)
@@ -105,12 +131,14 @@ def main(arguments: list[str] | None = None) -> int:
                 _forget(device)
             print(f"{name}: computing alone takes {computed[key].total:.3f} s", flush=True)
             _cap(device, None if options.quick else CAP_BYTES)
-            probe = Probe(device, directory / f"probe {name}" if regime.nvme else None)
+            probe = Probe(device, directory / f"probe {name.replace('/', ' ')}" if regime.nvme else None)
             try:
                 for clipped in (False, True):
-                    if (clipped and (options.unclipped or not regime.trains or name == "all-on-nvme")) or (options.clipped and not clipped):
+                    once = not regime.trains or name == "all-on-nvme" or name in EXTRA
+                    if (clipped and (options.unclipped or once)) or (options.clipped and not clipped):
                         continue
-                    timeline = options.timelines / f"{name}-{'clipped' if clipped else 'unclipped'}.json" if options.timelines else None
+                    file = f"{name.replace('/', '-')}-{'clipped' if clipped else 'unclipped'}.json"
+                    timeline = options.timelines / file if options.timelines else None
                     measured = regimes.measure(
                         name,
                         regime,
@@ -119,7 +147,7 @@ def main(arguments: list[str] | None = None) -> int:
                         device,
                         directory,
                         clipped=clipped,
-                        warm_up=options.warm_up,
+                        warm_up=0 if regime.repeats else options.warm_up,
                         steps=options.steps,
                         timeline=timeline,
                     )
@@ -130,6 +158,14 @@ def main(arguments: list[str] | None = None) -> int:
                 probe.close()
     print(output)
     return 0
+
+
+def _named(names: list[str] | None) -> list[str]:
+    """The regimes to run."""
+    found: list[str] = []
+    for name in names or REGIMES:
+        found += [extra for extra in EXTRA if extra.startswith(name + "-")] if name == "state-in-ram" else [name]
+    return found
 
 
 def _cap(device: torch.device, nbytes: int | None) -> None:

@@ -369,6 +369,26 @@ def test_a_block_that_is_too_large_for_ram_alone(tmp_path: Path, model: Watched)
         assert caught.value.remedy.startswith("raise ram=")
 
 
+def test_no_write_begins_before_there_is_a_home_for_it(tmp_path: Path, model: Watched) -> None:
+    """Without a directory: a block that is on the device, and not in RAM, gets an extent there before it is leased for writing."""
+    with open_store(tmp_path, "two tiers", policy="lru") as store:
+        names = store.adopt(model.path)
+        for name in names[:6]:  # RAM has dropped the first of them by then, one by one
+            with store.use(name):
+                pass
+            for other in names[7:11]:
+                store.hold(other, "ram")
+                store.unhold(other)
+            with store.use(name, write=True) as leased:
+                check_invariants(store.engine)
+                assert not store.info(name).adopted
+                for key, tensor in leased.items():
+                    assert same(tensor, model.tensors[key]), key
+            check_invariants(store.engine)
+            store.delete(name)
+        assert_quiet(store)
+
+
 # -- the first write ---------------------------------------------------------------------------------------------------------
 
 

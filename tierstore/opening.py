@@ -19,7 +19,7 @@ from tierstore.mover.engine import Engine
 from tierstore.mover.runtime import Machine
 from tierstore.mover.streams import Copies, CudaCopies, ThreadCopies, lane_bytes
 from tierstore.nvme.directory import Directory
-from tierstore.placement import Limits, Placement
+from tierstore.placement import LIMITS, Placement
 from tierstore.policies import Policy, resolve
 from tierstore.residency import Tier
 from tierstore.scheduler import Scheduler
@@ -146,7 +146,7 @@ def _assemble(
             Link.NVME_READ: 1 / rates.nvme_read_bytes_per_s,
             Link.NVME_WRITE: 1 / rates.nvme_write_bytes_per_s,
         },
-        limits=dict.fromkeys(Link, Limits()),
+        limits=LIMITS,
         clock=runtime.clock,
     )
     placement.pace.runs_ahead = cuda

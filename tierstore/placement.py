@@ -57,12 +57,22 @@ SCAN = 32
 """Expected accesses looked at per call of `look_ahead`: bounds the time under the lock."""
 
 
+AT_LEAST = 2
+
+
 @dataclass(frozen=True)
 class Limits:
-    """What may be under way at once on one link. At least one transfer always may."""
+    """What may be under way at once on one link. Of large transfers `AT_LEAST` may: one that waits behind another keeps the link busy."""
 
     max_bytes: int = 256 << 20
     max_orders: int = 8
+
+
+COPIES = Limits(4 << 30, 64)
+"""Of a link to or from the device. Who queues copies there is woken late when one has landed, or has kernels to queue meanwhile: as many
+are queued at once as there is room for, in the order in which they are needed."""
+
+LIMITS = {Link.H2D: COPIES, Link.D2H: COPIES, Link.NVME_READ: Limits(), Link.NVME_WRITE: Limits()}
 
 
 class Placement(Extents):
@@ -350,7 +360,8 @@ class Placement(Extents):
             elif offset is not None:
                 self.reserve(record, Tier.GPU, offset)
         if record.ram.valid:
-            if gpu.state is State.RESERVED and not record.ram.moving and self.link_free(Link.H2D):
+            # who demands a copy into an extent that is his need not wait for others to land: it comes behind them
+            if gpu.state is State.RESERVED and not record.ram.moving and (kind is Kind.DEMAND or self.link_free(Link.H2D)):
                 self._load(record, kind)
         else:
             self.fetch(record, kind, protect=protect, before=before)
@@ -462,7 +473,7 @@ class Placement(Extents):
     def link_free(self, link: Link) -> bool:
         limits = self._limits[link]
         orders = self._flying_orders[link]
-        return orders == 0 or (orders < limits.max_orders and self._flying_bytes[link] < limits.max_bytes)
+        return orders == 0 or (orders < limits.max_orders and (orders < AT_LEAST or self._flying_bytes[link] < limits.max_bytes))
 
     def _order(self, action: Action, kind: Kind, nbytes: int, *, record: Record | None = None, **details: object) -> None:
         order = Order(self._num_orders, action, kind, nbytes, self._clock.now_ns(), record, **details)  # type: ignore[arg-type]

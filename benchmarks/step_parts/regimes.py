@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +40,7 @@ class Regime:
         nvme: Whether there is a drive.
         trains: False: forward only.
         micro_batch: Rows that a layer runs at a time.
+        repeats: Every step is taken on the same batch, so that its loss has to fall.
         targets: Least fraction without clipping, and with it.
     """
 
@@ -50,6 +52,7 @@ class Regime:
     nvme: bool = False
     trains: bool = True
     micro_batch: int | None = None
+    repeats: bool = False
     targets: tuple[float | None, float | None] = (None, None)
 
     @property
@@ -150,6 +153,8 @@ def measure(
         say(f"  {name}{' clipped' if clipped else ''}: open and filled after {time.perf_counter() - begun:.0f} s")
         losses: list[Tensor] = []
         data = batches(regime.rows, CONTEXT, device)
+        if regime.repeats:
+            data = itertools.repeat(next(data))
 
         def step() -> None:
             inputs, targets = next(data)
@@ -165,8 +170,11 @@ def measure(
             optimizer.zero_grad()
             losses.append(loss.detach())
 
-        for _ in range(warm_up):
+        for number in range(warm_up):
             step()
+            if regime.weights == "nvme" and not number:  # state is made by the first step
+                for block in list(store):
+                    store.hold(block, "nvme")
         if device.type == "cuda":
             torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
@@ -280,8 +288,11 @@ def _expected(regime: Regime, store: TierStore, tiered: Any, when: Literal["defe
         device=store.stats().tiers["gpu"].capacity_bytes,
         resident=1.0 if regime.weights == "gpu" else 0.0,
     )
+    if regime.weights == "nvme":  # whatever passes through the device comes from the drive and goes back there
+        moved = traffic(replace(settings, device=None))
+        return {"h2d": moved.h2d, "d2h": moved.d2h, "nvme_read": moved.h2d, "nvme_write": moved.d2h}
     if regime.nvme:
-        settings = Settings(**{**asdict(settings), "state_in_ram": share_in_ram(settings, store.stats().tiers["ram"].capacity_bytes)})
+        settings = replace(settings, state_in_ram=share_in_ram(settings, store.stats().tiers["ram"].capacity_bytes))
     return asdict(traffic(settings))
 
 

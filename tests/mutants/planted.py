@@ -217,7 +217,7 @@ MUTANTS = (
         SCHEDULER,
         "return not write or record.writer == owner or (gpu.readers == 0 and self._has_home(record))",
         "return not write or record.writer == owner or gpu.readers == 0",
-        suite="tests/test_state_machine.py",
+        suite=ADOPT,
     ),
     Mutant(
         "RAM keeps an adopted block that could be read again",

@@ -52,7 +52,12 @@ def manifests(draw: st.DrawFn) -> Manifest:
         if draw(st.booleans()):
             places = [(draw(st.integers(0, 1)), draw(st.integers(9, 1 << 40))) for _ in block.tensors]
             ends = [begin + spec.nbytes for (_, begin), spec in zip(places, block.tensors, strict=True)]
-            files = tuple(ModelFile(draw(texts), max([9, *ends]), draw(st.integers(-(2**40), 2**62)), draw(sums), 9) for _ in range(2))
+            files = tuple(
+                ModelFile(
+                    draw(texts.filter(lambda text: "\0" not in text)), max([9, *ends]), draw(st.integers(-(2**40), 2**62)), draw(sums), 9
+                )
+                for _ in range(2)
+            )
             records.append(Record(block, ShardRecord("", 0, 0, 0, chunks, 0), Adopted(files, tuple(places))))
             continue
         records.append(Record(block, ShardRecord(names.shard_name(name, number), number, 4096 + block.nbytes, 4096, chunks, draw(sums))))

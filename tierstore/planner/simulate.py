@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from tierstore.catalog import Block
 from tierstore.clock import SimulatedClock
 from tierstore.extents import MEMORY_TIERS
-from tierstore.placement import Limits, Placement
+from tierstore.placement import LIMITS, Limits, Placement
 from tierstore.policies import Policy, resolve
 from tierstore.requests import LINK_OF, Action, Lease, Make, Order, Use
 from tierstore.residency import Tier
@@ -164,7 +164,7 @@ def simulate(
         has_nvme=has_nvme,
         policy=resolve(policy),
         seconds_per_byte={link: 1 / links[link].bytes_per_s for link in Link},
-        limits=dict.fromkeys(Link, limits if limits is not None else Limits()),
+        limits=LIMITS if limits is None else dict.fromkeys(Link, limits),
         clock=clock,
     )
     placement.pace.runs_ahead = device_ordered

@@ -178,7 +178,7 @@ def turns(settings: Settings) -> Iterator[Turn]:
 
 
 def share_in_ram(settings: Settings, ram: int) -> float:
-    """`Settings.state_in_ram`: what RAM has left for state beside all weights and gradients, and the blocks that pass through it.
+    """`Settings.state_in_ram`: what RAM has left for state beside all gradients, the weights that do not stay on the device, and the blocks that pass through it.
 
     Weights and gradients are used more often, so they stay. Gradients live from the backward pass to the update only, but the state is
     wanted back by then: room that is free in between is of no use to it ([Note: Room for what is yet to be written] in `placement`).
@@ -190,7 +190,7 @@ def share_in_ram(settings: Settings, ram: int) -> float:
     gradients = settings.gradients if settings.when != "backward" else 0
     passing = SLOTS * max(settings.layer, settings.state_chunk, settings.gradient_chunk)
     inputs = settings.inputs if settings.activations == "ram" else 0
-    left = ram - settings.weights - settings.frozen - gradients - inputs
+    left = ram - (1 - settings.resident) * (settings.weights + settings.frozen) - gradients - inputs
     if left >= settings.state or not settings.state:
         return 1.0
     return min(1.0, max(0.0, (left - passing) / settings.state))
