@@ -173,6 +173,7 @@ def _check_record(placement: Placement, record: Record) -> None:
         assert set(record.readers) <= {record.writer}, f"{_of(record)} has a writer and other readers"
         assert record.gpu.valid, _of(record)
         assert not record.gpu.moving, _of(record)
+        assert placement.has_nvme or nvme != record.version, f"{_of(record)} is written before it has a home"
     if gpu in (State.DIRTY, State.SAVING) and not record.locked:
         assert not record.ram.valid, f"{_of(record)}: RAM serves bytes older than the device's"
     if gpu is State.CLEAN and not record.locked:
@@ -187,7 +188,7 @@ def _check_record(placement: Placement, record: Record) -> None:
     elif record.born is not None and not record.locked:
         assert record.tiers or any(order.version == record.version for order in to_ram), f"{_of(record)}: the newest version is nowhere"
     if record.born is not None and not record.locked:
-        assert placement.has_nvme or ram is not State.ABSENT, f"{_of(record)} has no home"
+        assert placement.backed(record) or ram is not State.ABSENT, f"{_of(record)} has no home"
     for tier in MEMORY:
         copy = record.copy(tier)
         filling = [order for order in placement.flying.values() if order.record is record and _target(order) is tier]

@@ -19,7 +19,7 @@ ORDER = [
     *("errors", "units", "clock", "threads", "hardware", "catalog", "residency", "arena", "monitor.perfetto", "trace", "counters"),
     *("pace", "policies", "requests", "extents", "placement", "fitness", "leases", "waiting", "scheduler", "tiers", "nvme", "mover"),
     *("inputs", "opening", "store", "sync", "monitor", "training", "planner"),
-    *("huggingface", "distributed", "<face>", "testing", "demo", "export", "printing", "cli", "__main__"),
+    *("huggingface", "distributed", "<face>", "testing", "demo", "export", "printing", "finetune", "commands", "cli", "__main__"),
 ]
 
 # Whether directly or through what they import.

@@ -277,7 +277,8 @@ def quantised() -> torch.Tensor:
 
 
 BAD_TENSORS: dict[str, Callable[[], Any]] = {
-    "complex": lambda: torch.ones(2, dtype=torch.complex64),
+    "complex": lambda: torch.ones(2, dtype=torch.complex128),
+    "pair without a dimension": lambda: torch.zeros((1,), dtype=torch.uint8).view(torch.float4_e2m1fn_x2).reshape(()),
     "sparse": lambda: torch.eye(3).to_sparse(),
     "csr": lambda: torch.eye(3).to_sparse_csr(),
     "meta": lambda: torch.ones(3, device="meta"),
@@ -491,6 +492,7 @@ def test_use_after_close(tmp_path: Path) -> None:
         "delete": lambda: store.delete("a"),
         "commit": store.commit,
         "flush": store.flush,
+        "adopt": lambda: store.adopt(tmp_path),
         "info": lambda: store.info("a"),
         "stats": store.stats,
         "trace": lambda: store.trace,
@@ -526,6 +528,7 @@ def test_use_after_close_on_the_async_face(tmp_path: Path) -> None:
             ("delete", lambda: store.delete("a")),
             ("commit", store.commit),
             ("flush", store.flush),
+            ("adopt", lambda: store.adopt(tmp_path)),
         ]
         others = {"info", "stats", "trace", "timeline", "committed", "device", "__len__", "__iter__", "__contains__"}
         assert {name for name, _ in tries} == public(AsyncTierStore) - others

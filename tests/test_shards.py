@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tierstore import TierStore
-from tierstore.catalog import FILLER_PREFIX
+from tierstore.catalog import FILLER_PREFIX, PAIRED
 from tierstore.tiers.device import DTYPES
 
 SHAPES: list[tuple[int, ...]] = [(), (0,), (1,), (3, 5), (0, 4), (1, 1, 1), (127,), (256,), (2, 3, 4, 5), (1000,)]
@@ -40,10 +40,14 @@ def same(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 def blocks() -> dict[str, dict[str, torch.Tensor]]:
     found = {
-        f"all {name}": {f"{name} {shape}": example(dtype, shape, number) for number, shape in enumerate(SHAPES)}
+        f"all {name}": {
+            f"{name} {shape}": example(dtype, shape, number) for number, shape in enumerate(SHAPES) if shape or name not in PAIRED
+        }
         for name, dtype in DTYPES.items()
     }
-    found["mixed"] = {f"{name}.{shape}": example(dtype, shape, 7) for name, dtype in DTYPES.items() for shape in SHAPES[:4]}
+    found["mixed"] = {
+        f"{name}.{shape}": example(dtype, shape, 7) for name, dtype in DTYPES.items() for shape in SHAPES[:4] if shape or name not in PAIRED
+    }
     found["names"] = {
         name: torch.tensor([number]) for number, name in enumerate(["é", "层.0", "a/b\\c", "\0\x1f", '"', "😀", " ", "x" * 300])
     }

@@ -28,6 +28,7 @@ STATE_PREFIXES = ("optimizer/", "gradients/", "activations/", "training/")
 `optimizer/` (masters and moments), `gradients/`, `activations/` and, for all else that it must keep, `training/`."""
 
 ITEM_BYTES = {
+    "F4": 1,
     "BOOL": 1,
     "U8": 1,
     "I8": 1,
@@ -46,8 +47,12 @@ ITEM_BYTES = {
     "I64": 8,
     "U64": 8,
     "F64": 8,
+    "C64": 8,
 }
-"""Bytes per element of each dtype, by its safetensors name."""
+"""Bytes per element of each dtype, by its safetensors name. An element of F4 is two values in one byte, as torch has it."""
+
+PAIRED = frozenset({"F4"})
+"""Dtypes whose elements are two values. Files count values: the last dimension there is twice as long as here."""
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -128,6 +133,14 @@ def lay_out(name: str, tensors: Iterable[tuple[str, str, tuple[int, ...]]], *, s
                 need=f"one of {', '.join(ITEM_BYTES)}",
                 have=dtype,
                 remedy="convert it first",
+                block=name,
+                tensor=tensor,
+            )
+        if dtype in PAIRED and not shape:
+            raise TensorError(
+                f"tensor {tensor!r} of block {name!r} is a single element of dtype {dtype}, which files count in pairs of a dimension",
+                need="at least one dimension",
+                remedy="store it with the shape (1,)",
                 block=name,
                 tensor=tensor,
             )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
+from tierstore import commands
 from tierstore.errors import ShardError, TierstoreError
 
 if TYPE_CHECKING:
@@ -115,6 +116,10 @@ def _smollm2(gguf: Path | None) -> Callable[[Options, Console], int]:
     from tierstore.demo.smollm2.run import run
 
     return lambda options, console: run(options, weights, console)
+
+
+main.add_command(commands.generate)
+main.add_command(commands.finetune)
 
 
 # -- a store's directory, looked at without opening it ------------------------------------------------------------------------

@@ -60,6 +60,26 @@ class LinkStats:
 
 
 @dataclass(slots=True)
+class ModelStats:
+    """Reads of model files, which count under the link `nvme_read` too, with the bytes of the blocks they are for.
+
+    Attributes:
+        requests: Reads that were asked for.
+        read_bytes: What they brought: more than the blocks have, where whole pages were read for the sake of direct I/O.
+        shifted_bytes: Moved in memory from where they were read to where they belong; 0 where they were read straight there.
+        shift_ns: What that took, on all threads together.
+    """
+
+    requests: int = 0
+    read_bytes: int = 0
+    shifted_bytes: int = 0
+    shift_ns: int = 0
+
+    def copy(self) -> ModelStats:
+        return ModelStats(self.requests, self.read_bytes, self.shifted_bytes, self.shift_ns)
+
+
+@dataclass(slots=True)
 class WaitStats:
     """Waits of one cause."""
 
@@ -84,6 +104,7 @@ class Stats:
         direct_io: Whether the drive is read and written past the page cache; None without a directory.
         page_locked_bytes: Of the RAM tier.
         commits: Generations made.
+        models: Reads of model files, for adopted blocks.
     """
 
     tiers: Mapping[str, TierStats]
@@ -94,3 +115,4 @@ class Stats:
     direct_io: bool | None
     page_locked_bytes: int
     commits: int
+    models: ModelStats = field(default_factory=ModelStats)

@@ -125,6 +125,10 @@ class ShardError(TierstoreError):
     """A shard or manifest is damaged: it does not hold what was written."""
 
 
+class ModelFileError(ShardError):
+    """A model file is damaged, gone, or not what it was when it was adopted; or a model folder is not what its index says."""
+
+
 class DirectoryError(TierstoreError):
     """The directory cannot serve as a store: foreign files, not a directory, not writable, an unknown format."""
 

@@ -1,5 +1,10 @@
 """Which extent belongs to which copy, and what a policy may know of it. Pure bookkeeping; `placement` decides.
 
+[Note: Homes]
+Without NVMe a block has its home in RAM: an extent that it keeps, from `put` to `delete`, so that what is dirty on the device can always
+leave it. An adopted block needs none: it comes from its model file again. Before it is written for the first time it gets one
+(`settle`), and no lease that writes is granted before that; from then on it is a block like any other.
+
 Every change of a copy's state that takes or gives back an extent goes through here, so that arenas, records and the policy's view
 of what is resident never part.
 """
@@ -46,6 +51,7 @@ class Extents:
         self.save_failed: dict[BlockId, Record] = {}
         self.arenas = {Tier.GPU: Arena(gpu_bytes), Tier.RAM: Arena(ram_bytes)}
         self.has_nvme = has_nvme
+        self.has_models = False  # some blocks were adopted
         self.policy = Guard(policy)
         self._seconds_per_byte = seconds_per_byte
         self._at: dict[Tier, dict[int, Record]] = {Tier.GPU: {}, Tier.RAM: {}}
@@ -83,7 +89,7 @@ class Extents:
         if tier is Tier.RAM:
             return record.nbytes * self._seconds_per_byte[Link.NVME_READ]
         cost = record.nbytes * self._seconds_per_byte[Link.H2D]
-        if self.has_nvme and record.ram.state in (State.ABSENT, State.RESERVED):
+        if self.backed(record) and record.ram.state in (State.ABSENT, State.RESERVED):
             cost += record.nbytes * self._seconds_per_byte[Link.NVME_READ]
         return cost
 
@@ -96,6 +102,10 @@ class Extents:
 
     def seconds_on(self, link: Link, block: BlockId) -> float:
         return self.nbytes(block) * self._seconds_per_byte[link]
+
+    def backed(self, record: Record) -> bool:
+        """Whether the block may be without an extent in RAM: there is a tier below, or it lies in a model file. See [Note: Homes]."""
+        return self.has_nvme or record.nvme_version == record.version
 
     # -- blocks and their extents ----------------------------------------------------------------------------------------
 
@@ -253,6 +263,15 @@ class Extents:
             record.ram.apply(Event.LOAD)
             record.ram.apply(Event.OUTDATED)
             self._stale[record.id] = record
+
+    def settle(self, record: Record) -> None:
+        """An adopted block gets its home: the extent in RAM, reserved or clean. Without NVMe only. See [Note: Homes]."""
+        record.nvme_version = -1
+        if record.ram.state is State.RESERVED:
+            record.ram.apply(Event.LOAD)
+            record.ram.apply(Event.OUTDATED)
+            self._stale[record.id] = record
+            record.gpu.apply(Event.WRITE)  # for now it is the only copy
 
     def finish_make(self, record: Record, tier: Tier) -> None:
         """A `put` has filled the extent on `tier` that `start_load` announced."""

@@ -67,6 +67,16 @@ def lacks_room(request: Request) -> bool:
     return request.cause not in ("lease", "commit")
 
 
+def room_in_ram(placement: Placement) -> int:
+    """Bytes that are free in RAM without NVMe, or will be once copies of adopted blocks have been dropped."""
+    dropped = (
+        record.nbytes
+        for record in placement.records.values()
+        if record.ram.state is not State.ABSENT and placement.backed(record) and record.hold is not Tier.RAM
+    )
+    return placement.arenas[Tier.RAM].free_bytes + sum(dropped)
+
+
 class Beside:
     """The room on the device beside those leased records that are `fixed`. All else may move or be evicted, but held blocks stay."""
 
@@ -107,8 +117,8 @@ class Prospect:
             return not any(record.writer is not None and record.writer not in released for record in blocking)
         if isinstance(request, Make):
             (record,) = request.records
-            if not placement.has_nvme and record.ram.state is State.ABSENT and placement.arenas[Tier.RAM].free_bytes < record.nbytes:
-                return False  # without NVMe nothing ever leaves RAM
+            if not placement.has_nvme and record.ram.state is State.ABSENT and room_in_ram(placement) < record.nbytes:
+                return False  # without NVMe nothing else ever leaves RAM
             return request.tier is not Tier.GPU or self._fits(request.records)
         _, writes = claim(request)
         for record in request.records:

@@ -40,7 +40,7 @@ def source_of(block: str, tensors: torch.Tensor | Tensors) -> tuple[Source, bool
             raise TensorError(
                 f"tensor {name!r} of block {block!r} {problem}", need="a dense tensor with values", remedy=remedy, block=block, tensor=name
             )
-        checked[name] = tensor.detach()
+        checked[name] = tensor.detach().resolve_conj()
         if tensor.is_cuda and tensor.device not in made:
             made[tensor.device] = torch.cuda.Event(blocking=True)
             made[tensor.device].record(torch.cuda.current_stream(tensor.device))
@@ -54,7 +54,7 @@ def _unsuitable(tensor: object) -> tuple[str, str]:
         return "is on the meta device and has no values", "initialise it first"
     if tensor.layout is not torch.strided:
         return f"is sparse ({tensor.layout})", "store .to_dense(), or its indices and values"
-    if tensor.is_complex():
+    if tensor.is_complex() and tensor.dtype not in NAMES:
         return f"is complex ({tensor.dtype})", "store torch.view_as_real(tensor)"
     if tensor.dtype not in NAMES:
         return f"has the dtype {tensor.dtype}, which safetensors cannot hold", f"convert it to one of {', '.join(map(str, NAMES))}"

@@ -163,6 +163,8 @@ def _assemble(
             transfer=transfer,
             slot_bytes=slot,
             runtime=runtime,
+            checksum=options.checksum,
+            direct_io=options.direct_io,
         )
         undo.pop_all()
     if directory is not None:

@@ -247,7 +247,7 @@ class Placement(Extents):
                 if self._just_used(record, protect):
                     break
                 continue
-            if tier is Tier.RAM and not self.has_nvme:
+            if tier is Tier.RAM and not self.backed(record):
                 continue
             if tier is Tier.RAM and record.writer is not None:
                 break  # it comes back, changed, and wants its extent again
@@ -307,7 +307,7 @@ class Placement(Extents):
             return False
         if tier is Tier.GPU:
             return not record.leased
-        return self.has_nvme
+        return self.backed(record)
 
     def _compact(self, tier: Tier, nbytes: int, *, nearby: bool = False) -> bool:
         at = self._at[tier]
@@ -436,6 +436,28 @@ class Placement(Extents):
         ram.readers += 1
         record.nvme_writing = True
         self._order(Action.WRITE, kind, record.nbytes, record=record)
+        return True
+
+    def give_home(self, record: Record, *, protect: Collection[Record] = ()) -> bool:
+        """Do what can be done now to give an adopted block its home in RAM, without NVMe. Returns whether it has one.
+
+        Args:
+            record: The block; what it holds on the device or in RAM stays.
+            protect: Records not to evict, `record` among them.
+        """
+        if self.has_nvme or not self.backed(record):
+            return True
+        if record.ram.state is State.ABSENT and record.gpu.state is State.CLEAN and not record.gpu.moving and not record.locked:
+            offset = self.room(Tier.RAM, record.nbytes, protect=protect, low=record.hold is Tier.RAM)
+            if offset is None:
+                return False
+            if record.gpu.state is not State.CLEAN or record.gpu.moving:
+                self.arenas[Tier.RAM].release(offset)
+                return False
+            self.reserve(record, Tier.RAM, offset)
+        elif not record.ram.valid or record.ram.moving:
+            return False
+        self.settle(record)
         return True
 
     def save_down(self, record: Record, kind: Kind) -> bool:
@@ -575,7 +597,7 @@ class Placement(Extents):
         copy.apply(Event.LOAD_FAILED)
         self.policy.removed(record.id, tier)
         self.arrived(record, tier)
-        if tier is Tier.RAM and not self.has_nvme:
+        if tier is Tier.RAM and not self.backed(record):
             # without NVMe the RAM extent is the block's home: it stays for the next write-back
             copy.apply(Event.LOAD)
             copy.apply(Event.OUTDATED)
@@ -619,7 +641,7 @@ class Placement(Extents):
                 self.promised[tier].clear()
                 self.promised_bytes[tier] = 0
         again = False
-        for tier in MEMORY_TIERS if self.has_nvme else (Tier.GPU,):
+        for tier in MEMORY_TIERS if self.has_nvme or self.has_models else (Tier.GPU,):
             position = max(self._cursor[tier], now)
             for _ in range(SCAN):
                 number = self.policy.expected(position) if position - now < HORIZON else None
@@ -674,8 +696,10 @@ class Placement(Extents):
             return
         held = sum(other.nbytes for other in self.held.values() if other.hold is tier and other is not record) + record.nbytes
         largest = 0
-        if tier is Tier.RAM and self.has_nvme:
-            largest = max((other.nbytes for other in self.records.values() if other.hold is not tier and other is not record), default=0)
+        if tier is Tier.RAM:
+            others = (other for other in self.records.values() if other is not record and other.hold is not tier)
+            passing = (other.nbytes for other in others if self.backed(other))
+            largest = max(passing, default=0)
         capacity = self.arenas[tier].capacity_bytes
         if held + largest > capacity:
             raise CapacityError(

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from tierstore.export import Exported
 from tierstore.nvme.contents import BlockRow, Contents, GenerationRow
+from tierstore.nvme.reading import file_of
 from tierstore.nvme.recovery import some
 from tierstore.nvme.verify import BlockDamage, GenerationReport, Report
 from tierstore.units import format_bytes
@@ -215,7 +216,7 @@ def _print_blocks(console: Console, row: GenerationRow, *, tensors: bool) -> Non
             f"{len(block.record.block.tensors):,}",
             _some_dtypes(block),
             format_bytes(block.record.block.nbytes),
-            f"{block.record.shard.number:08d}",
+            f"{block.record.shard.number:08d}" if block.record.adopted is None else "adopted",
             Text(", ".join(marks), style="red" if block.problem else ""),
         )
         if tensors:
@@ -225,7 +226,9 @@ def _print_blocks(console: Console, row: GenerationRow, *, tensors: bool) -> Non
     console.print(table)
     for block in row.blocks:
         if block.problem is not None:
-            _say(console, f"block {block.record.block.name!r}: {block.record.shard.file} {block.problem}", style="red")
+            _say(console, f"block {block.record.block.name!r}: {file_of(block.record)} {block.problem}", style="red")
+    for path in dict.fromkeys(file.path for block in row.blocks if block.record.adopted is not None for file in block.record.adopted.files):
+        _say(console, f"adopted from {path}", style="dim")
     _say(console, "SHARD: block-*-SHARD.safetensors is its file" + (", or a tensor's shape" if tensors else ""), style="dim")
 
 

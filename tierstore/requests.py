@@ -52,7 +52,7 @@ class Record:
 
     Attributes:
         version: Counts the times the block was written; the newest content has this number.
-        nvme_version: Version of the shard's content, -1 without one.
+        nvme_version: Version of the content of the shard, or of the model file that the block was adopted from; -1 without one.
         nvme_writing: A write of this block to NVMe is under way.
         readers: Read leases per owner. writer, writer_depth: the write lease.
         born: When its `put` finished, in the sequence of requests; None before.
@@ -237,9 +237,11 @@ class HostAccess(Request):
 
     Attributes:
         tier: Once a read is granted: where to read. That copy is neither moved nor dropped meanwhile.
+        removing: The bytes are not replaced, but the block with them.
     """
 
     write: bool = False
+    removing: bool = False
     lease: Lease | None = None
     tier: Tier | None = None
 

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from tierstore.catalog import Block, BlockId
 from tierstore.clock import Clock
@@ -223,6 +223,14 @@ class Scheduler(Leases):
             BlockExistsError: The name is taken.
             CapacityError: The block is larger than a tier it must pass through.
         """
+        self._check_new(block)
+        record = Record(BlockId(next(self._ids)), block)
+        record.locked = True
+        self.names[block.name] = record
+        self.placement.add(record)
+        return record
+
+    def _check_new(self, block: Block) -> None:
         if block.name in self.names:
             remedy = (
                 "write() new values, or delete() it first; after a commit the blocks are there when the store is opened (store.committed)"
@@ -239,11 +247,6 @@ class Scheduler(Leases):
                     block=block.name,
                     tier=tier.value,
                 )
-        record = Record(BlockId(next(self._ids)), block)
-        record.locked = True
-        self.names[block.name] = record
-        self.placement.add(record)
-        return record
 
     def recover(self, block: Block) -> Record:
         """Book a block that the directory already holds."""
@@ -253,6 +256,21 @@ class Scheduler(Leases):
         self.names[block.name] = record
         self.placement.add(record)
         return record
+
+    def adopt(self, blocks: Sequence[Block]) -> list[Record]:
+        """Book blocks that lie in model files: all or none.
+
+        Raises:
+            BlockExistsError: A name is taken.
+            CapacityError: A block is larger than a tier it must pass through.
+        """
+        for block in blocks:
+            self._check_new(block)
+        records = [self.recover(block) for block in blocks]
+        self.placement.has_models |= bool(records)
+        for record in records:
+            record.born = next(self._sequence)
+        return records
 
     def forget(self, record: Record) -> None:
         """Remove a block on which nothing is under way."""
@@ -396,8 +414,8 @@ class Scheduler(Leases):
             if self._grantable(request):
                 return True
             protect.update(request.records)  # in place: a copy for each who waits would cost the square of their number
-            self._bring_all(request, protect)
-            return bool(request.fresh) and self._grantable(request)  # room may be all that was missing
+            settled = self._bring_all(request, protect)
+            return (settled or bool(request.fresh)) and self._grantable(request)  # room may be all that was missing
         request.cause = "space"  # and no longer a lease
         record = request.records[0]
         if isinstance(request, Place):
@@ -407,6 +425,8 @@ class Scheduler(Leases):
         if isinstance(request, Make):
             return self._serve_make(request, record, protect)
         assert isinstance(request, HostAccess)
+        if request.write and not request.removing and not self._give_home(record, protect | {record}):
+            return False
         if request.write:
             return record.gpu.settled and record.ram.settled and not record.nvme_writing
         return self._steady(record) is not None
@@ -424,11 +444,16 @@ class Scheduler(Leases):
         found = (tier for tier in (Tier.RAM, Tier.GPU, Tier.NVME) if tier in record.tiers)
         return next((tier for tier in found if tier is Tier.NVME or not record.copy(tier).moving), None)
 
-    def _bring_all(self, request: Use, protect: set[Record]) -> None:
+    def _bring_all(self, request: Use, protect: set[Record]) -> bool:
+        """Returns whether an adopted block has got its home."""
+        settled = False
         nvme = request.cause == "nvme"  # who waited for the drive first did not wait for the last copy only
         space = request.cause == "space"  # likewise: the copy that the room was for is the end of that wait
         for record in request.records:
             gpu = record.gpu
+            if record.id in request.writes and not self._has_home(record):
+                settled |= self._give_home(record, protect)
+                space = space or not (settled or record.ram.loading)
             if gpu.valid or gpu.loading:
                 continue
             fresh = record.id in request.fresh
@@ -441,6 +466,13 @@ class Scheduler(Leases):
             elif not self.placement.bring(record, Kind.DEMAND, protect=protect):
                 self._starved = space = True
         request.cause = "nvme" if nvme else "space" if space else "copy"
+        return settled
+
+    def _give_home(self, record: Record, protect: set[Record]) -> bool:
+        """Have an adopted block keep an extent in RAM before it is written, without NVMe. Returns whether it does."""
+        if not self._has_home(record) and not self.placement.give_home(record, protect=protect) and not record.gpu.valid:
+            self.placement.fetch(record, Kind.DEMAND, protect=protect)
+        return self._has_home(record)
 
     def _serve_place(self, request: Place, record: Record, protect: set[Record]) -> bool:
         if request.tier is Tier.GPU:
@@ -465,12 +497,12 @@ class Scheduler(Leases):
             placement.save(record, Tier.GPU, Kind.WRITE_BACK)
         elif record.gpu.state in (State.CLEAN, State.RESERVED) and record.gpu.settled:
             placement.drop(record, Tier.GPU)
-        if placement.has_nvme and record.gpu.state is State.ABSENT:
+        if placement.backed(record) and record.gpu.state is State.ABSENT:
             if record.ram.state is State.DIRTY:
                 placement.save(record, Tier.RAM, Kind.WRITE_BACK)
             elif record.ram.state in (State.CLEAN, State.STALE, State.RESERVED) and record.ram.settled:
                 placement.drop(record, Tier.RAM)
-        return record.gpu.state is State.ABSENT and (not placement.has_nvme or record.ram.state is State.ABSENT)
+        return record.gpu.state is State.ABSENT and (not placement.backed(record) or record.ram.state is State.ABSENT)
 
     def _serve_make(self, request: Make, record: Record, protect: set[Record]) -> bool:
         tiers = [request.tier] if request.tier is not Tier.NVME else []
@@ -544,7 +576,7 @@ class Scheduler(Leases):
 
     def _saved(self, record: Record) -> bool:
         """Whether the newest content is on the lowest tier."""
-        if self.placement.has_nvme:
+        if self.placement.has_nvme or record.nvme_version == record.version:
             return record.nvme_version == record.version
         return record.gpu.state not in (State.DIRTY, State.SAVING) and record.ram.state is not State.LOADING
 
@@ -591,7 +623,11 @@ class Scheduler(Leases):
         gpu = record.gpu
         if not gpu.valid or gpu.moving or record.locked:
             return False
-        return not write or gpu.readers == 0 or record.writer == owner
+        return not write or record.writer == owner or (gpu.readers == 0 and self._has_home(record))
+
+    def _has_home(self, record: Record) -> bool:
+        """Whether what is written on the device can leave it. See [Note: Homes] in `extents`."""
+        return self.placement.has_nvme or record.nvme_version != record.version
 
     def _conflict(self, record: Record, owner: Owner, write: bool, *, overtake: bool = False) -> bool:
         """Whether somebody else's lease, or a commit, stands against a lease.
@@ -718,7 +754,7 @@ class Scheduler(Leases):
 
     def _reserved(self, record: Record) -> list[Tier]:
         """Where the block has an extent that waits for its bytes, and that it need not have."""
-        tiers = MEMORY_TIERS if self.placement.has_nvme else (Tier.GPU,)
+        tiers = MEMORY_TIERS if self.placement.backed(record) else (Tier.GPU,)
         return [tier for tier in tiers if record.copy(tier).state is State.RESERVED]
 
     def _clear_left(self) -> None:

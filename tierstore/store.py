@@ -28,6 +28,7 @@ from tierstore.mover.engine import Engine
 from tierstore.mover.operations import Source, Tensors
 from tierstore.nvme.directory import Commit
 from tierstore.nvme.files import land
+from tierstore.nvme.layouts import Layout, claims
 from tierstore.opening import Options, open_engine
 from tierstore.policies import Policy
 from tierstore.requests import Owner, Record
@@ -64,6 +65,7 @@ class BlockInfo:
         leases: Leases out on it; `write_leased` if one of them may write.
         hold: The tier it was ordered to stay on.
         frozen: Never written.
+        adopted: Its newest content lies in model files; the first write ends that.
     """
 
     name: str
@@ -75,6 +77,7 @@ class BlockInfo:
     write_leased: bool
     hold: str | None
     frozen: bool
+    adopted: bool = False
 
 
 class StoreBase:
@@ -162,6 +165,7 @@ class StoreBase:
                 write_leased=record.writer is not None,
                 hold=None if record.hold is None else str(record.hold),
                 frozen=record.block.frozen,
+                adopted=operations.lies_in_model(engine, record),
             )
 
     def stats(self) -> Stats:
@@ -205,6 +209,7 @@ class StoreBase:
                 direct_io=directory.direct if directory is not None else None,
                 page_locked_bytes=engine.host.page_locked_bytes + engine.transfer.page_locked_bytes,
                 commits=engine.commits,
+                models=engine.models.stats.copy(),
             )
 
     def _records(self, names: tuple[str, ...]) -> tuple[Record, ...]:
@@ -474,6 +479,11 @@ class AsyncTierStore(StoreBase):
         """Add a block; see `TierStore.put`."""
         source, single = source_of(name, tensors)
         await self._run(make(self.engine, name, source, single, tier, frozen, asyncio.current_task()))
+
+    async def adopt(self, path: str | os.PathLike[str], *, layout: Layout = "layers") -> tuple[str, ...]:
+        """Register the tensors of a model where they lie; see `TierStore.adopt`."""
+        model = await self._run(self.engine.models.survey(path))
+        return await self._run(operations.adopt(self.engine, model, claims(model, layout)))
 
     def use(self, *names: str, write: bool | str | Collection[str] = False, timeout: float | None = None) -> AsyncUse:
         """Lease blocks; see `TierStore.use`."""

@@ -15,6 +15,7 @@ from tierstore.mover import operations
 from tierstore.mover.calls import Call
 from tierstore.mover.critical import Uninterrupted
 from tierstore.mover.operations import Tensors
+from tierstore.nvme.layouts import Layout, claims
 from tierstore.opening import Options, open_engine
 from tierstore.policies import Policy
 from tierstore.store import CommitBase, Leased, StoreBase, UseBase, make, unwrap, warn_of_loss
@@ -151,6 +152,35 @@ class TierStore(StoreBase):
         """
         source, single = source_of(name, tensors)
         self._run(make(self.engine, name, source, single, tier, frozen, threading.get_ident()))
+
+    def adopt(self, path: str | os.PathLike[str], *, layout: Layout = "layers") -> tuple[str, ...]:
+        """Register the tensors of a model where they lie, as blocks. Only headers are read; the files are never written.
+
+        Bytes are read when a block is used, and what is clean leaves memory for nothing. The first write copies a block into the store:
+        with `nvme=` into a shard of its own, without it into RAM, where it stays. A commit remembers adopted blocks by their files' paths,
+        lengths and times: a file that has changed or is gone is an error that says so, and nothing wrong is served.
+
+        Args:
+            path: A safetensors file, or a folder: its `model.safetensors`, or what `model.safetensors.index.json` names, or all its
+                safetensors files. Folders of the Hugging Face cache are taken as they are.
+            layout: "layers": a block for each running number in names ("model.layers.3"), and one for each module beside ("model.norm").
+                Or a function from a tensor's full name to its block's; None leaves the tensor out. Tensors keep their full names.
+
+        Returns:
+            The blocks' names, by the first file that has some of them and then by name, numbers as numbers.
+
+        Raises:
+            ModelFileError: A file is missing, damaged, outside of its folder, or has names that no block can have. Names file and tensor.
+            BlockExistsError: A name is taken.
+            SizeError: A block is larger than a tier.
+            OptionError: The path or the layout is none.
+            TransferError: The drive does not answer.
+
+        Nothing is registered unless everything is.
+        """
+        model = self._run(self.engine.models.survey(path))
+        planned = claims(model, layout)
+        return self._run(operations.adopt(self.engine, model, planned))
 
     def use(self, *names: str, write: bool | str | Collection[str] = False, timeout: float | None = None) -> Use:
         """Lease blocks, all or none, for a `with` statement that yields their tensors on the device.

@@ -17,6 +17,7 @@ from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.faults.driver import pages
 from tests.helpers import check_invariants
@@ -483,3 +484,46 @@ def test_the_portable_path_is_watched_too(tmp_path: Path, gate: Gate) -> None:
         gate.open()
         wait_until(lambda: store.stats().tiers["ram"].quarantined_bytes == 0)
         assert_quiet(store)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("call", ["use", "read", "hold ram"])
+@pytest.mark.parametrize("nvme", [False, True], ids=["two tiers", "three tiers"])
+def test_a_read_of_a_model_file_that_never_returns(tmp_path: Path, gate: Gate, call: str, late: bool, nvme: bool) -> None:
+    """It may still fill transfer space, or the block's extent: both are kept until it has returned, and nobody sees what it brings."""
+    tensors = {f"{name}.{part}": pages(number + 10 * part, 2)[:1500] for number, name in enumerate("ab") for part in range(2)}
+    for name in "ab":
+        save_file({key: tensor for key, tensor in tensors.items() if key[0] == name}, tmp_path / f"model-{name}.safetensors")
+
+    def right(store: TierStore, name: str) -> bool:
+        with store.use(name, timeout=60) as leased:
+            return all(torch.equal(tensor, tensors[key]) for key, tensor in leased.items())
+
+    reads: dict[str, Callable[[TierStore], object]] = {
+        "use": lambda store: right(store, "a"),
+        "read": lambda store: store.read("a"),
+        "hold ram": lambda store: store.hold("a", "ram"),
+    }
+    with TierStore(gpu=10 * PAGE, ram=(13 + 4) * PAGE, nvme=tmp_path / "swap" if nvme else None, device="cpu") as store:
+        for name in "ab":
+            store.adopt(tmp_path / f"model-{name}.safetensors")
+        gate.shut("preadv", file="model-a", late=late)
+        given_up(lambda: reads[call](store), "a", file="model-a")
+        assert store.stats().tiers["ram"].quarantined_bytes > 0
+        gate.file = "nothing"
+        assert right(store, "b")
+        check_invariants(store.engine)
+        store.put("mine", pages(3, 2))
+        for _ in range(3):
+            store.evict("b")
+            assert right(store, "b")
+        gate.open()
+        wait_until(lambda: store.stats().tiers["ram"].quarantined_bytes == 0)
+        for name in "ab":
+            store.unhold(name)
+            assert right(store, name), "bytes that came late are served"
+            found = store.read(name)
+            assert all(torch.equal(found[key], tensors[key]) for key in found)  # type: ignore[call-overload]
+        assert torch.equal(tensor_of(store, "mine"), pages(3, 2))
+        assert_quiet(store)
+        check_invariants(store.engine)

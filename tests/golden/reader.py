@@ -17,7 +17,7 @@ TAIL = re.compile(rb',"checksum":"([0-9a-f]{16})"\}\n')
 CHUNK = 16 << 20
 KINDS = {"BOOL": "?", "I8": "i1", "I16": "<i2", "U16": "<u2", "I32": "<i4", "U32": "<u4", "I64": "<i8", "U64": "<u8"}
 KINDS |= {"F16": "<f2", "F32": "<f4", "F64": "<f8", "BF16": "<u2"}  # numpy has no bfloat16 and no 8-bit floats: their bits
-KINDS |= dict.fromkeys(["U8", "F8_E5M2", "F8_E4M3", "F8_E5M2FNUZ", "F8_E4M3FNUZ", "F8_E8M0"], "u1")
+KINDS |= dict.fromkeys(["U8", "F8_E5M2", "F8_E4M3", "F8_E5M2FNUZ", "F8_E4M3FNUZ", "F8_E8M0", "F4"], "u1") | {"C64": "<c8"}
 
 
 def xxh3(data):
@@ -33,13 +33,33 @@ def read_json(path):
 
 def read_manifest(path):
     manifest = read_json(path)
-    if manifest is not None and manifest["format"] > 1:
+    if manifest is not None and manifest["format"] > 2:
         raise ValueError(f"format {manifest['format']}")
     return manifest
 
 
+def read_adopted(block):
+    """The tensors of one block that lies in model files, checked."""
+    files = []
+    for path, nbytes, modified, header, xxh in block["adopted"]["files"]:
+        data = Path(path).read_bytes()
+        assert (len(data), Path(path).stat().st_mtime_ns) == (nbytes, modified), "another file"
+        assert xxh3(data[:header]) == int(xxh, 16), "another header"
+        files.append(data)
+    payload = bytearray(block["payload_bytes"])
+    tensors = {}
+    for (name, dtype, shape, offset), (file, begin) in zip(block["tensors"], block["adopted"]["places"], strict=True):
+        tensors[name] = np.frombuffer(files[file], KINDS[dtype], prod(shape), begin).reshape(shape)
+        payload[offset : offset + tensors[name].nbytes] = tensors[name].tobytes()
+    sums = [xxh3(bytes(payload[start : start + CHUNK])) for start in range(0, len(payload), CHUNK)]
+    assert block["chunks"] is None or sums == [int(chunk, 16) for chunk in block["chunks"]], "damaged payload"
+    return tensors
+
+
 def read_block(directory, block):
     """The tensors of one block, checked."""
+    if block["adopted"] is not None:
+        return read_adopted(block)
     data = (directory / block["file"]).read_bytes()
     assert len(data) == block["file_bytes"] == block["data_start"] + block["payload_bytes"]
     payload = data[block["data_start"] :]

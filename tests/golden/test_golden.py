@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -26,6 +27,10 @@ HERE = Path(__file__).parent
 VERSIONS = sorted(path.name for path in HERE.glob("v*") if path.is_dir())
 SIZES = {1: "BOOL U8 I8 F8_E5M2 F8_E4M3 F8_E5M2FNUZ F8_E4M3FNUZ F8_E8M0", 2: "I16 U16 F16 BF16", 4: "I32 U32 F32", 8: "I64 U64 F64"}
 DTYPES = {name: size for size, listed in SIZES.items() for name in listed.split()}
+GENERATIONS = {"v1": (1, 2), "v2": (3, 4)}
+ADOPTED: dict[int, set[str]] = {1: set(), 2: set(), 3: {"layers.0", "layers.1", "embed", "model"}, 4: {"layers.0", "embed", "model"}}
+UNSUMMED = {"layer.0", "optimizer/layer.0"}
+UNCHECKED = {1: set(), 2: UNSUMMED, 3: UNSUMMED | ADOPTED[3], 4: UNSUMMED | {"embed", "model"}}
 Bytes = dict[str, dict[str, bytes]]
 
 
@@ -35,8 +40,16 @@ def pattern(nbytes: int, salt: int) -> bytes:
 
 def expected(generation: int) -> Bytes:
     """What the golden stores hold, worked out here by hand: bytes by block and tensor."""
-    up, down, moments = ((2, 3, 4), (7, 8, 9))[generation - 1]
+    up, down, moments = ((2, 3, 4), (7, 8, 9))[min(generation, 2) - 1]
+    second: Bytes = {
+        "new dtypes": {"F4": pattern(6, 2), "C64": pattern(48, 2)},
+        "layers.0": {"layers.0.weight": pattern(140, 20), "layers.0.bias": pattern(3, 30)},
+        "layers.1": {"layers.1.weight": pattern(140, 21 if generation == 3 else 11), "layers.1.bias": pattern(3, 31)},
+        "embed": {"embed.weight": pattern(66, 40)},
+        "model": {"scale": np.float32(0.5).tobytes()},
+    }
     return {
+        **(second if generation > 2 else {}),
         "embedding": {
             "embedding.weight": np.arange(140, dtype="<f4").tobytes(),
             "embedding.mask": bytes([1, 0, 0, 1, 1]),
@@ -45,7 +58,7 @@ def expected(generation: int) -> Bytes:
         },
         "every dtype": {name: bytes([0, 1, 0, 1, 0, 1]) if name == "BOOL" else pattern(6 * size, 1) for name, size in DTYPES.items()},
         "layer.0": {"layer.0.up": pattern(2048, up), "layer.0.down": pattern(2048, down)},
-        "optimizer/layer.0": {"exp_avg": pattern(4096, moments), "step": np.float32(generation).tobytes()},
+        "optimizer/layer.0": {"exp_avg": pattern(4096, moments), "step": np.float32(min(generation, 2)).tobytes()},
         "Größe ../层": {"frozen": pattern(10, 5)},
         "bias": {"bias": pattern(72, 6)},
     }
@@ -59,7 +72,12 @@ SHAPES = {
     "bias": (9,),
     "F8_E8M0": (3, 2),
 }
-METADATA = {1: {"step": 1}, 2: {"step": 2, "note": "ä", "nested": [None, True, 0.1, {"deep": []}]}}
+METADATA: dict[int, object] = {
+    3: {"step": 3},
+    4: {"step": 4},
+    1: {"step": 1},
+    2: {"step": 2, "note": "ä", "nested": [None, True, 0.1, {"deep": []}]},
+}
 
 
 def raw(tensor: torch.Tensor) -> bytes:
@@ -69,7 +87,23 @@ def raw(tensor: torch.Tensor) -> bytes:
 @pytest.fixture(params=VERSIONS)
 def golden(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A copy: opening a store may change it."""
-    return Path(shutil.copytree(HERE / request.param, tmp_path / "store"))
+    directory = Path(shutil.copytree(HERE / request.param, tmp_path / "store"))
+    if request.param == "v2":
+        model = put_model(tmp_path / "model")
+        make.rename_model(directory, make.NOWHERE, str(model))
+    return directory
+
+
+@pytest.fixture
+def pair(golden: Path, request: pytest.FixtureRequest) -> tuple[int, int]:
+    """The store's generations."""
+    return GENERATIONS[request.node.callspec.params["golden"]]
+
+
+def put_model(path: Path) -> Path:
+    shutil.copytree(make.MODEL, path)
+    os.utime(path / "model.safetensors", ns=(make.MODIFIED_NS, make.MODIFIED_NS))
+    return path
 
 
 def test_there_is_one_of_this_version() -> None:
@@ -77,10 +111,11 @@ def test_there_is_one_of_this_version() -> None:
     assert sum(path.stat().st_size for path in HERE.rglob("*") if path.is_file()) < 200_000 * len(VERSIONS)
 
 
-@pytest.mark.parametrize("generation", [1, 2, None])
-def test_every_value_is_what_was_written(golden: Path, generation: int | None) -> None:
+@pytest.mark.parametrize("which", [0, 1, None])
+def test_every_value_is_what_was_written(golden: Path, pair: tuple[int, int], which: int | None) -> None:
+    generation = None if which is None else pair[which]
     with TierStore(nvme=golden, generation=generation, keep=2, gpu="1MB", ram="1MB", device="cpu") as store:
-        number = generation or 2
+        number = generation or pair[1]
         assert store.committed is not None
         assert (store.committed.generation, store.committed.metadata) == (number, METADATA[number])
         found: Bytes = {}
@@ -94,23 +129,30 @@ def test_every_value_is_what_was_written(golden: Path, generation: int | None) -
                     assert tuple(mapping[name].shape) == shape
         assert found == expected(number)
         assert [name for name in store if store.info(name).frozen] == ["Größe ../层"]
+        assert {name for name in store if store.info(name).adopted} == ADOPTED[number]
         store.write("bias", torch.zeros(9, dtype=torch.float64))
-        assert store.commit() == 3
+        assert store.commit() == pair[1] + 1
 
 
-def test_verify_finds_it_whole(golden: Path) -> None:
+def test_verify_finds_it_whole(golden: Path, pair: tuple[int, int]) -> None:
     result = CliRunner().invoke(main, ["verify", str(golden), "--json"])
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
-    assert report["whole_generations"] == [1, 2]
-    assert [generation["unchecked"] for generation in report["generations"]] == [[], ["layer.0", "optimizer/layer.0"]]
+    assert report["whole_generations"] == list(pair)
+    assert [set(generation["unchecked"]) for generation in report["generations"]] == [UNCHECKED[number] for number in pair]
     assert report["notes"] == []
 
 
-def test_what_is_made_today_is_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", VERSIONS)
+def test_what_is_made_today_is_the_same(tmp_path: Path, version: str) -> None:
     """Byte for byte. A difference that the format allows is a reason to look twice, and then to change this test, not the golden store."""
-    make.make(str(tmp_path / "made"))
-    then, now = HERE / f"v{FORMAT}", tmp_path / "made"
+    if version == "v1":
+        make.make(str(tmp_path / "made"))
+    else:
+        make.make_second(str(tmp_path / "made"), put_model(tmp_path / "model"))
+        make.make_model(tmp_path / "again")
+        assert (tmp_path / "again" / "model.safetensors").read_bytes() == (make.MODEL / "model.safetensors").read_bytes()
+    then, now = HERE / version, tmp_path / "made"
     assert sorted(path.name for path in now.iterdir()) == sorted(path.name for path in then.iterdir())
     for path in then.iterdir():
         assert (now / path.name).read_bytes() == path.read_bytes(), path.name
@@ -118,12 +160,13 @@ def test_what_is_made_today_is_the_same(tmp_path: Path) -> None:
 
 def raise_format(directory: Path, generation: int, version: int) -> None:
     path = directory / f"manifest-{generation:08d}.json"
-    body = path.read_bytes()[:-32].replace(b'{"format":%d,' % FORMAT, b'{"format":%d,"of the future":1,' % version)
+    body, count = re.subn(rb'^\{"format":[12],', b'{"format":%d,"of the future":1,' % version, path.read_bytes()[:-32])
+    assert count == 1
     path.write_bytes(body + f',"checksum":"{checksum(body):016x}"}}\n'.encode("ascii"))
 
 
-def test_a_newer_format_is_refused_by_its_number(golden: Path, tmp_path: Path) -> None:
-    raise_format(golden, 2, FORMAT + 6)
+def test_a_newer_format_is_refused_by_its_number(golden: Path, pair: tuple[int, int], tmp_path: Path) -> None:
+    raise_format(golden, pair[1], FORMAT + 6)
     before = {path.name: path.read_bytes() for path in golden.iterdir()}
     with pytest.raises(DirectoryError, match=f"format {FORMAT + 6}.*update tierstore") as caught:
         TierStore(nvme=golden, gpu="1MB", ram="1MB", device="cpu")
@@ -135,7 +178,7 @@ def test_a_newer_format_is_refused_by_its_number(golden: Path, tmp_path: Path) -
     result = CliRunner().invoke(main, ["inspect", str(golden)])
     assert result.exit_code == 0
     assert f"format {FORMAT + 6}" in result.output
-    assert CliRunner().invoke(main, ["verify", str(golden), "--generation", "1"]).exit_code == 0
+    assert CliRunner().invoke(main, ["verify", str(golden), "--generation", str(pair[0])]).exit_code == 0
     assert {path.name: path.read_bytes() for path in golden.iterdir() if path.name != "tierstore.pid"} == before
 
 
@@ -147,10 +190,10 @@ def read_by_the_document(path: Path, generation: int | None = None) -> Bytes:
     return {block: {name: array.tobytes() for name, array in tensors.items()} for block, tensors in blocks.items()}
 
 
-def test_a_reader_written_from_the_document_reads_it(golden: Path) -> None:
-    assert reader.read(golden)[:2] == (2, METADATA[2])
-    assert read_by_the_document(golden) == expected(2)
-    assert read_by_the_document(golden, 1) == expected(1)
+def test_a_reader_written_from_the_document_reads_it(golden: Path, pair: tuple[int, int]) -> None:
+    assert reader.read(golden)[:2] == (pair[1], METADATA[pair[1]])
+    assert read_by_the_document(golden) == expected(pair[1])
+    assert read_by_the_document(golden, pair[0]) == expected(pair[0])
     assert reader.read(golden)[2]["embedding"]["embedding.weight"][3, 2] == 23.0
 
 

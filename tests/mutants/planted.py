@@ -36,7 +36,9 @@ class Mutant:
 ENGINE, PLACEMENT, SCHEDULER, EXTENTS = "mover/engine.py", "placement.py", "scheduler.py", "extents.py"
 OPERATIONS, SHARDS, BUDGET = "mover/operations.py", "nvme/shards.py", "mover/budget.py"
 DIRECTORY, SHELF, RECOVERY = "nvme/directory.py", "nvme/shelf.py", "nvme/recovery.py"
+MODELS = "mover/models.py"
 CUTS, ERRORS = "crash cuts", "crash errors"
+ADOPT = "tests/test_adopt.py"
 
 MUTANTS = (
     # -- waits and wake-ups
@@ -77,7 +79,7 @@ MUTANTS = (
         "if not (gpu.valid or gpu.loading) or",
     ),
     Mutant("a block is leased while it is being moved", SCHEDULER, "if not gpu.valid or gpu.moving or", "if not gpu.valid or"),
-    Mutant("a block is written while it is being copied out", SCHEDULER, "return not write or gpu.readers == 0 or", "return True or"),
+    Mutant("a block is written while it is being copied out", SCHEDULER, "(gpu.readers == 0 and self.", "(self."),
     Mutant(
         "a writer does not wait for readers",
         SCHEDULER,
@@ -200,14 +202,64 @@ MUTANTS = (
     Mutant(
         "a committed shard is rewritten in place",
         SHARDS,
-        "return self.whole and not (self.references or self.suspect or self.discarded)",
-        "return self.whole and not (self.suspect or self.discarded)",
+        "and not (self.references or self.suspect or self.discarded)",
+        "and not (self.suspect or self.discarded)",
     ),
     Mutant(
         "a shard of a commit under way is let go",
         ENGINE,
         "                del capture.needs[record]\n                self.directory.retain(shard)\n",
         "                del capture.needs[record]\n                shard.references += 0\n",
+    ),
+    # -- model files
+    Mutant(
+        "an adopted block is written before it has a home",
+        SCHEDULER,
+        "return not write or record.writer == owner or (gpu.readers == 0 and self._has_home(record))",
+        "return not write or record.writer == owner or gpu.readers == 0",
+        suite=ADOPT,
+    ),
+    Mutant(
+        "RAM keeps an adopted block that could be read again",
+        PLACEMENT,
+        "            return not record.leased\n        return self.backed(record)\n",
+        "            return not record.leased\n        return self.has_nvme\n",
+        suite=ADOPT,
+    ),
+    Mutant(
+        "a model file that changes while it is read is believed",
+        MODELS,
+        "if (what := difference(file, await handle.stat())) is not None:",
+        "if (what := None) is not None:",
+        suite=ADOPT,
+    ),
+    Mutant(
+        "what is read again from a model file is not checked",
+        MODELS,
+        "if shard.chunks is not None and found != shard.chunks[chunk]:",
+        "if False:",
+        suite=ADOPT,
+    ),
+    Mutant(
+        "a model file's last page is read short",
+        MODELS,
+        "            if done + outcome >= piece.needed:\n",
+        "            if done + outcome >= piece.needed // 2:\n",
+        suite=ADOPT,
+    ),
+    Mutant(
+        "a model file that has changed is not told at opening",
+        RECOVERY,
+        "    if not different:\n        return\n",
+        "    if True:\n        return\n",
+        suite=ADOPT,
+    ),
+    Mutant(
+        "a link may lead out of a model's folder",
+        "nvme/model_files.py",
+        "if not any(real.startswith(place + os.sep) for place in allowed):",
+        "if False:",
+        suite="tests/nvme/test_model_files.py",
     ),
     # -- who goes first
     Mutant("a demand evicts what another demand has just brought", PLACEMENT, "return record in protect and not", "return False and not"),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from tierstore.catalog import FILLER_PREFIX, ITEM_BYTES, PAGE, TENSOR_ALIGNMENT, Block, lay_out
+from tierstore.catalog import FILLER_PREFIX, ITEM_BYTES, PAGE, PAIRED, TENSOR_ALIGNMENT, Block, lay_out
 from tierstore.errors import ShardError, SizeError, TensorError
 from tierstore.nvme.safetensors import (
     BLOCK_KEY,
@@ -35,7 +35,8 @@ tensor_names = texts.filter(lambda text: not text.startswith(FILLER_PREFIX) and 
 def blocks(draw: st.DrawFn) -> Block:
     chosen = draw(st.lists(tensor_names, max_size=6, unique=True))
     shapes = st.lists(st.integers(0, 9), max_size=3)
-    return lay_out(draw(texts), [(name, draw(st.sampled_from(sorted(ITEM_BYTES))), tuple(draw(shapes))) for name in chosen])
+    tensors = [(name, draw(st.sampled_from(sorted(ITEM_BYTES))), tuple(draw(shapes))) for name in chosen]
+    return lay_out(draw(texts), [(name, dtype, shape or ((1,) if dtype in PAIRED else ())) for name, dtype, shape in tensors])
 
 
 @given(block=blocks())

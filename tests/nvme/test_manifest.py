@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tierstore.catalog import ITEM_BYTES, lay_out
+from tierstore.catalog import ITEM_BYTES, PAIRED, lay_out
 from tierstore.errors import DirectoryError, OptionError, ShardError
 from tierstore.nvme import names
+from tierstore.nvme.adopted import Adopted, ModelFile
 from tierstore.nvme.checksums import CHUNK_BYTES, checksum, num_chunks, split_chunks
 from tierstore.nvme.manifest import (
     Hint,
@@ -45,8 +46,20 @@ def manifests(draw: st.DrawFn) -> Manifest:
         tensors = [
             (tensor, draw(st.sampled_from(sorted(ITEM_BYTES))), draw(shapes)) for tensor in draw(st.lists(plain, max_size=3, unique=True))
         ]
+        tensors = [(tensor, dtype, shape or ((1,) if dtype in PAIRED else ())) for tensor, dtype, shape in tensors]
         block = lay_out(name, tensors, single=draw(st.booleans()), frozen=draw(st.booleans()))
         chunks = tuple(draw(sums) for _ in range(num_chunks(block.nbytes))) if draw(st.booleans()) else None
+        if draw(st.booleans()):
+            places = [(draw(st.integers(0, 1)), draw(st.integers(9, 1 << 40))) for _ in block.tensors]
+            ends = [begin + spec.nbytes for (_, begin), spec in zip(places, block.tensors, strict=True)]
+            files = tuple(
+                ModelFile(
+                    draw(texts.filter(lambda text: "\0" not in text)), max([9, *ends]), draw(st.integers(-(2**40), 2**62)), draw(sums), 9
+                )
+                for _ in range(2)
+            )
+            records.append(Record(block, ShardRecord("", 0, 0, 0, chunks, 0), Adopted(files, tuple(places))))
+            continue
         records.append(Record(block, ShardRecord(names.shard_name(name, number), number, 4096 + block.nbytes, 4096, chunks, draw(sums))))
     return Manifest(draw(identities), draw(st.integers(0, 10**6)), len(records) + 1, draw(values), tuple(records))
 

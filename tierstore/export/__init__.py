@@ -19,7 +19,7 @@ from tierstore.export.naming import Naming
 from tierstore.nvme.checksums import CHUNK_BYTES
 from tierstore.nvme.files import File, Files, Request, move_all
 from tierstore.nvme.manifest import Manifest, Record
-from tierstore.nvme.reading import Problem, Reading, View, check_file, lock, look, tensors_of
+from tierstore.nvme.reading import Problem, Reading, View, check_file, file_of, lock, look, tensors_of
 from tierstore.nvme.recovery import some
 from tierstore.nvme.shards import io_error
 from tierstore.nvme.verify import Begin, no_generation, problems_of
@@ -135,7 +135,7 @@ async def export(files: Files, out_files: Files, path: str, options: Options, *,
         manifest = _choose(view, options.generation)
         records = select(manifest, options.only, options.exclude)
         for record in records:
-            if (problem := check_file(record, view.files.get(record.shard.file))) is not None:
+            if (problem := check_file(view, record)) is not None:
                 raise _damaged(view, record, problem)
         called, qualified = tensor_names(records)
         parts = lay_out(records, called, max_bytes=options.max_shard_bytes, apart=options.link)
@@ -201,12 +201,12 @@ def _damaged(view: View, record: Record, problem: Problem) -> ShardError:
     others = [number for number, manifest in view.manifests.items() if record not in manifest.records]
     older = f"export another generation (--generation {max(others)}), or " if others else ""
     return ShardError(
-        f"block {record.block.name!r} is damaged ({tensors}): {record.shard.file} {problem.what}",
+        f"block {record.block.name!r} is damaged ({tensors}): {file_of(record)} {problem.what}",
         remedy=f"see what else is with `tierstore verify`; {older}leave the block out with --exclude",
         block=record.block.name,
         tensors=problem.harms,
         chunk=problem.chunk,
-        path=os.path.join(view.path, record.shard.file),
+        path=os.path.join(view.path, file_of(record)),
     )
 
 

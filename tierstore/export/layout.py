@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from tierstore.catalog import PAGE, TensorSpec, round_up
 from tierstore.errors import TensorError
 from tierstore.nvme.manifest import Record
-from tierstore.nvme.safetensors import LENGTH_BYTES
+from tierstore.nvme.safetensors import LENGTH_BYTES, stored_shape
 
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
@@ -140,6 +140,7 @@ def _places(specs: Sequence[TensorSpec]) -> Iterator[tuple[int, int]]:
 
 
 RENAMED, FILLERS, REFUSED = "with renamed tensors", "with gaps between tensors", "that the file system does not share"
+IN_MODEL = "that lie in model files"
 """Why a block's shard is no file of an export."""
 
 
@@ -150,6 +151,8 @@ def _is_export(record: Record, called: dict[tuple[str, str], str]) -> bool:
 
 def why_no_export(record: Record, called: dict[tuple[str, str], str]) -> str | None:
     block = record.block
+    if record.adopted is not None:
+        return IN_MODEL
     if any(called[block.name, spec.name] != spec.name for spec in block.tensors):
         return RENAMED
     return FILLERS if sum(spec.nbytes for spec in block.tensors) != block.nbytes else None
@@ -159,7 +162,8 @@ def _header(tensors: Sequence[Placed]) -> bytes:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     for placed in tensors:
         spec = placed.spec
-        header[placed.name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": (placed.begin, placed.begin + spec.nbytes)}
+        shape, offsets = stored_shape(spec.dtype, spec.shape), (placed.begin, placed.begin + spec.nbytes)
+        header[placed.name] = {"dtype": spec.dtype, "shape": shape, "data_offsets": offsets}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     length = round_up(LENGTH_BYTES + len(text), PAGE) - LENGTH_BYTES
     return length.to_bytes(LENGTH_BYTES, "little") + text.ljust(length)

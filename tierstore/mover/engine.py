@@ -31,7 +31,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Coroutine
 from concurrent.futures import Future
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -41,6 +41,7 @@ from tierstore.mover.budget import Slots
 from tierstore.mover.calls import Call, Capture, Ticket
 from tierstore.mover.critical import Uninterrupted
 from tierstore.mover.failures import engine_failed, explained
+from tierstore.mover.models import Models
 from tierstore.mover.runtime import Runtime
 from tierstore.mover.streams import Copies
 from tierstore.nvme.directory import Directory
@@ -80,6 +81,8 @@ class Engine:
         transfer: HostArena,
         slot_bytes: int,
         runtime: Runtime,
+        checksum: bool = True,
+        direct_io: bool | Literal["auto"] = "auto",
     ) -> None:
         self.scheduler = scheduler
         self.placement = scheduler.placement
@@ -126,6 +129,7 @@ class Engine:
             directory.on_suspect = self._distrust
         self._hosts = Threads("tierstore-host", 2)
         self.slots = Slots(slot_bytes)
+        self.models = Models(self.slots, transfer.memory, self.clock, checksum=checksum, direct_io=direct_io)
         self.loop = runtime.new_loop()
         self.loop.set_exception_handler(self._unexpected)
         try:
@@ -626,16 +630,22 @@ class Engine:
     def _path_for(self, order: Order) -> str | None:
         """The file a transfer reads or writes. On the loop."""
         shard = self.shards.get(order.record) if order.record is not None and order.action in (Action.READ, Action.WRITE) else None
+        if shard is not None and shard.adopted is not None:
+            return shard.adopted.files[0].path if order.action is Action.READ else None
         return self.directory.path_of(shard) if self.directory is not None and shard is not None else None
 
     async def _read(self, order: Order) -> None:
         record, directory = order.record, self.directory
         assert record is not None
-        assert directory is not None
         error: BaseException | None = None
         try:
+            shard = self.shards[record]
             with self.host.memory[order.offset_ram : order.offset_ram + order.nbytes] as target:
-                await directory.read(self.shards[record], target)
+                if shard.adopted is not None:
+                    await self.models.read(shard, target)
+                else:
+                    assert directory is not None
+                    await directory.read(shard, target)
         except BaseException as failure:  # also cancellation: the order must be answered whatever happens
             error = failure
         self._finish(order, error, self.clock.now_ns())
@@ -664,6 +674,7 @@ class Engine:
         old = self.shards.get(record)
         if old is not None and old is not shard:
             self.directory.discard(old)
+            self.models.forget(old)
         self.shards[record] = shard
         for capture in self.captures:
             if capture.needs.get(record) == version:
@@ -761,6 +772,7 @@ class Engine:
             steps.callback(self.transfer.close)
             steps.callback(self.host.close)
             steps.callback(self._hosts.shutdown)
+            steps.callback(self.models.close)
             steps.callback(self._close_directory)
             steps.callback(self._stop)
             steps.callback(self.copies.close)
@@ -790,6 +802,7 @@ class Engine:
         self.forked = True
         self.lock = self.runtime.new_lock(self._wake_if_wanted)  # the parent's may be held by a thread that the child does not have
         self.wanted = False
+        self.models.forget_in_child()
         if self.directory is not None:
             self.directory.forget_in_child()
 

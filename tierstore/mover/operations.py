@@ -9,22 +9,33 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 
 from tierstore.catalog import Block, TensorSpec
-from tierstore.errors import FrozenError, LeaseError, NoDirectoryError, TensorError, TierstoreError
+from tierstore.errors import (
+    BlockExistsError,
+    CapacityError,
+    FrozenError,
+    LeaseError,
+    NoDirectoryError,
+    SizeError,
+    TensorError,
+    TierstoreError,
+)
 from tierstore.leases import no_content
 from tierstore.mover.calls import Call, Capture
 from tierstore.mover.engine import Engine
 from tierstore.mover.failures import explaining
 from tierstore.nvme.directory import Directory
+from tierstore.nvme.layouts import Claim
 from tierstore.nvme.manifest import encode_metadata
-from tierstore.nvme.shards import Entry
+from tierstore.nvme.model_files import Model
+from tierstore.nvme.shards import Entry, Shard
 from tierstore.requests import HostAccess, Make, Owner, Place, Record, Save, Vacate
 from tierstore.residency import Event, State, Tier
 from tierstore.tiers.device import DTYPES, flat_bytes, view_of
@@ -109,6 +120,48 @@ async def _on_host(engine: Engine, record: Record, tier: Tier, call: str, functi
         await engine.offload(function, *arguments)
 
 
+async def adopt(engine: Engine, model: Model, claims: Sequence[Claim]) -> tuple[str, ...]:
+    """Register blocks that lie in model files: all or none. See `TierStore.adopt`."""
+    with engine.lock:
+        engine.check_open()
+        try:
+            records = engine.scheduler.adopt([claim.block for claim in claims])
+        except CapacityError as error:
+            raise _too_large(error, claims) from error
+        except BlockExistsError as error:
+            claim = next(claim for claim in claims if claim.block.name == error.block)
+            path, tensor = claim.adopted.files[0].path, claim.block.tensors[0].name
+            raise BlockExistsError(
+                f"{error.problem}, and {path} would be adopted as such (tensor {tensor!r})",
+                remedy="adopt a model once, as a commit remembers it; or delete() the block, or give layout= a function for another name",
+                path=path,
+                tensor=tensor,
+                block=error.block,
+            ) from error
+        for record, claim in zip(records, claims, strict=True):
+            engine.shards[record] = Shard.of_model(claim.block, claim.adopted)
+            engine.total_bytes += record.nbytes
+    engine.wake()
+    log.info("adopted %s: %d blocks, %d tensors", model.path, len(claims), sum(len(claim.block.tensors) for claim in claims))
+    return tuple(claim.block.name for claim in claims)
+
+
+def _too_large(error: CapacityError, claims: Sequence[Claim]) -> SizeError:
+    claim = next(claim for claim in claims if claim.block.name == error.block)
+    index, largest = max(enumerate(claim.block.tensors), key=lambda pair: pair[1].nbytes)
+    path = claim.adopted.files[claim.adopted.places[index][0]].path
+    return SizeError(
+        f"{error.problem}; its largest tensor is {largest.name!r} of {path}, {largest.nbytes} bytes",
+        need=error.need,
+        have=error.have,
+        remedy=f"raise {error.tier}=, or give layout= a function that makes smaller blocks",
+        block=claim.block.name,
+        tensor=largest.name,
+        path=path,
+        tier=error.tier,
+    )
+
+
 async def declare(engine: Engine, block: Block, owner: Owner) -> None:
     """Add a block without content, to be written by leases that are `fresh` in it. See [Note: Blank blocks] in `scheduler`."""
     with engine.lock:
@@ -147,13 +200,14 @@ async def _write_shard(engine: Engine, directory: Directory, record: Record, sou
     """
     writer = await directory.create(record.block)
     gather = _Gather(record.block, source.tensors)
+    reading = _reading(engine, record) if keep else nullcontext()
     try:
-        async with engine.slots.take(record.block.name) as slot:
+        async with reading as read, engine.slots.take(record.block.name) as slot:
             for start in range(0, record.nbytes, engine.slots.nbytes):
                 length = min(engine.slots.nbytes, record.nbytes - start)
                 with engine.transfer.memory[slot : slot + length] as piece:
-                    if keep:
-                        await directory.read(engine.shards[record], piece, offset=start)
+                    if read is not None:
+                        await read(piece, start)
                     target = engine.transfer.tensor[slot : slot + length]
                     await engine.offload(gather, start, target)
                     await writer.write(start, piece)
@@ -191,11 +245,13 @@ def _overlaps(block: Block, start: int, nbytes: int) -> Iterator[tuple[TensorSpe
 
 
 @asynccontextmanager
-async def _host_access(engine: Engine, record: Record, owner: Owner, *, write: bool, doing: str) -> AsyncIterator[HostAccess]:
+async def _host_access(
+    engine: Engine, record: Record, owner: Owner, *, write: bool, doing: str, removing: bool = False
+) -> AsyncIterator[HostAccess]:
     """Have the block's bytes to oneself (write) or steady (read), wherever they are."""
     with engine.lock:
         refuse_own_lease(record, owner, doing=doing, write=write)
-    request = HostAccess(owner, (record,), write=write)
+    request = HostAccess(owner, (record,), write=write, removing=removing)
     await engine.request(request)
     try:
         yield request
@@ -228,7 +284,8 @@ async def read(engine: Engine, record: Record, owner: Owner) -> dict[str, torch.
         assert access.tier is not None
         flat = {spec.name: torch.empty(spec.nbytes, dtype=torch.uint8) for spec in record.block.tensors}
         if access.tier is Tier.NVME:
-            with explaining(record, Tier.NVME, f"read() of block {record.block.name!r}", need_directory(engine).path):
+            path = engine.directory.path if engine.directory is not None else None
+            with explaining(record, Tier.NVME, f"read() of block {record.block.name!r}", path):
                 await _read_shard(engine, record, flat)
         else:
             await _on_host(engine, record, access.tier, "read()", _copy_out, engine, record, access.tier, flat)
@@ -245,15 +302,30 @@ def _copy_out(engine: Engine, record: Record, tier: Tier, flat: dict[str, torch.
 
 
 async def _read_shard(engine: Engine, record: Record, flat: dict[str, torch.Tensor]) -> None:
-    directory, shard = need_directory(engine), engine.shards[record]
-    directory.retain(shard)
+    async with _reading(engine, record) as read, engine.slots.take(record.block.name) as slot:
+        for start in range(0, record.nbytes, engine.slots.nbytes):
+            length = min(engine.slots.nbytes, record.nbytes - start)
+            with engine.transfer.memory[slot : slot + length] as piece:
+                await read(piece, start)
+            await engine.offload(_scatter, record.block, engine.transfer.tensor[slot : slot + length], start, flat)
+
+
+Read = Callable[[memoryview, int], Awaitable[None]]
+"""Fills a piece with payload bytes from an offset on; the next piece begins where this one ends."""
+
+
+@asynccontextmanager
+async def _reading(engine: Engine, record: Record) -> AsyncIterator[Read]:
+    """Read a block from the drive, from its beginning to its end. What was read counts once this has ended."""
+    shard = engine.shards[record]
+    if shard.adopted is not None:
+        async with engine.models.stream(shard) as stream:
+            yield lambda piece, _: stream.read(piece)
+        return
+    directory = need_directory(engine)
+    directory.retain(shard)  # nobody rewrites it meanwhile
     try:
-        async with engine.slots.take(record.block.name) as slot:
-            for start in range(0, record.nbytes, engine.slots.nbytes):
-                length = min(engine.slots.nbytes, record.nbytes - start)
-                with engine.transfer.memory[slot : slot + length] as piece:
-                    await directory.read(shard, piece, offset=start)
-                await engine.offload(_scatter, record.block, engine.transfer.tensor[slot : slot + length], start, flat)
+        yield lambda piece, start: directory.read(shard, piece, offset=start)
     finally:
         directory.release(shard)
 
@@ -310,7 +382,7 @@ async def write(engine: Engine, record: Record, source: Source, owner: Owner) ->
 
 
 async def delete(engine: Engine, record: Record, owner: Owner) -> None:
-    async with _host_access(engine, record, owner, write=True, doing="delete()"):
+    async with _host_access(engine, record, owner, write=True, doing="delete()", removing=True):
         with engine.lock:
             engine.scheduler.host_write_ended(record)
             engine.scheduler.forget(record)
@@ -318,6 +390,8 @@ async def delete(engine: Engine, record: Record, owner: Owner) -> None:
             shard = engine.shards.pop(record, None)
             if shard is not None and engine.directory is not None:
                 engine.directory.discard(shard)
+            if shard is not None and shard.adopted is not None:
+                engine.models.forget(shard)
 
 
 async def hold(engine: Engine, record: Record, tier: Tier, owner: Owner) -> None:
@@ -430,10 +504,18 @@ async def close(engine: Engine) -> int:
     lost = 0
     if engine.directory is not None:
         present = [record for record in engine.placement.records.values() if record.born is not None and not record.blank]
-        changed = [record for record in present if engine.committed_versions.get(record) != record.version]
+        changed = [
+            record for record in present if engine.committed_versions.get(record) != record.version and not lies_in_model(engine, record)
+        ]
         lost = len({record.block.name for record in [*changed, *(engine.committed_versions.keys() - set(present))]})
         await engine.directory.close()
     return lost
+
+
+def lies_in_model(engine: Engine, record: Record) -> bool:
+    """Whether the newest content of a block is in the model files that it was adopted from. Then nothing is lost if it is not committed."""
+    shard = engine.shards.get(record)
+    return shard is not None and shard.adopted is not None and record.nvme_version == record.version
 
 
 def shut_down_after(engine: Engine, call: Call[int]) -> None:

@@ -61,9 +61,10 @@ class BlockRow:
                 {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape), "offset": spec.offset, "bytes": spec.nbytes}
                 for spec in block.tensors
             ],
-            "file": shard.file,
-            "file_bytes": shard.file_bytes,
-            "data_start": shard.data_start,
+            "file": shard.file if self.record.adopted is None else None,
+            "file_bytes": shard.file_bytes if self.record.adopted is None else None,
+            "data_start": shard.data_start if self.record.adopted is None else None,
+            "adopted": [file.path for file in self.record.adopted.files] if self.record.adopted is not None else None,
             "checksums": shard.chunks is not None,
             "problem": self.problem,
         }
@@ -215,14 +216,14 @@ def _generations(view: View) -> list[GenerationRow]:
             continue
         row.metadata = view.manifests[number].metadata
         for record in view.manifests[number].records:
-            problem = check_file(record, view.files.get(record.shard.file))
+            problem = check_file(view, record)
             state = record.block.name.startswith(STATE_PREFIXES)
             row.blocks.append(BlockRow(record, state, problem.what if problem is not None else None))
     return rows
 
 
 def _disk(view: View) -> dict[str, Share]:
-    claimed = {number: {record.shard.file for record in manifest.records} for number, manifest in view.manifests.items()}
+    claimed = {number: manifest.files for number, manifest in view.manifests.items()}
     current = claimed[max(claimed)] if claimed else set()
     older = set().union(*claimed.values()) - current
     leftovers = set(view.leftovers)

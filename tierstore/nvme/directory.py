@@ -177,6 +177,7 @@ class Directory(Shelf):
         chosen = recovery.choose(found, self.path, generation)
         if chosen is not None:
             recovery.check_shards(found, self.path, chosen)
+            await recovery.check_models(self.files, self.path, found, chosen)
         self._store = found.store if found.store is not None else self.files.draw_identity()
         self._next_shard, self._next_generation = recovery.next_numbers(found)
         self._shards, entries = recovery.link_shards(found, self.path, chosen)
@@ -453,7 +454,9 @@ class Directory(Shelf):
 
 
 def _manifest_bytes(store: str, generation: int, next_shard: int, metadata: str, entries: Sequence[Entry]) -> bytes:
-    return encode_manifest(store, generation, next_shard, metadata, [entry.line() for entry in entries])
+    lines = [entry.line() for entry in entries]
+    version = max((entry.format for entry in entries), default=1)
+    return encode_manifest(store, generation, next_shard, metadata, lines, version)
 
 
 async def busy(files: Files, path: str) -> BusyError:

@@ -199,6 +199,21 @@ class LocalFiles:
                 await file.close()
                 await self._do(self.system.unlink, path)
 
+    async def direct_read_refusal(self, path: str) -> str | None:
+        """Why a file that is there cannot be read past the page cache, or None. Of these files `direct` is set."""
+        if self.portable and not self.system.streams_directly:
+            return "the portable path has no direct I/O"
+        if not self.portable and not can_bypass_cache():
+            return "this system has no O_DIRECT"
+        file = self._payload_file(path, write=False)
+        try:
+            await _moved(file.read([Request(0, aligned_buffer(PAGE))]))
+        except OSError as error:
+            return f"a trial read: {error.strerror or error}"
+        finally:
+            await file.close()
+        return None
+
     def file(self, path: str, *, write: bool = False) -> File:
         return self._payload_file(path, write=write)
 

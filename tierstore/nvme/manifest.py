@@ -17,10 +17,14 @@ from typing import Any, NoReturn, TypeGuard
 from tierstore.catalog import FILLER_PREFIX, ITEM_BYTES, PAGE, TENSOR_ALIGNMENT, Block, TensorSpec
 from tierstore.errors import DirectoryError, OptionError, ShardError, SizeError
 from tierstore.nvme import names
+from tierstore.nvme.adopted import Adopted, ModelFile
 from tierstore.nvme.checksums import checksum, num_chunks
-from tierstore.nvme.safetensors import MAX_DIMENSIONS, MAX_HEADER_BYTES, MAX_SIZE, MAX_VALUES, num_values, read_object
+from tierstore.nvme.safetensors import LENGTH_BYTES, MAX_DIMENSIONS, MAX_HEADER_BYTES, MAX_SIZE, MAX_VALUES, num_values, read_object
 
-FORMAT = 1
+FORMAT = 2
+"""The newest version. What version 1 can say is written as such: version 2 has adopted blocks beside it, and the dtypes `NEW_DTYPES`."""
+
+NEW_DTYPES = frozenset({"F4", "C64"})
 MAX_MANIFEST_BYTES = 1 << 27
 """Of one that is read, and so of one that is written: some 200,000 blocks."""
 
@@ -55,10 +59,15 @@ class ShardRecord:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One block and its shard."""
+    """One block and its shard.
+
+    Attributes:
+        adopted: Where it lies in model files. Its `shard` has a payload's checksums then, and no file.
+    """
 
     block: Block
     shard: ShardRecord
+    adopted: Adopted | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +79,11 @@ class Manifest:
     next_shard: int
     metadata: Any
     records: tuple[Record, ...]
+
+    @property
+    def files(self) -> set[str]:
+        """Names of all its shards."""
+        return {record.shard.file for record in self.records if record.adopted is None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,33 +161,50 @@ def _check_nested(value: object, levels: int) -> None:
         _check_nested(item, levels - 1)
 
 
+def format_of(block: Block, adopted: Adopted | None) -> int:
+    """The first version of the format that can say it."""
+    return 2 if adopted is not None or any(spec.dtype in NEW_DTYPES for spec in block.tensors) else 1
+
+
 def encode_record(record: Record) -> str:
     """One block's line. Pure; any thread."""
     block, shard = record.block, record.shard
+    own = record.adopted is None
     fields = {
         "name": block.name,
         "payload_bytes": block.nbytes,
         "single": block.single,
         "frozen": block.frozen,
-        "adopted": None,
+        "adopted": None if record.adopted is None else _encode_adopted(record.adopted),
         "tensors": [[spec.name, spec.dtype, list(spec.shape), spec.offset] for spec in block.tensors],
-        "file": shard.file,
-        "file_bytes": shard.file_bytes,
-        "data_start": shard.data_start,
+        "file": shard.file if own else None,
+        "file_bytes": shard.file_bytes if own else None,
+        "data_start": shard.data_start if own else None,
         "chunks": None if shard.chunks is None else [f"{chunk:016x}" for chunk in shard.chunks],
-        "digest": f"{shard.digest:016x}",
+        "digest": f"{shard.digest:016x}" if own else None,
     }
     return json.dumps(fields, separators=(",", ":"))
 
 
-def encode_manifest(store: str, generation: int, next_shard: int, metadata: str, records: Sequence[str]) -> bytes:
+def _encode_adopted(adopted: Adopted) -> dict[str, Any]:
+    return {
+        "files": [[file.path, file.nbytes, file.modified_ns, file.header_bytes, f"{file.header_sum:016x}"] for file in adopted.files],
+        "places": [list(place) for place in adopted.places],
+    }
+
+
+def encode_manifest(store: str, generation: int, next_shard: int, metadata: str, records: Sequence[str], version: int = FORMAT) -> bytes:
     """The manifest's bytes, from `encode_metadata` and `encode_record`. Pure; any thread.
+
+    Args:
+        store, generation, next_shard, metadata, records: As in `Manifest`, encoded.
+        version: Of the format: at least `format_of` every block.
 
     Raises:
         SizeError: No store would read one so long.
     """
     numbers = f'"generation":{generation},"next_shard":{next_shard}'
-    head = f'{{"format":{FORMAT},"store":"{store}",{numbers},"metadata":{metadata},"blocks":[\n'
+    head = f'{{"format":{version},"store":"{store}",{numbers},"metadata":{metadata},"blocks":[\n'
     body = (head + ",\n".join(records) + "\n]").encode("ascii")
     values = num_values(body)
     if len(body) + _FRAME_BYTES > MAX_MANIFEST_BYTES or values > MAX_VALUES:
@@ -207,7 +238,8 @@ def decode_manifest(data: bytes) -> Manifest:
             format=version,
         )
     members = {"format", "store", "generation", "next_shard", "metadata", "blocks"}
-    _expect(type(version) is int and version == FORMAT and set(fields) == members, "its members are not those of format 1")
+    if type(version) is not int or not 1 <= version <= FORMAT or set(fields) != members:
+        _refuse(f"its members are not those of format 1 to {FORMAT}")
     _expect(is_identity(fields["store"]), "store is not 16 hexadecimal digits")
     generation = _natural(fields["generation"], "generation")
     next_shard = _natural(fields["next_shard"], "next_shard")
@@ -215,8 +247,10 @@ def decode_manifest(data: bytes) -> Manifest:
     _expect(isinstance(fields["blocks"], list), "blocks is not a list")
     records = tuple(_record(entry) for entry in fields["blocks"])
     _expect(len({record.block.name for record in records}) == len(records), "a block occurs twice")
-    _expect(len({record.shard.number for record in records}) == len(records), "a shard occurs twice")
-    _expect(all(record.shard.number < next_shard for record in records), "a shard's number is not below next_shard")
+    numbers = [record.shard.number for record in records if record.adopted is None]
+    _expect(len(set(numbers)) == len(numbers), "a shard occurs twice")
+    _expect(all(number < next_shard for number in numbers), "a shard's number is not below next_shard")
+    _expect(all(format_of(record.block, record.adopted) <= version for record in records), f"a block is none of format {version}")
     return Manifest(fields["store"], generation, next_shard, fields["metadata"], records)
 
 
@@ -224,7 +258,7 @@ _MEMBERS = {"name", "payload_bytes", "single", "frozen", "adopted", "tensors", "
 
 
 def _record(entry: object) -> Record:
-    _expect(isinstance(entry, dict) and set(entry) == _MEMBERS, "a block's members are not those of format 1")
+    _expect(isinstance(entry, dict) and set(entry) == _MEMBERS, f"a block's members are not those of format 1 to {FORMAT}")
     assert isinstance(entry, dict)
     name = entry["name"]
     _expect(_is_text(name), "a block's name is not text")
@@ -232,9 +266,44 @@ def _record(entry: object) -> Record:
     nbytes = _natural(entry["payload_bytes"], where + "payload_bytes")
     _expect(nbytes > 0 and nbytes % PAGE == 0, where + "payload_bytes is not a positive multiple of 4096")
     _expect(type(entry["single"]) is bool and type(entry["frozen"]) is bool, where + "single or frozen is not a bool")
-    _expect(entry["adopted"] is None, where + "adopted is not null")
     block = Block(name, _tensors(entry["tensors"], nbytes, where), nbytes, entry["single"], entry["frozen"])
-    return Record(block, _shard(entry, nbytes, where))
+    if entry["adopted"] is None:
+        return Record(block, _shard(entry, nbytes, where))
+    own = [member for member in ("file", "file_bytes", "data_start", "digest") if entry[member] is not None]
+    _expect(not own, where + "it is adopted, and has a shard")
+    chunks = _chunks(entry["chunks"], nbytes, where)
+    return Record(block, ShardRecord("", 0, 0, 0, chunks, 0), _adopted(entry["adopted"], block, where))
+
+
+def _adopted(entry: object, block: Block, where: str) -> Adopted:
+    if not isinstance(entry, dict) or set(entry) != {"files", "places"} or not isinstance(entry["files"], list):
+        _refuse(where + "adopted is not files and places")
+    files: list[ModelFile] = []
+    for file in entry["files"]:
+        if not isinstance(file, list) or len(file) != 5:
+            _refuse(where + "a model file is not path, length, time, header length, checksum")
+        path, nbytes, modified_ns, header_bytes, header_sum = file
+        _expect(_is_text(path) and "\0" not in path, where + "the path of a model file is not text")
+        _expect(type(modified_ns) is int and abs(modified_ns) < 2**63, where + "the time of a model file is not a whole number")
+        length = _natural(nbytes, where + "the length of a model file")
+        header = _natural(header_bytes, where + "the header of a model file")
+        _expect(
+            LENGTH_BYTES < header <= min(length, LENGTH_BYTES + MAX_HEADER_BYTES), where + "the header of a model file has no such length"
+        )
+        files.append(ModelFile(path, length, modified_ns, _hex(header_sum, where), header))
+    places: list[tuple[int, int]] = []
+    listed = entry["places"]
+    if not isinstance(listed, list) or len(listed) != len(block.tensors):
+        _refuse(where + "places is not one for each tensor")
+    for spec, place in zip(block.tensors, listed, strict=True):
+        if not isinstance(place, list) or len(place) != 2:
+            _refuse(where + "a place is not a file and an offset")
+        index, begin = (_natural(value, where + "a place") for value in place)
+        _expect(index < len(files), where + "a place is in no file")
+        _expect(files[index].header_bytes <= begin <= files[index].nbytes - spec.nbytes, where + "a place is not within its file's data")
+        places.append((index, begin))
+    _expect(bool(files), where + "adopted has no file")
+    return Adopted(tuple(files), tuple(places))
 
 
 def _tensors(entries: object, nbytes: int, where: str) -> tuple[TensorSpec, ...]:
@@ -269,11 +338,15 @@ def _shard(entry: dict[str, Any], nbytes: int, where: str) -> ShardRecord:
     _expect(data_start > 0 and data_start % PAGE == 0 and data_start <= MAX_HEADER_BYTES, where + "data_start is not a multiple of 4096")
     file_bytes = _natural(entry["file_bytes"], where + "file_bytes")
     _expect(file_bytes == data_start + nbytes, where + "file_bytes is not header and payload")
-    chunks = entry["chunks"]
-    if chunks is not None:
-        _expect(isinstance(chunks, list) and len(chunks) == num_chunks(nbytes), where + "chunks is not one checksum per 16 MiB")
-        chunks = tuple(_hex(chunk, where) for chunk in chunks)
-    return ShardRecord(file, number, file_bytes, data_start, chunks, _hex(entry["digest"], where))
+    return ShardRecord(file, number, file_bytes, data_start, _chunks(entry["chunks"], nbytes, where), _hex(entry["digest"], where))
+
+
+def _chunks(chunks: object, nbytes: int, where: str) -> tuple[int, ...] | None:
+    if chunks is None:
+        return None
+    if not isinstance(chunks, list) or len(chunks) != num_chunks(nbytes):
+        _refuse(where + "chunks is not one checksum per 16 MiB")
+    return tuple(_hex(chunk, where) for chunk in chunks)
 
 
 def _hex(value: object, where: str) -> int:

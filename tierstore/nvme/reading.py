@@ -24,10 +24,12 @@ from functools import cached_property
 from tierstore.catalog import PAGE, TensorSpec
 from tierstore.errors import DirectoryError, ShardError
 from tierstore.nvme import names
+from tierstore.nvme.adopted import Adopted, ModelFile, ranges
 from tierstore.nvme.checksums import CHUNK_BYTES, checksum, num_chunks, shard_checksum
 from tierstore.nvme.directory import busy
 from tierstore.nvme.files import File, Files, FileStat, Lock, Request, aligned_buffer, move_all
 from tierstore.nvme.manifest import Hint, Record
+from tierstore.nvme.model_files import difference
 from tierstore.nvme.recovery import Found, contradictions, doubts, load_manifest, read_hint, scan, settle_store, unusable
 from tierstore.nvme.safetensors import parse_header
 from tierstore.nvme.shards import io_error
@@ -49,9 +51,11 @@ class View(Found):
     Attributes:
         path: Absolute.
         newer: Manifests that a newer version wrote.
+        models: The model files that adopted blocks lie in, by path; None: there is none.
     """
 
     path: str = ""
+    models: dict[str, FileStat | None] = field(default_factory=dict)
     newer: dict[int, DirectoryError] = field(default_factory=dict)
 
     @property
@@ -90,7 +94,7 @@ class View(Found):
     @cached_property
     def unclaimed(self) -> list[str]:
         """Shards that no manifest names."""
-        claimed = {record.shard.file for manifest in self.manifests.values() for record in manifest.records}
+        claimed = {file for manifest in self.manifests.values() for file in manifest.files}
         shards = (name for name, status in self.files.items() if status.regular and names.shard_number(name) is not None)
         return sorted(name for name in shards if name not in claimed)
 
@@ -134,11 +138,15 @@ async def look(files: Files, path: str) -> View:
             hint = await read_hint(files, path, before)
             after = await scan(files, path)
             view = _agree(before, after, known, hint)
-            claimed = {record.shard.file for manifest in view.manifests.values() for record in manifest.records}
+            claimed = {file for manifest in view.manifests.values() for file in manifest.files}
             whole = view.missing is None and not view.hint_damaged and claimed <= view.files.keys()
             if whole and view.manifest_bytes.keys() == _manifests(after).keys():
                 break
             before = after
+        for record in [record for manifest in view.manifests.values() for record in manifest.records if record.adopted is not None]:
+            for file in record.adopted.files if record.adopted is not None else ():
+                if file.path not in view.models:
+                    view.models[file.path] = await _stat_if_possible(files, file.path)
         return view
     except OSError as error:
         raise unusable(path, error) from error
@@ -163,6 +171,13 @@ async def _scan(files: Files, path: str) -> dict[str, FileStat]:
         remedy=f"did you mean {stores[0]}?" if stores else "name the directory that the store was given as nvme=",
         path=path,
     )
+
+
+async def _stat_if_possible(files: Files, path: str) -> FileStat | None:
+    try:
+        return await files.stat(path)
+    except OSError:
+        return None
 
 
 async def _list_if_possible(files: Files, path: str) -> list[str]:
@@ -209,7 +224,7 @@ def _agree(before: dict[str, FileStat], after: dict[str, FileStat], known: View,
     view.newer = {number: known.newer[number] for number in sorted(there & known.newer.keys())}
     view.hint_damaged = names.CURRENT in before and hint is None
     view.damaged |= settle_store(view, known.path, hint)
-    claimed = {record.shard.file for manifest in view.manifests.values() for record in manifest.records}
+    claimed = {file for manifest in view.manifests.values() for file in manifest.files}
     view.files = {**{name: status for name, status in before.items() if name in claimed}, **after}
     return view
 
@@ -273,8 +288,16 @@ def all_tensors(record: Record) -> tuple[str, ...]:
     return tuple(spec.name for spec in record.block.tensors)
 
 
-def check_file(record: Record, status: FileStat | None) -> Problem | None:
+def file_of(record: Record) -> str:
+    """A block's shard, or the first of the model files that it lies in."""
+    return record.shard.file if record.adopted is None else record.adopted.files[0].path
+
+
+def check_file(view: View, record: Record) -> Problem | None:
     """What a look at the name alone tells."""
+    if record.adopted is not None:
+        return _check_models(view, record, record.adopted)
+    status = view.files.get(record.shard.file)
     if status is None:
         return Problem("is missing", None, all_tensors(record))
     if not status.regular:
@@ -286,6 +309,15 @@ def check_file(record: Record, status: FileStat | None) -> Problem | None:
         there = set(_whole_chunks(record, status.nbytes))
         lost = {spec.name for chunk in range(num_chunks(record.block.nbytes)) if chunk not in there for spec in tensors_of(record, chunk)}
         return Problem(problem, None, tuple(name for name in all_tensors(record) if name in lost))
+    return None
+
+
+def _check_models(view: View, record: Record, adopted: Adopted) -> Problem | None:
+    for index, file in enumerate(adopted.files):
+        if (what := difference(file, view.models.get(file.path))) is not None:
+            harmed = {spec.name for spec, place in zip(record.block.tensors, adopted.places, strict=True) if place[0] == index}
+            problem = what if index == 0 else f"is not all: {file.path} {what}"
+            return Problem(problem, None, tuple(name for name in all_tensors(record) if name in harmed))
     return None
 
 
@@ -321,7 +353,8 @@ class Reading:
         self._report = report
         self._use = use
         self._progress = progress or (lambda nbytes: None)
-        self._open: dict[int, File] = {}  # by the shard's place in the list
+        self._open: dict[int, list[File]] = {}  # by the shard's place in the list
+        self._headers: dict[ModelFile, str | None] = {}  # of model files: what is wrong with them
         self._left: dict[int, int] = {}  # headers and chunks still to be read, likewise
 
     async def run(self, records: Iterable[Record]) -> None:
@@ -333,7 +366,7 @@ class Reading:
         """
         listed = list(records)
         for record in listed:
-            if (problem := check_file(record, self._view.files.get(record.shard.file))) is not None:
+            if (problem := check_file(self._view, record)) is not None:
                 self._report(record, problem)
         await self._try_direct(listed)
         jobs = self._jobs(listed)
@@ -345,13 +378,15 @@ class Reading:
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
         finally:
-            for file in self._open.values():
-                await file.close()
-            self._open.clear()
+            for index in list(self._open):
+                await self._close(index)
 
     def _jobs(self, records: Sequence[Record]) -> Iterator[tuple[int, Record, int | None]]:
         """Each shard's header (None) and chunks, as far as its file reaches."""
         for index, record in enumerate(records):
+            if record.adopted is not None:
+                yield from self._jobs_in_models(index, record, record.adopted)
+                continue
             status = self._view.files.get(record.shard.file)
             if status is None or not status.regular:
                 self._progress(record.block.nbytes)
@@ -360,9 +395,23 @@ class Reading:
             self._progress(record.block.nbytes - sum(stop - start for start, stop in (_range(record, chunk) for chunk in whole)))
             header = [None] if status.nbytes >= record.shard.data_start else []
             if jobs := [*header, *whole]:
-                self._open[index] = self._files.file(os.path.join(self._view.path, record.shard.file))
+                self._open[index] = [self._files.file(os.path.join(self._view.path, record.shard.file))]
                 self._left[index] = len(jobs)
             yield from ((index, record, job) for job in jobs)
+
+    def _jobs_in_models(self, index: int, record: Record, adopted: Adopted) -> Iterator[tuple[int, Record, int | None]]:
+        """Likewise, of a block that lies in model files; none where these are others by now."""
+        if check_file(self._view, record) is not None:
+            self._progress(record.block.nbytes)
+            return
+        jobs = [None, *range(num_chunks(record.block.nbytes))]
+        self._open[index] = [self._files.file(file.path) for file in adopted.files]
+        self._left[index] = len(jobs)
+        yield from ((index, record, job) for job in jobs)
+
+    async def _close(self, index: int) -> None:
+        for file in self._open.pop(index):
+            await file.close()
 
     async def _work(self, jobs: Iterator[tuple[int, Record, int | None]], nbytes: int) -> None:
         buffer = aligned_buffer(nbytes)
@@ -373,9 +422,12 @@ class Reading:
                 await self._read_chunk(record, self._open[index], chunk, buffer)
             self._left[index] -= 1
             if not self._left[index]:
-                await self._open.pop(index).close()
+                await self._close(index)
 
     async def _check_header(self, record: Record) -> None:
+        if record.adopted is not None:
+            await self._check_headers_of_models(record, record.adopted)
+            return
         shard = record.shard
         path = os.path.join(self._view.path, shard.file)
         try:
@@ -391,7 +443,31 @@ class Reading:
         elif not _describes(header, record):
             self._report(record, Problem("has a header that describes other tensors than the manifest", None, all_tensors(record)))
 
-    async def _read_chunk(self, record: Record, file: File, chunk: int, buffer: memoryview) -> None:
+    async def _check_headers_of_models(self, record: Record, adopted: Adopted) -> None:
+        for file in adopted.files:
+            if file not in self._headers:
+                try:
+                    same = await self._files.work(checksum, await self._files.load(file.path, file.header_bytes)) == file.header_sum
+                except StalledError as error:
+                    raise io_error(error, f"reading block {record.block.name!r}", path=file.path, block=record.block.name) from error
+                except OSError as error:
+                    self._headers[file] = f"has a header that cannot be read ({error.strerror or error})"
+                else:
+                    self._headers[file] = None if same else "has another header than it had when it was adopted"
+            if (problem := self._headers[file]) is not None:
+                self._report(record, Problem(problem, None, all_tensors(record)))
+
+    async def _read_from_models(self, record: Record, adopted: Adopted, files: Sequence[File], start: int, piece: memoryview) -> None:
+        """Fill a piece of the payload, with zeros between tensors."""
+        piece[:] = bytes(len(piece))
+        requests: dict[int, list[Request]] = {}
+        for one in ranges(record.block, adopted, start, start + len(piece)):
+            target = one.target - start
+            requests.setdefault(one.file, []).append(Request(one.begin, piece[target : target + one.nbytes]))
+        for index, listed in requests.items():
+            await move_all(self._files, files[index].read, listed)
+
+    async def _read_chunk(self, record: Record, files: Sequence[File], chunk: int, buffer: memoryview) -> None:
         shard = record.shard
         start, stop = _range(record, chunk)
         piece = buffer[: stop - start]
@@ -399,9 +475,14 @@ class Reading:
         then = None if shard.chunks is None else lambda data: found.append(checksum(data))
         problem: str | None = None
         try:
-            await move_all(self._files, file.read, [Request(shard.data_start + start, piece, then)])
+            if record.adopted is not None:
+                await self._read_from_models(record, record.adopted, files, start, piece)
+                if then is not None:
+                    await self._files.work(then, piece)
+            else:
+                await move_all(self._files, files[0].read, [Request(shard.data_start + start, piece, then)])
         except StalledError as error:  # its buffer may still be filled
-            path = os.path.join(self._view.path, shard.file)
+            path = os.path.join(self._view.path, file_of(record))
             raise io_error(error, f"reading block {record.block.name!r}", path=path, block=record.block.name) from error
         except OSError as error:
             problem = f"cannot be read ({error.strerror or error})"
@@ -410,7 +491,8 @@ class Reading:
             if shard.chunks is not None and found[-1] != shard.chunks[chunk]:
                 problem = "does not match its checksum"
         if problem is not None:
-            where = f"chunk {chunk} (bytes {shard.data_start + start} to {shard.data_start + stop})"
+            what = "bytes" if record.adopted is None else "payload bytes"
+            where = f"chunk {chunk} ({what} {shard.data_start + start} to {shard.data_start + stop})"
             self._report(record, Problem(f"{where} {problem}", chunk, tuple(spec.name for spec in tensors_of(record, chunk))))
         elif self._use is not None:
             await self._use(record, chunk, piece)
@@ -419,7 +501,7 @@ class Reading:
     async def _try_direct(self, records: Iterable[Record]) -> None:
         """Read past the page cache where the file system lets the first shard be read so."""
         for record in records:
-            if check_file(record, self._view.files.get(record.shard.file)) is None:
+            if record.adopted is None and check_file(self._view, record) is None:
                 file = self._files.file(os.path.join(self._view.path, record.shard.file))
                 self._files.direct = True
                 outcomes = await file.read([Request(0, aligned_buffer(PAGE))])

@@ -29,8 +29,8 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from tierstore.errors import DirectoryError, ShardError
-from tierstore.nvme import names, windows
+from tierstore.errors import DirectoryError, ModelFileError, ShardError
+from tierstore.nvme import model_files, names, windows
 from tierstore.nvme.files import Files, FileStat
 from tierstore.nvme.locks import MAX_HOLDER_BYTES, living_holder
 from tierstore.nvme.manifest import MAX_MANIFEST_BYTES, Hint, Manifest, Record, decode_hint, decode_manifest
@@ -369,6 +369,8 @@ def check_shards(found: Found, path: str, manifest: Manifest) -> None:
     bad: list[str] = []
     bad_blocks: list[str] = []
     for record in manifest.records:
+        if record.adopted is not None:
+            continue
         status = found.files.get(record.shard.file)
         if status is not None and status.nbytes == record.shard.file_bytes:
             continue
@@ -386,6 +388,33 @@ def check_shards(found: Found, path: str, manifest: Manifest) -> None:
             blocks=tuple(bad_blocks),
             available=tuple(others),
         )
+
+
+async def check_models(files: Files, path: str, found: Found, manifest: Manifest) -> None:
+    """Every model file that adopted blocks lie in must be as it was, as far as length, time and header tell.
+
+    Raises:
+        ModelFileError: Naming the files that are gone or others, and the blocks.
+        TransferError: It cannot be told.
+    """
+    adopted = [(record, record.adopted) for record in manifest.records if record.adopted is not None]
+    different = await model_files.changes(files, (file for _, one in adopted for file in one.files), headers=True)
+    if not different:
+        return
+    blocks = [record.block.name for record, one in adopted if any(file.path in different for file in one.files)]
+    others = sorted(set(found.manifests) - {manifest.generation})
+    raise ModelFileError(
+        f"generation {manifest.generation} of {path} needs model files that are not what they were: "
+        + some([f"{where} {what}" for where, what in different.items()], "; "),
+        need=f"them as they were adopted, for {some(list(map(repr, blocks)), ', ')}",
+        remedy="put them back as they were" + (f", or open an older generation (generation={others[-1]})" if others else ""),
+        path=next(iter(different)),
+        paths=tuple(different),
+        block=blocks[0],
+        blocks=tuple(blocks),
+        generation=manifest.generation,
+        available=tuple(others),
+    )
 
 
 def link_shards(found: Found, path: str, chosen: Manifest | None) -> tuple[dict[str, Shard], dict[int, list[Entry]]]:
@@ -411,7 +440,11 @@ def link_shards(found: Found, path: str, chosen: Manifest | None) -> tuple[dict[
         entries[manifest.generation] = []
         for record in manifest.records:
             file = record.shard.file
-            if file in found.files:
+            if record.adopted is not None:
+                shard = Shard.of_model(record.block, record.adopted, record.shard.chunks)
+                shard.references += 1
+                entries[manifest.generation].append(Entry(record.block, shard))
+            elif file in found.files:
                 shard = shards.get(file) or shards.setdefault(file, Shard.from_record(record.block, record.shard))
                 shard.references += 1
                 entries[manifest.generation].append(Entry(record.block, shard))

@@ -13,12 +13,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tierstore.catalog import FILLER_PREFIX, ITEM_BYTES, PAGE, Block, round_up
+from tierstore.catalog import FILLER_PREFIX, ITEM_BYTES, PAGE, PAIRED, Block, round_up
 from tierstore.errors import ShardError, SizeError
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
 """What the format allows; other readers refuse more."""
+
+NOT_IN_TORCH = ("F6_E2M3", "F6_E3M2")
+"""Dtypes of the format that no torch tensor can have."""
 
 MAX_DIMENSIONS = 64
 MAX_SIZE = 2**62
@@ -40,7 +43,7 @@ BLOCK_KEY = "tierstore_block"
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor as a header places it; offsets in bytes from the start of the data."""
+    """A tensor as a header places it; offsets in bytes from the start of the data, the shape in elements (`catalog.PAIRED`)."""
 
     name: str
     dtype: str
@@ -122,7 +125,13 @@ def header_bounds(block: Block) -> tuple[int, int]:
 
 
 def _entry(dtype: str, shape: tuple[int, ...], begin: int) -> dict[str, Any]:
-    return {"dtype": dtype, "shape": shape, "data_offsets": (begin, begin + math.prod(shape) * ITEM_BYTES[dtype])}
+    nbytes = math.prod(shape) * ITEM_BYTES[dtype]
+    return {"dtype": dtype, "shape": stored_shape(dtype, shape), "data_offsets": (begin, begin + nbytes)}
+
+
+def stored_shape(dtype: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A tensor's shape as files give it: in values, of which an element may be two."""
+    return (*shape[:-1], 2 * shape[-1]) if dtype in PAIRED and shape else shape
 
 
 def header_length(start: bytes, file_bytes: int) -> int:
@@ -183,11 +192,16 @@ def _stored(name: str, entry: object) -> StoredTensor:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         known = ", ".join(ITEM_BYTES)
-        problem = f"tensor {_short(name)} has a dtype the store does not know"
-        raise ShardError(problem, need=f"one of {known}", have=_short(dtype), tensor=name)
+        why = "for which torch has no dtype" if dtype in NOT_IN_TORCH else "the store does not know"
+        raise ShardError(f"tensor {_short(name)} has a dtype {why}", need=f"one of {known}", have=_short(dtype), tensor=name)
     if not _naturals(shape) or len(shape) > MAX_DIMENSIONS or not _naturals(offsets) or len(offsets) != 2:
         raise ShardError(f"tensor {_short(name)} has a shape or offsets that are not non-negative whole numbers", tensor=name)
     begin, end = offsets
+    if dtype in PAIRED:
+        if not shape or shape[-1] % 2:
+            problem = f"tensor {_short(name)} of dtype {dtype} has an odd number of values in a row, which torch cannot hold"
+            raise ShardError(problem, need="a last dimension that is even", have=str(shape), tensor=name)
+        shape = [*shape[:-1], shape[-1] // 2]
     nbytes = math.prod(shape) * ITEM_BYTES[dtype]
     if end - begin != nbytes:
         raise ShardError(f"tensor {_short(name)} does not fill its range", need=f"{nbytes} bytes", have=end - begin, tensor=name)

@@ -22,9 +22,10 @@ import xxhash
 
 from tierstore.catalog import PAGE, Block
 from tierstore.errors import ShardError, TierFullError, TierstoreError, TransferError
+from tierstore.nvme.adopted import Adopted
 from tierstore.nvme.checksums import CHUNK_BYTES, checksum, num_chunks, shard_checksum, split_chunks
 from tierstore.nvme.files import FULL, File, Files, Request, Then, aligned_buffer, move_all
-from tierstore.nvme.manifest import Record, ShardRecord, encode_record
+from tierstore.nvme.manifest import Record, ShardRecord, encode_record, format_of
 from tierstore.threads import StalledError, under_way
 
 MIN_SCRATCH_BYTES = 1 << 18
@@ -55,7 +56,9 @@ class Shard:
         header_unverified: The header is checked at the next read.
         handle: What it was last written through, kept until it is synced.
         hung: Writes that were given up and may still change the file, which is nobody else's until they have returned.
-        line: Its line in a manifest, and what that was made from.
+        line: What its line in a manifest was made from, the line, and the version of the format that it takes.
+        adopted: Where it lies in model files; it has no file of the store's then, and all of the above but `block`, `chunks`, `references`
+            and `discarded` stays as it is. `chunks` is None until they are learned: see `mover.models`.
     """
 
     block: Block
@@ -77,7 +80,8 @@ class Shard:
     header_unverified: bool = False
     handle: File | None = None
     hung: tuple[Future[None], ...] = ()
-    line: tuple[tuple[object, ...], str] | None = field(default=None, repr=False)
+    line: tuple[tuple[object, ...], str, int] | None = field(default=None, repr=False)
+    adopted: Adopted | None = None
 
     @property
     def payload_bytes(self) -> int:
@@ -91,10 +95,15 @@ class Shard:
     @property
     def working(self) -> bool:
         """May be rewritten in place, as far as the store alone knows."""
-        return self.whole and not (self.references or self.suspect or self.discarded)
+        return self.whole and self.adopted is None and not (self.references or self.suspect or self.discarded)
 
     def record(self) -> ShardRecord:
         return ShardRecord(self.file, self.number, self.file_bytes, self.data_start, self.chunks, self.digest)
+
+    @classmethod
+    def of_model(cls, block: Block, adopted: Adopted, chunks: tuple[int, ...] | None = None) -> Shard:
+        """A block that lies in model files, as if these were its shard."""
+        return cls(block, "", 0, 0, 0, chunks=chunks, synced=True, adopted=adopted)
 
     @classmethod
     def from_record(cls, block: Block, record: ShardRecord) -> Shard:
@@ -128,8 +137,14 @@ class Entry:
         shard = self.shard
         source = (self.block, shard.file, shard.digest, shard.chunks)
         if shard.line is None or shard.line[0] != source:
-            shard.line = source, encode_record(Record(self.block, shard.record()))
+            record = Record(self.block, shard.record(), shard.adopted)
+            shard.line = source, encode_record(record), format_of(self.block, shard.adopted)
         return shard.line[1]
+
+    @property
+    def format(self) -> int:
+        """The first version of the format that can say its line, once that was asked for."""
+        return self.shard.line[2] if self.shard.line is not None else format_of(self.block, self.shard.adopted)
 
 
 def io_error(error: OSError, doing: str, *, path: str, block: str | None = None) -> TierstoreError:

@@ -95,7 +95,7 @@ class Shelf:
         return self._closed
 
     def path_of(self, shard: Shard) -> str:
-        return self._join(shard.file)
+        return self._join(shard.file) if shard.adopted is None else shard.adopted.files[0].path
 
     # -- payloads -------------------------------------------------------------------------------------------------------
 
@@ -113,6 +113,7 @@ class Shelf:
         """
         self._check_open()
         assert shard.whole, f"{shard.file} cannot be read now"
+        assert shard.adopted is None, "model files are read by others"
         into = into.cast("B")
         if offset < 0 or offset + len(into) > shard.payload_bytes:
             raise ValueError(f"{len(into)} bytes at {offset} are not within a payload of {shard.payload_bytes}")

@@ -13,7 +13,7 @@ from tierstore.errors import DirectoryError
 from tierstore.nvme import names
 from tierstore.nvme.files import Files
 from tierstore.nvme.manifest import Record
-from tierstore.nvme.reading import Problem, Reading, View, chunk_bytes, lock, look
+from tierstore.nvme.reading import Problem, Reading, View, chunk_bytes, file_of, lock, look
 from tierstore.nvme.recovery import some
 from tierstore.units import format_bytes
 
@@ -198,6 +198,7 @@ def problems_of(view: View) -> list[str]:
         f"generation {generation} and an older one disagree about {record.shard.file}"
         for generation, manifest in view.manifests.items()
         for record in manifest.records
+        if record.adopted is None
         if described.setdefault(record.shard.file, record) != record
     )
     return problems
@@ -272,4 +273,4 @@ def _damage(record: Record, problems: list[Problem]) -> BlockDamage:
     chunks = {problem.chunk for problem in problems}
     within = None if None in chunks else sum(chunk_bytes(record, chunk) for chunk in chunks if chunk is not None)
     whole = len(tensors) == len(record.block.tensors)
-    return BlockDamage(record.block.name, record.shard.file, [problem.what for problem in ordered], tensors, whole, within)
+    return BlockDamage(record.block.name, file_of(record), [problem.what for problem in ordered], tensors, whole, within)

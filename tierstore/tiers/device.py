@@ -9,6 +9,7 @@ from tierstore.errors import CapacityError, ClosedError
 from tierstore.tiers.ram import map_memory
 
 DTYPES: dict[str, torch.dtype] = {
+    "F4": torch.float4_e2m1fn_x2,
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
@@ -27,6 +28,7 @@ DTYPES: dict[str, torch.dtype] = {
     "I64": torch.int64,
     "U64": torch.uint64,
     "F64": torch.float64,
+    "C64": torch.complex64,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

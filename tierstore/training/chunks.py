@@ -186,7 +186,7 @@ class Stepper:
         for piece in chunk.pieces if written else ():
             master = self._master(chunk, piece, stored, new)
             if master is not None:
-                own = piece.of(weights[piece.weight.name])
+                own = piece.of(weights[piece.weight.stored])
                 master.copy_(torch.where(master.to(own.dtype) == own, master, own.to(master.dtype)))
         # As in plain torch: some optimizers pass by what is no parameter, or requires no gradient.
         leaves = {piece: nn.Parameter(home) for piece, home in homes.items()}
@@ -221,7 +221,7 @@ class Stepper:
                     self._note_state(chunk, piece, inner.state.get(leaves[piece], {}), stored)
             if self._master_dtype is not None:
                 for piece in active:
-                    piece.of(weights[piece.weight.name]).copy_(homes[piece])
+                    piece.of(weights[piece.weight.stored]).copy_(homes[piece])
         finally:
             group["params"] = []
             inner.state.clear()
@@ -229,10 +229,10 @@ class Stepper:
     def _home(self, chunk: Chunk, piece: Piece, weights: Mapping[str, Tensor], stored: Callable[[Piece, str], Tensor], new: New) -> Tensor:
         """Where the optimizer's update is to end up: the weight, or its master."""
         if self._master_dtype is None:
-            return piece.of(weights[piece.weight.name])
+            return piece.of(weights[piece.weight.stored])
         master = self._master(chunk, piece, stored, new)
         if master is None:
-            master = new[piece, MASTER] = piece.of(weights[piece.weight.name]).to(self._master_dtype, copy=True)
+            master = new[piece, MASTER] = piece.of(weights[piece.weight.stored]).to(self._master_dtype, copy=True)
         return master
 
     @staticmethod

@@ -7,7 +7,8 @@ and its memory freed again.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,9 +18,27 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from tierstore.errors import OptionError, TensorError, TrainingError
-from tierstore.training.structure import Unit, Weight
+from tierstore.sync import TierStore
+from tierstore.training.structure import Structure, Unit, Weight
 
-Source = str | os.PathLike[str] | Callable[[str, nn.Module], None] | None
+
+class ModelFiles(ABC):
+    """Files that a model's values lie in, where they need more than to be found by the parameters' names."""
+
+    @abstractmethod
+    def name(self, structure: Structure) -> None:
+        """Set the names that weights have in their blocks (`Weight.stored`), always the same for the same model and files."""
+
+    @abstractmethod
+    def adopt(self, structure: Structure, store: TierStore) -> Collection[str]:
+        """Register with the store the blocks that can be read from the files as they are. Returns their names."""
+
+    @abstractmethod
+    def fill(self, modules: list[tuple[str, nn.Module]], weights: list[Weight]) -> None:
+        """As `Fill`, for all others."""
+
+
+Source = str | os.PathLike[str] | Callable[[str, nn.Module], None] | ModelFiles | None
 """A safetensors file or a directory of them; a function called with (name, module); None."""
 
 Fill = Callable[[list[tuple[str, nn.Module]], list[Weight]], None]
@@ -82,6 +101,8 @@ def filler(model: nn.Module, init: Source) -> Fill:
     """
     if init is None:
         return _ByItself(model)
+    if isinstance(init, ModelFiles):
+        return init.fill
     if isinstance(init, str | os.PathLike):
         return _Files(Path(init))
     if callable(init):

@@ -8,7 +8,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from tierstore.errors import CapacityError, OptionError, TensorError, TierFullEr
 from tierstore.sync import TierStore
 from tierstore.training.activations import Activations
 from tierstore.training.gradients import Gradients, Sums
-from tierstore.training.initial import Fill, Source, check_buffers, filler, given_memory, owners
+from tierstore.training.initial import Fill, ModelFiles, Source, check_buffers, filler, given_memory, owners
 from tierstore.training.leasing import Buffers
 from tierstore.training.pieces import Piece
 from tierstore.training.placeholders import Placeholder, refuse_optimizers_of, refuse_saving
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from tierstore.training.optimizer import TieredOptimizer
 
 log = logging.getLogger("tierstore")
+T = TypeVar("T")
 
 _MODELS: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _STORES: weakref.WeakSet[TierStore] = weakref.WeakSet()
@@ -97,7 +98,9 @@ def attach(
         remedy = "detach() that one first, or open another store"
         raise TrainingError("another model is attached to the store", need="a store for each model", remedy=remedy)
     structure = read_structure(model, find_layers(model, layers))
-    return Tiered(model, store, structure, micro_batch=micro_batch, activations=activations, split=split, fill=filler(model, init))
+    files = init if isinstance(init, ModelFiles) else None
+    fill = filler(model, init)
+    return Tiered(model, store, structure, micro_batch=micro_batch, activations=activations, split=split, fill=fill, files=files)
 
 
 class Tiered:
@@ -109,6 +112,7 @@ class Tiered:
         model, store: As attached.
         device: Where the model computes.
         resumed: Whether the parameters came from the store's commit.
+        uncached: Ids of the configurations whose `use_cache` was set to False, until `detach()`.
     """
 
     def __init__(
@@ -121,6 +125,7 @@ class Tiered:
         activations: str,
         split: Collection[str] | None,
         fill: Fill,
+        files: ModelFiles | None,
     ) -> None:
         """Use `attach`."""
         self.model = model
@@ -136,6 +141,7 @@ class Tiered:
         self.anchor = torch.zeros((), device=self.device, requires_grad=True)
         self.optimizers: list[TieredOptimizer] = []
         self.still_buffers: set[tuple[nn.Module, str]] = set()
+        self.uncached: set[int] = set()
         self._anchor_node = torch.autograd.graph.get_gradient_edge(self.anchor).node
         self._awaited: dict[WeightBlock, set[int]] = {}
         self._local = Local()
@@ -151,7 +157,7 @@ class Tiered:
         self._undo: list[Callable[[], None]] = []
         self._units = {id(each.module): each for unit in structure.units for each in (unit, *unit.inner)}
         self._together: dict[tuple[int, ...], Unit] = {}
-        self.resumed = self._move_in(fill)
+        self.resumed = self._move_in(fill, files)
         self._wrap()
         self.state.open()
         self._undo.append(refuse_optimizers_of(self, [weight.origin for weight in structure.weights if weight.origin is not None]))
@@ -166,9 +172,15 @@ class Tiered:
 
     # -- moving in and out -----------------------------------------------------------------------------------------------
 
-    def _move_in(self, fill: Fill) -> bool:
-        """Put what the store does not have, and hang placeholders in the places of parameters. Returns whether it had all."""
+    def _move_in(self, fill: Fill, files: ModelFiles | None) -> bool:
+        """Put what the store does not have, and hang placeholders in the places of parameters.
+
+        Returns:
+            Whether it had all, from an earlier training: what has only been adopted begins one.
+        """
         self.state.read()
+        if files is not None:
+            files.name(self.structure)
         names = {block.name for block in self.structure.blocks}
         known = {name for name in names if name in self.store}
         if known and known != names:
@@ -181,20 +193,25 @@ class Tiered:
         if known:
             for block in self.structure.blocks:
                 self._check_known(block)
-            log.info("taking the parameters of the store's commit, not the model's: %d blocks", len(known))
+            trained = [name for name in known if not self.store.info(name).adopted]
+            log.info(
+                "taking the parameters of the store, not the model's: %d blocks, %d of them adopted", len(known), len(known) - len(trained)
+            )
         done: set[Weight] = set()
-        put: list[str] = []
+        put: list[str] = [] if known or files is None else list(files.adopt(self.structure, self.store))
+        adopted = frozenset(put)
         module_names = {id(module): name for name, module in self.model.named_modules()}
         try:
             for unit in self.structure.units:
                 blocks = [block for block in unit.blocks if block.weights[0] not in done]
                 weights = [weight for block in blocks for weight in block.weights]
                 done.update(weights)
-                if not known:
-                    with given_memory(unit, weights) as empty:
+                lacking = [block for block in blocks if not known and block.name not in adopted]
+                if lacking:
+                    with given_memory(unit, [weight for block in lacking for weight in block.weights]) as empty:
                         if empty:
                             fill(owners(unit, module_names), empty)
-                        for block in blocks:
+                        for block in lacking:
                             self._put(block)
                             put.append(block.name)
                 for weight in weights:
@@ -209,13 +226,14 @@ class Tiered:
             for name in put:
                 self.store.delete(name)
             raise
-        return bool(known)
+        return bool(known and trained)
 
     def _check_known(self, block: WeightBlock) -> None:
         info = self.store.info(block.name)
         have = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in info.tensors.items()}
-        need = {weight.name: (tuple(weight.shape), weight.dtype) for weight in block.weights}
-        if have != need or info.frozen == block.trainable:
+        need = {weight.stored: (tuple(weight.shape), weight.dtype) for weight in block.weights}
+        unfit = info.frozen == block.trainable and not (info.adopted and not block.trainable)  # what was adopted may stay as it is
+        if have != need or unfit:
             different = next((name for name in {**need, **have} if need.get(name) != have.get(name)), block.name)
             raise TensorError(
                 f"block {block.name!r} of the store does not fit the model",
@@ -232,7 +250,7 @@ class Tiered:
             module, attribute = weight.slots[0]
             parameter = module._parameters[attribute]
             assert parameter is not None
-            tensors[weight.name] = parameter.detach()
+            tensors[weight.stored] = parameter.detach()
         try:
             self.store.put(block.name, tensors, frozen=not block.trainable)
         except TierFullError:
@@ -267,7 +285,7 @@ class Tiered:
                 if weight.origin.shape != weight.shape:
                     values = self.store.read(weight.block.name)
                     assert isinstance(values, dict)
-                    weight.origin.data = values[weight.name]
+                    weight.origin.data = values[weight.stored]
                 for module, attribute in weight.slots:
                     module._parameters[attribute] = weight.origin
 
@@ -279,7 +297,7 @@ class Tiered:
                 else:
                     self._wrap_module(each.module, functools.partial(self._run_unit, each))
         self._wrap_module(self.model, self._run_model)
-        self._replace(self.model, "zero_grad", self._zero_grad)
+        self.replace_method(self.model, "zero_grad", self._zero_grad)
         for module in self.model.modules():
             # Without it a load that assigns would put parameters beside the store's, and one that copies be told by an odd error.
             self._undo.append(module.register_load_state_dict_pre_hook(_refuse_loading).remove)
@@ -287,6 +305,7 @@ class Tiered:
             config: Any = getattr(module, "config", None)
             if getattr(config, "use_cache", None) is True:  # a cache would be filled a second time in the backward pass
                 config.use_cache = False
+                self.uncached.add(id(config))
                 self._undo.append(functools.partial(setattr, config, "use_cache", True))
 
     def _wrap_module(self, module: nn.Module, run: Callable[..., Any]) -> None:
@@ -297,9 +316,10 @@ class Tiered:
             return run(forward, args, kwargs)
 
         # A compiler that looked into a lease would draw other random numbers when the layer is computed once more: dropout would be wrong.
-        self._replace(module, "forward", torch.compiler.disable(wrapper))
+        self.replace_method(module, "forward", torch.compiler.disable(wrapper))
 
-    def _replace(self, module: nn.Module, name: str, value: object) -> None:
+    def replace_method(self, module: nn.Module, name: str, value: object) -> None:
+        """Have another one in its place until `detach()`."""
         before = module.__dict__.get(name, self)
 
         def undo() -> None:
@@ -329,9 +349,9 @@ class Tiered:
             for weight in block.weights:
                 parameter = weight.origin
                 if parameter is None or parameter.is_meta:
-                    parameter = nn.Parameter(values[weight.name], requires_grad=weight.requires_grad)
+                    parameter = nn.Parameter(values[weight.stored], requires_grad=weight.requires_grad)
                 else:
-                    parameter.data = values[weight.name]
+                    parameter.data = values[weight.stored]
                     parameter.requires_grad_(weight.requires_grad)
                 weight.stand_in.__dict__["attached"] = False
                 for module, attribute in weight.slots:
@@ -362,6 +382,11 @@ class Tiered:
             raise TrainingError("the model was detached", remedy="attach() it again")
 
     # -- running ---------------------------------------------------------------------------------------------------------
+
+    def run(self, function: Callable[..., T], *args: Any) -> T:
+        """Run a function of the model's modules as a forward pass of the model: a loss that calls the body and the head by themselves."""
+        result: T = self._run_model(function, args, {})
+        return result
 
     def _run_model(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._copies.clear()
@@ -422,7 +447,7 @@ class Tiered:
         with self._alone(), self.buffers.lease(*names, plain=False) as leased:
             mappings: tuple[Mapping[str, Tensor], ...] = leased if len(names) != 1 else (leased,)
             leaves = {
-                weight: mapping[weight.name].requires_grad_(weight.requires_grad and requires_grad)
+                weight: mapping[weight.stored].requires_grad_(weight.requires_grad and requires_grad)
                 for block, mapping in zip(unit.blocks, mappings, strict=True)
                 for weight in block.weights
             }

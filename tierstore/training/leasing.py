@@ -51,6 +51,9 @@ class _Lease(Use):
 class Buffers:
     """The blocks of one attached model.
 
+    Attributes:
+        held_on: The tier on which gradients and state are held; None: wherever there is room.
+
     Leases belong to the thread that runs the user's loop, also those that autograd's threads take in its stead while it waits for
     them: what that thread leases itself does not stand in their way.
     """
@@ -60,6 +63,7 @@ class Buffers:
         self.device = store.device
         self._owner = threading.local()
         self._unwanted: set[str] = set()
+        self.held_on: str | None = None
 
     def acting_for(self, owner: int) -> int | None:
         """From here on this thread acts for `owner`. Returns for whom it acted before, to be set again."""
@@ -118,6 +122,7 @@ class Buffers:
                 return
             self.store.delete(name)
         self.store._run(operations.declare(engine, block, self.owner))
+        hold = hold or self.held_on
         if hold is not None:
             try:
                 with engine.lock:

@@ -729,7 +729,7 @@ class TieredOptimizer(torch.optim.Optimizer):
                         master = chunk.values[piece][MASTER]
                     else:
                         master = leases.enter_context(self.tiered.buffers.lease(where))[f"{MASTER}.{piece.key}"]
-                    piece.of(values[piece.weight.name]).copy_(master)
+                    piece.of(values[piece.weight.stored]).copy_(master)
 
     def _prepared(self, gradient: Tensor, weight: Weight, coefficients: Iterable[Coefficient]) -> Tensor:
         """A gradient as the optimizer is to see it. What is in the store stays as it is."""
@@ -815,7 +815,7 @@ class TieredOptimizer(torch.optim.Optimizer):
             for key, name in chunk.tensors[piece].items():
                 parts.setdefault(key, []).append(blocks[name][f"{key}.{piece.key}"])
         if not found and not parts and self._rules_for(weight).state_at_construction:
-            value = self.tiered.store.read(weight.block.name)[weight.name]  # type: ignore[index]
+            value = self.tiered.store.read(weight.block.name)[weight.stored]  # type: ignore[index]
             leaf = value.to(self.tiered.device, self.master_dtype or weight.dtype)
             found.update(self._stepper.made_state(leaf, self._weights[weight]))
         for key, tensors in parts.items():

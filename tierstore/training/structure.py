@@ -49,11 +49,12 @@ class Weight:
     """One parameter, shared or not.
 
     Attributes:
-        name: Its first full name in the model, and its name in its block.
+        name: Its first full name in the model.
         aliases: All full names that it has there, if several modules share it.
         index: Its position in `model.parameters()`.
         slots: (module, attribute) wherever it hangs.
         block: Where it lives; set once all blocks are known.
+        stored: Its name in its block: that of the file that the block was adopted from, where that is another.
         stand_in: The placeholder that hangs in its place while the model is attached.
         origin: The parameter as it was before; without values while the model is attached.
     """
@@ -66,8 +67,12 @@ class Weight:
     slots: list[tuple[nn.Module, str]] = field(default_factory=list)
     aliases: list[str] = field(default_factory=list)
     block: WeightBlock = field(init=False)
+    stored: str = field(init=False)
     stand_in: nn.Parameter = field(init=False)
     origin: nn.Parameter | None = None
+
+    def __post_init__(self) -> None:
+        self.stored = self.name
 
     @property
     def numel(self) -> int:
