@@ -178,7 +178,7 @@ def turns(settings: Settings) -> Iterator[Turn]:
 
 
 def share_in_ram(settings: Settings, ram: int) -> float:
-    """`Settings.state_in_ram`: what RAM has left for state beside all gradients, the weights that do not stay on the device, and the blocks that pass through it.
+    """`Settings.state_in_ram`: what RAM has left for state beside gradients, weights that are not resident, and what passes through it.
 
     Weights and gradients are used more often, so they stay. Gradients live from the backward pass to the update only, but the state is
     wanted back by then: room that is free in between is of no use to it ([Note: Room for what is yet to be written] in `placement`).
