@@ -178,6 +178,8 @@ def measure(
         if device.type == "cuda":
             torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
+        if regime.nvme and not regime.repeats:
+            probe.drive()
         before = store.stats()
         timer, host = Steps(device), Host()
         timer.mark()
