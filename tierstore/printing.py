@@ -42,6 +42,9 @@ def progress(what: str) -> Iterator[Callable[[int], Callable[[int], None]]]:
         yield begin
 
 
+NO_CHECKSUMS = "written with checksum=False, or adopted and not read before the commit"
+
+
 def count(number: int, noun: str) -> str:
     """`1 block`, `2 blocks`."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
@@ -95,7 +98,7 @@ def _print_generation(console: Console, generation: GenerationReport) -> None:
         listed = some(generation.unchecked, ", ")
         _say(
             console,
-            f"not checked: {count(len(generation.unchecked), 'block')} written with checksum=False ({listed})",
+            f"not checked: {count(len(generation.unchecked), 'block')} without checksums ({listed}): {NO_CHECKSUMS}",
             indent=2,
             style="yellow",
         )
@@ -290,7 +293,9 @@ def print_exported(console: Console, exported: Exported, seconds: float) -> None
         _say(console, f"Left out: {count(len(exported.left_out), 'block')} ({some(exported.left_out, ', ')})")
     if exported.unchecked:
         listed = some(exported.unchecked, ", ")
-        _say(console, f"Not checked: {count(len(exported.unchecked), 'block')} written with checksum=False ({listed})", style="yellow")
+        _say(
+            console, f"Not checked: {count(len(exported.unchecked), 'block')} without checksums ({listed}): {NO_CHECKSUMS}", style="yellow"
+        )
     for note in exported.notes:
         _say(console, f"Note: {note}", style="yellow")
     for way, number in sorted(exported.shared.items()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -188,6 +189,32 @@ def test_other_data_is_not_gone_on_with(folder: Path, text: Path, tmp_path: Path
     assert "began on other data" in result.output
 
 
+def test_another_model_is_not_gone_on_with(folder: Path, text: Path, tmp_path: Path) -> None:
+    """Of the same shapes, so that only its place tells."""
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    options = ["--full", "--steps", "1", "--no-plot"]
+    assert finetune(folder, text, tmp_path / "run", *options).exit_code == 0
+    result = finetune(other, text, tmp_path / "run", *options)
+    assert result.exit_code == 1
+    assert f"this run began with the model {folder}, and was now given {other}" in result.output.replace("\n", " ")
+
+
+@pytest.mark.parametrize("rank", [[], ["--full"]], ids=["lora", "full"])
+def test_a_finished_run_is_written_to_another_place_too(rank: list[str], folder: Path, text: Path, tmp_path: Path) -> None:
+    """Even where something else lies there."""
+    assert finetune(folder, text, tmp_path / "run", *rank, "--steps", "1").exit_code == 0
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(tmp_path / "run" / "out", elsewhere)
+    (weights,) = elsewhere.glob("*.safetensors")
+    expected = weights.read_bytes()
+    weights.write_bytes(b"of another run")
+    result = finetune(folder, text, tmp_path / "run", *rank, "--steps", "1", "--output", str(elsewhere))
+    assert result.exit_code == 0, result.output
+    assert weights.read_bytes() == expected
+    assert "is finished" in finetune(folder, text, tmp_path / "run", *rank, "--steps", "1", "--output", str(elsewhere)).output
+
+
 def test_sixteen_bits_without_range_are_refused(folder: Path, text: Path, tmp_path: Path) -> None:
     result = finetune(folder, text, tmp_path / "run", "--dtype", "float16")
     assert result.exit_code == 1
@@ -309,6 +336,23 @@ def test_lines_that_are_not_understood(entry: str, match: str, folder: Path, tmp
     file.write_text(f"{entry}\n", encoding="utf-8")
     with pytest.raises(FinetuneError, match=match):
         datas.load(file, tokenizer, 16)
+
+
+def test_lines_end_where_json_lines_do(folder: Path, tmp_path: Path) -> None:
+    """Text from the web has separators of lines within strings, and files of Windows begin with a mark."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    texts = ["one\u2028two", "three\x85four", "five six"]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    for begin, end in [("", "\n"), ("\ufeff", "\r\n")]:
+        (tmp_path / "data.jsonl").write_bytes((begin + end.join(lines) + end).encode())
+        (sample,) = datas.load(tmp_path / "data.jsonl", tokenizer, 512).samples
+        assert tokenizer.decode(sample.tokens) == "".join(f"{text}<|end|>" for text in texts)
+
+
+def test_a_line_that_is_nested_too_deep(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text("[" * 100_000, encoding="utf-8")
+    with pytest.raises(FinetuneError, match="line 1 is not JSON"):
+        datas.load(tmp_path / "data.jsonl", transformers.AutoTokenizer.from_pretrained(folder), 32)
 
 
 def test_files_that_are_no_text(folder: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -251,6 +252,11 @@ def configure(folder: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **changes}), encoding="utf-8")
 
 
+def change(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, **changes}), encoding="utf-8")
+
+
 def test_no_folder(tmp_path: Path) -> None:
     refused(tmp_path / "HuggingFaceTB" / "SmolLM2-135M", tmp_path, OptionError, "hf download")
 
@@ -279,6 +285,50 @@ def test_code_in_a_folder_is_never_run(tmp_path: Path) -> None:
     with opened(folder, tmp_path / "store2") as store:
         from_pretrained(folder, store)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])
+@pytest.mark.parametrize("value", ["someone/kernel", {"": "someone/kernel"}])
+def test_code_that_a_configuration_names_is_never_fetched(key: str, value: object, tmp_path: Path) -> None:
+    """With the package `kernels`, transformers downloads and runs what these name."""
+    folder = save("mixtral", tmp_path / "model")
+    change(folder, **{key: value})
+    with opened(folder, tmp_path / "store") as store, pytest.raises(OptionError, match=r"someone/kernel.* of the Hub, which is never run"):
+        from_pretrained(folder, store)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": "abc"},
+        {"num_attention_heads": 5},
+        {"dtype": "import os"},
+        {"dtype": "int8"},
+        {"hidden_act": "nope"},
+        {"model_type": ["llama"]},
+        {"rope_parameters": {"rope_type": "nope"}},
+    ],
+    ids=str,
+)
+def test_a_configuration_that_makes_no_model(changes: dict[str, Any], tmp_path: Path) -> None:
+    folder = save("llama", tmp_path / "model")
+    change(folder, **changes)
+    with opened(folder, tmp_path / "store") as store, pytest.raises(OptionError, match=re.escape(str(folder))):
+        from_pretrained(folder, store)
+    assert not list((tmp_path / "store").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("size", ["5GB", "50kB"])
+def test_a_model_is_not_saved_over_its_own_files(size: str, tmp_path: Path) -> None:
+    folder = save("llama", tmp_path / "model")
+    before = contents(folder)
+    with opened(folder, tmp_path / "store") as store:
+        model, _ = from_pretrained(folder, store)
+        with pytest.raises(OptionError, match="is the folder of the model"):
+            model.save_pretrained(tmp_path / "store" / ".." / "model", max_shard_size=size)
+        assert contents(folder) == before
+        with torch.no_grad():
+            assert same(model(tokens()).logits, plain(folder)(tokens()).logits)
 
 
 def test_another_class_than_the_model_has(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -143,3 +144,16 @@ def test_a_cache_of_keys_is_filled_once(tmp_path: Path) -> None:
         assert caches[0][0] == caches[1][0] == 12
         assert torch.equal(caches[0][1], caches[1][1])
         assert store.stats().tiers["gpu"].evictions
+
+
+def test_a_folder_whose_settings_ask_for_several_answers(folder: Path) -> None:
+    settings = {"num_beams": 4, "num_return_sequences": 2, "eos_token_id": 2}
+    (folder / "generation_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    result = generate(folder, "hello", "--max-new-tokens", "3")
+    assert result.exit_code == 0, result.output
+
+
+def test_no_folder_is_told_as_such(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["generate", str(tmp_path / "nowhere"), "hello"], catch_exceptions=False)
+    assert result.exit_code == 1
+    assert "no model folder" in result.output

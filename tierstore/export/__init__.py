@@ -61,7 +61,7 @@ class Exported:
         not_shared: Blocks that `link` was asked for and that were copied all the same, by reason.
         qualified: Tensors carry their block's name before their own, because names occurred twice.
         left_out: Blocks that were not exported.
-        unchecked: Blocks that were written with `checksum=False`.
+        unchecked: Blocks that were written with `checksum=False`, or adopted and not read before the commit.
         notes: What else is worth knowing.
     """
 

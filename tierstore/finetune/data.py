@@ -118,7 +118,7 @@ def _files(path: Path) -> list[Path]:
 
 def _text_of(file: Path, *, whole: bool) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         if whole:
             raise FinetuneError(f"{file} is not text in UTF-8") from error
@@ -132,13 +132,13 @@ def _tokens(tokenizer: Any, text: str) -> list[int]:
 
 
 def _read_lines(file: Path, tokenizer: Any, seq_len: int, texts: list[list[int]], data: Data) -> None:
-    for number, line in enumerate(_text_of(file, whole=True).splitlines(), 1):
+    for number, line in enumerate(_text_of(file, whole=True).split("\n"), 1):
         if not line.strip():
             continue
         where = f"{file}, line {number}"
         try:
             entry = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise FinetuneError(f"{where} is not JSON: {error}") from error
         if not isinstance(entry, dict):
             raise FinetuneError(f"{where} is not an object")

@@ -22,19 +22,21 @@ class Record:
         step: Steps taken.
         steps: Of the whole run.
         data: Digest of all samples.
+        model: The folder of the model.
         by_pieces: How the loss is computed: its last bits depend on it.
         first, last: Losses of the first and the last step that was committed; None before there is one.
-        finished: Whether the result was written.
+        written_to: The directory that has the result; None before it has.
     """
 
     recipe: dict[str, Any]
     steps: int
     data: str
+    model: str
     by_pieces: bool
     step: int = 0
     first: float | None = None
     last: float | None = None
-    finished: bool = False
+    written_to: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": KIND, "version": VERSION, **{name: getattr(self, name) for name in self.__slots__}}
@@ -53,12 +55,16 @@ class Record:
         return cls(**{name: found[name] for name in cls.__slots__})
 
 
-def check_same(record: Record, recipe: Recipe, steps: int, data: str) -> None:
+def check_same(record: Record, recipe: Recipe, steps: int, *, data: str, model: str) -> None:
     """Refuse to go on with another run than the one that began.
 
     Raises:
-        FinetuneError: An option or the data differ.
+        FinetuneError: An option, the data or the model differ.
     """
+    if record.model != model:
+        raise FinetuneError(
+            f"this run began with the model {record.model}, and was now given {model}: give the same to go on, or another --nvme"
+        )
     different = recipe.differences(record.recipe)
     if different:
         name = different[0]

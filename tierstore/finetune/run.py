@@ -62,7 +62,9 @@ def run(options: Options, console: Console) -> int:
         limit: Any = options.nvme_limit
         with TierStore(options.gpu, options.ram, options.nvme, nvme_limit=limit, device=recipe.device) as store:
             if store.committed is not None:
-                check_same(Record.from_json(store.committed.metadata), recipe, steps, samples.digest)
+                check_same(
+                    Record.from_json(store.committed.metadata), recipe, steps, data=samples.digest, model=str(options.model.resolve())
+                )
             this = Run(store, options, recipe, samples, held_out, steps, padding, console)
             this.carry_out()
             return FINISHED
@@ -113,7 +115,7 @@ class Run:
         self._console = console
         self._tuning = Tuning(store, options.model, recipe, steps, options.activations)
         if self._tuning.resumed is None:
-            self._record = Record(recipe.to_json(), steps, samples.digest, self._tuning.by_pieces)
+            self._record = Record(recipe.to_json(), steps, samples.digest, str(options.model.resolve()), self._tuning.by_pieces)
         else:
             self._record = Record.from_json(self._tuning.resumed)
             self._tuning.by_pieces = self._record.by_pieces
@@ -122,7 +124,8 @@ class Run:
     def carry_out(self) -> None:
         """Train what is left, and write the result."""
         record, options = self._record, self._options
-        if record.finished and (options.output / "config.json").is_file() | (options.output / "adapter_config.json").is_file():
+        result = options.output / ("config.json" if self._recipe.lora_rank is None else "adapter_config.json")
+        if record.written_to == str(options.output.resolve()) and result.is_file():
             self._say(f"This run is finished: {record.step} of {self._steps} steps, the result is in {options.output}.")
             return
         self._announce()
@@ -216,7 +219,7 @@ class Run:
         if self._options.plot:
             losses = [(entry["step"], entry["loss"]) for entry in entries if "loss" in entry]
             draw(output / PICTURE, losses, [(entry["step"], entry["held_out"]) for entry in entries if "held_out" in entry])
-        self._record.finished = True
+        self._record.written_to = str(output.resolve())
         self._commit()
         record = self._record
         what = "the adapters" if self._recipe.lora_rank is not None else "the model"

@@ -55,12 +55,7 @@ class Checkpoint:
             ModelFileError: A file is damaged, or is not there.
         """
         self.path = Path(path)
-        if not self.path.is_dir():
-            raise OptionError(
-                f"no model folder {os.fspath(path)!r}",
-                need="a folder with config.json and safetensors files",
-                remedy=f"download the model first: hf download {os.fspath(path)} --local-dir FOLDER",
-            )
+        check_folder(self.path)
         self.config = self._read_json(CONFIG)
         _refuse_quantised(self.config, self.path)
         self.source, files = self._find()
@@ -134,6 +129,20 @@ class Checkpoint:
         """Yields the tensors by name, each read when it is asked for, into memory of its own."""
         with ExitStack() as stack:
             yield _Reader(self.tensors, stack)
+
+
+def check_folder(path: Path) -> None:
+    """Refuse what is no folder.
+
+    Raises:
+        OptionError: It is none.
+    """
+    if not path.is_dir():
+        raise OptionError(
+            f"no model folder {os.fspath(path)!r}",
+            need="a folder with config.json and safetensors files",
+            remedy=f"download the model first: hf download {path.as_posix()} --local-dir FOLDER",
+        )
 
 
 class _Reader(Mapping[str, torch.Tensor]):

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from tierstore.errors import OptionError
+from tierstore.huggingface.checkpoint import check_folder
 from tierstore.huggingface.models import from_pretrained, require
 from tierstore.sync import TierStore
 from tierstore.units import format_bytes
@@ -94,6 +95,7 @@ def generate(options: Options, write: Callable[[str], object]) -> Generated:
         sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if options.temperature:
             sampling = {"do_sample": True, "temperature": options.temperature}
+        sampling |= {"num_beams": 1, "num_return_sequences": 1}  # whatever the folder has: one text is printed as it comes
         started_s = time.monotonic()
         output = model.generate(
             input_ids=given,
@@ -136,8 +138,9 @@ def load_tokenizer(folder: Path) -> Any:
     """The tokenizer in a model folder.
 
     Raises:
-        OptionError: It has none, or one that only code in the folder could make.
+        OptionError: No such folder, or it has no tokenizer, or one that only code in the folder could make.
     """
+    check_folder(folder)  # transformers would look for another model of that name in its cache
     from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: PLC0415  # of an extra
 
     try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from tierstore.errors import OptionError, TensorError
-from tierstore.huggingface.checkpoint import Checkpoint
+from tierstore.huggingface.checkpoint import CONFIG, Checkpoint
 
 logger = transformers_logging.get_logger("transformers.modeling_utils")
 
@@ -115,9 +115,9 @@ def build(checkpoint: Checkpoint, model_class: Any, dtype: torch.dtype | str | N
         stack.enter_context(init.meta_device_safe_creation_ops())
         try:
             model: PreTrainedModel = make(config, dtype=dtype, **options)
-        except ValueError as error:
+        except Exception as error:  # a configuration is anybody's, and each model says in its own way what it cannot be
             if "Unrecognized configuration class" not in str(error):
-                raise
+                raise _no_model(checkpoint, error) from error
             name = getattr(model_class, "__name__", "AutoModelForCausalLM")
             remedy = "give model_class= a class of transformers that does, such as transformers.AutoModelForSeq2SeqLM"
             raise OptionError(f"{name} has no model of type {config.model_type!r}", remedy=remedy) from error
@@ -133,11 +133,41 @@ def build(checkpoint: Checkpoint, model_class: Any, dtype: torch.dtype | str | N
 
 def _config(checkpoint: Checkpoint) -> Any:
     kind = checkpoint.config.get("model_type")
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         own = " and brings code of its own, which is never run" if checkpoint.config.get("auto_map") else ""
         remedy = "use a transformers that has this model, and build the model yourself where none has: attach(model, store, init=FOLDER)"
         raise OptionError(f"transformers does not know the model type {kind!r} of {checkpoint.path}{own}", remedy=remedy)
-    return AutoConfig.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
+    kernel = next((name for name in _implementations(checkpoint.config) if "/" in name), None)
+    if kernel is not None:
+        raise OptionError(
+            f"{checkpoint.path / CONFIG} wants {kernel[:200]!r}, code of the Hub, which is never run",
+            remedy="take that out of the file; attn_implementation= has transformers use another",
+        )
+    try:
+        return AutoConfig.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # as in `build`
+        raise _no_model(checkpoint, error) from error
+
+
+def _implementations(part: object) -> Iterator[str]:
+    """What a configuration, or one within it, has transformers compute with: of its own, or a kernel to be downloaded."""
+    if isinstance(part, Mapping):
+        for key, value in part.items():
+            if str(key).strip("_").removesuffix("_internal") in ("attn_implementation", "experts_implementation"):
+                yield from (each for each in (value.values() if isinstance(value, Mapping) else [value]) if isinstance(each, str))
+            else:
+                yield from _implementations(value)
+    elif isinstance(part, list):
+        for value in part:
+            yield from _implementations(value)
+
+
+def _no_model(checkpoint: Checkpoint, error: Exception) -> OptionError:
+    said = " ".join(str(error).split())[:500]
+    return OptionError(
+        f"transformers makes no model of {checkpoint.path / CONFIG}: {type(error).__name__}: {said}",
+        remedy="download the file again, correct it, or give another dtype= or attn_implementation=",
+    )
 
 
 def _dtype(dtype: torch.dtype | str | None, config: Any, checkpoint: Checkpoint) -> torch.dtype:

@@ -40,6 +40,7 @@ def save_pretrained(tiered: Tiered, directory: str | os.PathLike[str], *, max_sh
         max_shard_size: Most bytes of tensors in one file.
 
     Raises:
+        OptionError: `directory` is none, or is the folder that the model was read from, whose files are never written.
         TrainingError: The model is neither of transformers nor of PEFT.
     """
     target = Path(directory)
@@ -52,11 +53,32 @@ def save_pretrained(tiered: Tiered, directory: str | os.PathLike[str], *, max_sh
         with _in_their_places(tiered, _trained(tiered)) as values:
             type(model).save_pretrained(model, os.fspath(target), state_dict=values)
     elif hasattr(model, "base_model_prefix") and hasattr(model, "config"):
+        _refuse_own_files(tiered, target)
         target.mkdir(parents=True, exist_ok=True)
         _save_whole(tiered, target, parse_size(max_shard_size, what="max_shard_size="))
     else:
         remedy = "commit, and take the weights out with `tierstore export`"
         raise TrainingError(f"{type(model).__name__} is a model of neither transformers nor PEFT", remedy=remedy)
+
+
+def _refuse_own_files(tiered: Tiered, target: Path) -> None:
+    """Blocks are read from there still, now or by an older commit.
+
+    Raises:
+        OptionError: The model's own files would be replaced.
+    """
+    model: Any = tiered.model
+    shards = list(tiered.store.engine.shards.values())
+    adopted = {Path(file.path) for shard in shards if shard.adopted is not None for file in shard.adopted.files}
+    real = target.resolve()
+    folders = {Path(model.config.name_or_path).resolve()} if model.config.name_or_path else set()
+    if real in folders | {file.parent for file in adopted} or any(old.resolve() in adopted for old in _replaced(target)):
+        raise OptionError(f"{target} is the folder of the model, whose files are never written", remedy="give another directory")
+
+
+def _replaced(target: Path) -> list[Path]:
+    """What of an earlier model is taken away."""
+    return [*target.glob("model-*-of-*.safetensors"), target / SINGLE, target / INDEX]
 
 
 def replace_saving(tiered: Tiered) -> None:
@@ -125,7 +147,7 @@ def _save_whole(tiered: Tiered, target: Path, most: int) -> None:
                 file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
             file.flush()
             os.fsync(file.fileno())
-    for old in [*target.glob("model-*-of-*.safetensors"), target / SINGLE, target / INDEX]:
+    for old in _replaced(target):
         old.unlink(missing_ok=True)
     for name in names:
         (target / f"{name}{TEMPORARY}").replace(target / name)

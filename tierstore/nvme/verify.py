@@ -49,7 +49,8 @@ class GenerationReport:
     Attributes:
         problem: Why the generation cannot be read at all.
         damaged: Blocks with something wrong, in the manifest's order.
-        unchecked: Blocks that were written with `checksum=False`: their payload was read, and there is nothing to compare it with.
+        unchecked: Blocks that were written with `checksum=False`, or adopted and not read before the commit: their payload was read, and
+            there is nothing to compare it with.
     """
 
     generation: int
