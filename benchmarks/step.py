@@ -51,7 +51,7 @@ PASSING_BYTES = 400_000_000
 """Of RAM, for what passes through where no state stays there."""
 
 EXTRA = {
-    f"state-in-ram-{quarters}/4": Regime(
+    f"state-in-ram-{quarters}-of-4": Regime(
         "350M",
         4_096,
         1_250_000_000,
@@ -131,13 +131,13 @@ def main(arguments: list[str] | None = None) -> int:
                 _forget(device)
             print(f"{name}: computing alone takes {computed[key].total:.3f} s", flush=True)
             _cap(device, None if options.quick else CAP_BYTES)
-            probe = Probe(device, directory / f"probe {name.replace('/', ' ')}" if regime.nvme else None)
+            probe = Probe(device, directory / f"probe {name}" if regime.nvme else None)
             try:
                 for clipped in (False, True):
                     once = not regime.trains or name == "all-on-nvme" or name in EXTRA
                     if (clipped and (options.unclipped or once)) or (options.clipped and not clipped):
                         continue
-                    file = f"{name.replace('/', '-')}-{'clipped' if clipped else 'unclipped'}.json"
+                    file = f"{name}-{'clipped' if clipped else 'unclipped'}.json"
                     timeline = options.timelines / file if options.timelines else None
                     measured = regimes.measure(
                         name,

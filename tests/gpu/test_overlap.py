@@ -34,8 +34,8 @@ class Stack(nn.Module):
         return x.square().mean()
 
 
-def train(steps: int, after_warm_up: Callable[[], None] = lambda: None) -> tuple[list[float], TierStore, list[torch.Tensor]]:
-    """Take steps with a device budget below half of the parameters. Returns their seconds, the closed store and the weights."""
+def train(steps: int, after_warm_up: Callable[[], None] = lambda: None) -> tuple[list[float], list[torch.Tensor]]:
+    """Take steps with a device budget below half of the parameters. Returns their seconds and the weights."""
     torch.manual_seed(0)
     model = Stack()
     seconds = []
@@ -61,7 +61,7 @@ def train(steps: int, after_warm_up: Callable[[], None] = lambda: None) -> tuple
         stats = store.stats()
         assert stats.tiers["gpu"].evictions > LAYERS * MEASURED
         assert stats.links["h2d"].bytes > MEASURED * 3 * LAYERS * LAYER_BYTES
-    return seconds, store, [tensor for block in weights for tensor in (block.values() if isinstance(block, dict) else [block])]
+    return seconds, [tensor for block in weights for tensor in (block.values() if isinstance(block, dict) else [block])]
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
@@ -73,7 +73,7 @@ def test_the_loop_synchronises_nowhere() -> None:
 
 
 def test_steps_overlap_and_equal_those_of_a_store_that_waits_for_every_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    overlapped, _, weights = train(MEASURED)
+    overlapped, weights = train(MEASURED)
     start = CudaCopies.start
 
     def wait(self: CudaCopies, *arguments: object) -> None:
@@ -82,7 +82,7 @@ def test_steps_overlap_and_equal_those_of_a_store_that_waits_for_every_copy(monk
         torch.cuda.synchronize()
 
     monkeypatch.setattr(CudaCopies, "start", wait)
-    serial, _, serial_weights = train(MEASURED)
+    serial, serial_weights = train(MEASURED)
     assert all(torch.equal(one, other) for one, other in zip(weights, serial_weights, strict=True))
     ratio = statistics.median(overlapped) / statistics.median(serial)
     print(f"overlapped / serial: {ratio:.3f}")
