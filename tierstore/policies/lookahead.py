@@ -36,6 +36,26 @@ CHANGE = 1.5
 """The time between accesses must change by this factor to be planned for anew."""
 
 
+class Mean:
+    """Of values that repeat with a period.
+
+    Attributes:
+        last: Over the last whole period; None before there was one.
+    """
+
+    def __init__(self) -> None:
+        self.last: float | None = None
+        self._sum = 0.0
+        self._count = 0
+
+    def add(self, value: float, period: int) -> None:
+        self._sum += value
+        self._count += 1
+        if self._count >= period:
+            self.last = self._sum / self._count
+            self._sum, self._count = 0.0, 0
+
+
 class Lookahead(PolicyBase):
     """The default policy.
 
@@ -52,6 +72,7 @@ class Lookahead(PolicyBase):
         self._planned_epoch = -1
         self._planned_seconds = 0.0
         self._planned_at = 0
+        self._pace = Mean()
         self._thought = 0  # steps that the last plan took
         self._num_plans = 0  # since the period was recognised
         self._thinking: Iterator[dict[Tier, Choice] | None] | None = None
@@ -67,6 +88,7 @@ class Lookahead(PolicyBase):
                 if ranking.cursor < self.forecast.now:
                     ranking.move(True)
         if self.forecast.known:
+            self._pace.add(self.view.seconds_between, self.forecast.period or 1)
             self._think()
 
     def touched(self, block: BlockId, tier: Tier) -> None:
@@ -168,7 +190,7 @@ class Lookahead(PolicyBase):
             return
         if self._thinking is None:
             self._planned_epoch = self.epoch
-            self._planned_seconds = self.view.seconds_between
+            self._planned_seconds = self._seconds_between
             self._thought = 0
             self._num_plans += 1
             self._thinking = self._plan()
@@ -183,9 +205,14 @@ class Lookahead(PolicyBase):
                 self._adopt(choices)
                 return
 
+    @property
+    def _seconds_between(self) -> float:
+        """On average over a period: forward and backward passes compute for different times between two accesses."""
+        return self.view.seconds_between if self._pace.last is None else self._pace.last
+
     def _outdated(self) -> bool:
         """Whether computing takes another time than was planned with. Each plan is to last longer, until one costs a step per access."""
-        seconds, planned = max(self.view.seconds_between, 1e-9), max(self._planned_seconds, 1e-9)
+        seconds, planned = max(self._seconds_between, 1e-9), max(self._planned_seconds, 1e-9)
         rest = self._thought if self._num_plans >= RESTLESS else self._thought >> (RESTLESS - self._num_plans)
         return not planned / CHANGE <= seconds <= CHANGE * planned and self.forecast.now - self._planned_at >= rest
 

@@ -9,6 +9,7 @@ single) is used differs in the last bit, so it is resolved once, as torch does f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,20 +73,20 @@ def cut(
     block: WeightBlock,
     weights: Collection[Weight],
     bytes_per_element: Callable[[Weight], float],
-    limit_bytes: int,
+    limit_bytes: float,
     *,
     ranges: Collection[Weight],
 ) -> list[list[Piece]]:
     """Pieces of a block's weights, chunk by chunk.
 
-    Chunks are filled to the limit, a weight that may be cut going on in the next one: all of one size, they take each other's places on
-    the device, and none is moved to make room for a larger one.
+    Chunks are filled to the limit, a weight that may be cut going on in the next one. What could not be filled, as ranges begin at
+    multiples of `ALIGN`, is added to the next: where the limit is an even share of the block, chunks differ by a few bytes only.
 
     Args:
         block: The block.
         weights: Those of it to cut.
         bytes_per_element: What one element of a weight takes in a chunk.
-        limit_bytes: What a chunk takes at most, where that is possible.
+        limit_bytes: What a chunk takes at most, but for `ALIGN` elements, where that is possible.
         ranges: Those that may be cut into flat ranges.
     """
     chunks: list[list[Piece]] = []
@@ -94,31 +95,41 @@ def cut(
         if weight not in weights:
             continue
         each = max(bytes_per_element(weight), 1e-9)
-        pieces = [Piece(weight)]
-        if weight in ranges and weight.numel * each > room:
-            pieces = _ranges(weight, int(room / each), int(limit_bytes / each))
-        for piece in pieces:
-            need = piece.numel * each
-            if need > room or not chunks:
+        start = 0
+        while start < weight.numel or not start:
+            left = weight.numel - start
+            cuttable = weight in ranges and left * each > room
+            if not chunks or (left * each > room and not (cuttable and room >= ALIGN * each)):
                 chunks.append([])
-                room = float(limit_bytes)
-            chunks[-1].append(piece)
-            room -= need
+                room = limit_bytes + (room if room < ALIGN * each else 0.0)
+            stop = weight.numel
+            if weight in ranges and left * each > room:
+                stop = start + max(ALIGN, int(room / each) // ALIGN * ALIGN)
+            if weight.numel - stop <= 1:  # the state of one element could not be told from a number
+                stop = weight.numel
+            whole = not start and stop == weight.numel
+            chunks[-1].append(Piece(weight) if whole else Piece(weight, start, stop))
+            room -= (stop - start) * each
+            start = stop
+            if not weight.numel:
+                break
     return chunks
 
 
-def _ranges(weight: Weight, first: int, most: int) -> list[Piece]:
-    """A weight in ranges of at most so many elements, the first of which may be shorter; none of them a single element.
+def even_share(sizes: Collection[float], limit_bytes: int) -> float:
+    """A limit for `cut` that most of the bytes can be cut by evenly.
 
-    The state of one element could not be told from a number.
+    Chunks of one size take each other's places, on the device and in RAM, and none is moved to make room for a larger one.
+
+    Args:
+        sizes: What all chunks of each block take.
+        limit_bytes: What one may take.
     """
-    length = max(ALIGN, most // ALIGN * ALIGN)
-    starts = [0, *range(first // ALIGN * ALIGN or length, weight.numel, length)]
-    if weight.numel - starts[-1] == 1 and len(starts) > 1:
-        starts.pop()
-    if len(starts) == 1:
-        return [Piece(weight)]
-    return [Piece(weight, start, stop) for start, stop in zip(starts, [*starts[1:], weight.numel], strict=True)]
+    alike: dict[float, float] = {}
+    for size in sizes:
+        alike[size] = alike.get(size, 0.0) + size
+    most = max(alike, key=lambda size: (alike[size], size), default=0.0)
+    return most / math.ceil(most / limit_bytes) + 1.0 if most > limit_bytes else limit_bytes  # a byte for what is rounded off
 
 
 class Stepper:

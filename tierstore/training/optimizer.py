@@ -33,7 +33,7 @@ from torch import Tensor
 
 from tierstore.catalog import PAGE, TENSOR_ALIGNMENT, round_up
 from tierstore.errors import CapacityError, OptionError, TrainingError
-from tierstore.training.chunks import MASTER, PREFIX, Chunk, Stepper, cut
+from tierstore.training.chunks import MASTER, PREFIX, Chunk, Stepper, cut, even_share
 from tierstore.training.gradients import Part, Sums
 from tierstore.training.instances import Factory, Hyper, Rehearsal, in_group, may_change, own_options
 from tierstore.training.layers import Tiered
@@ -254,11 +254,19 @@ class TieredOptimizer(torch.optim.Optimizer):
         device_bytes = self.tiered.buffers.device_bytes
         blocks = list(dict.fromkeys(weight.block for weight in self._weights))
         self._check_fit(blocks, device_bytes)
+        limit = self._limit(blocks, device_bytes)
         for block in blocks:
-            self._chunks[block] = chunks = self._cut_block(block, chunk_bytes(device_bytes))
+            self._chunks[block] = chunks = self._cut_block(block, limit)
             self.tiered.cut_gradients(block, self, [chunk.pieces for chunk in chunks])
 
-    def _cut_block(self, block: WeightBlock, limit: int) -> list[Chunk]:
+    def _limit(self, blocks: Collection[WeightBlock], device_bytes: int) -> float:
+        """What a chunk takes at most."""
+        sizes = dict.fromkeys(blocks, 0.0)
+        for weight in self._weights:
+            sizes[weight.block] += weight.numel * self._bytes_per_element(weight)
+        return even_share(sizes.values(), chunk_bytes(device_bytes))
+
+    def _cut_block(self, block: WeightBlock, limit: float) -> list[Chunk]:
         chunks: list[Chunk] = []
         for group in range(len(self.param_groups)):
             mine = {weight for weight, number in self._weights.items() if number == group and weight.block is block}
@@ -284,14 +292,15 @@ class TieredOptimizer(torch.optim.Optimizer):
             CapacityError: With what would do: on a larger device chunks are larger, and need more.
         """
 
-        def largest(limit: int) -> Chunk:
+        def largest(device_bytes: int) -> Chunk:
+            limit = self._limit(blocks, device_bytes)
             return max((chunk for block in blocks for chunk in self._cut_block(block, limit)), key=self._need)
 
-        chunk = largest(chunk_bytes(device_bytes))
+        chunk = largest(device_bytes)
         enough = self._need(chunk)
         if enough <= device_bytes:
             return
-        while (need := self._need(largest(chunk_bytes(enough)))) > enough:
+        while (need := self._need(largest(enough))) > enough:
             enough = need
         weight = max(chunk.pieces, key=lambda piece: piece.numel).weight
         remedy = "raise gpu=, or name smaller modules in layers="
