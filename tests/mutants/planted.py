@@ -250,8 +250,15 @@ MUTANTS = (
     Mutant(
         "a model file that has changed is not told at opening",
         RECOVERY,
-        "    if not different:\n        return\n",
-        "    if True:\n        return\n",
+        "    if different:\n        blocks = [",
+        "    if False:\n        blocks = [",
+        suite=ADOPT,
+    ),
+    Mutant(
+        "a model file that had another header at opening is read",
+        MODELS,
+        "        if not shard.header_unverified:\n",
+        "        if True:\n",
         suite=ADOPT,
     ),
     Mutant(

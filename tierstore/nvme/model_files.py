@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from tierstore.catalog import FILLER_PREFIX
 from tierstore.errors import ModelFileError, OptionError, ShardError
@@ -21,7 +21,6 @@ from tierstore.nvme.checksums import checksum
 from tierstore.nvme.files import Files, FileStat
 from tierstore.nvme.safetensors import LENGTH_BYTES, Header, header_length, parse_header, read_object
 from tierstore.nvme.shards import io_error
-from tierstore.threads import StalledError
 
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
@@ -267,43 +266,36 @@ def _damaged(path: str, error: ShardError) -> ModelFileError:
     return ModelFileError(f"{path}: {error.problem}", need=error.need, have=error.have, remedy=UNCHANGED, **details)
 
 
-async def changes(files: Files, listed: Iterable[ModelFile], *, headers: bool) -> dict[str, str]:
-    """What is different about model files by now: one clause each, by path.
+async def look_again(files: Files, file: ModelFile) -> ModelFile | str:
+    """A model file as it is now; or one clause that says what is different, if its tensors need not be what they were.
 
-    Args:
-        files: The file system.
-        listed: As they were.
-        headers: Read their headers too.
-
-    Raises:
-        TransferError: It cannot be told.
+    A time alone means nothing: a copy of a folder, or a restored backup, has another. Then the header is read and compared, and
+    whoever reads payloads compares these with their checksums. A file that cannot be looked at counts as different.
     """
-    found: dict[str, str] = {}
-    for file in dict.fromkeys(listed):
-        what = difference(file, await look(files, file.path))
-        if what is None and headers:
-            try:
-                data = await files.load(file.path, file.header_bytes)
-            except StalledError as error:
-                raise io_error(error, "reading the header of a model file", path=file.path) from error
-            except OSError as error:
-                what = f"cannot be read ({error.strerror or error})"
-            else:
-                what = None if await files.work(checksum, data) == file.header_sum else "has another header"
-        if what is not None:
-            found.setdefault(file.path, what)
-    return found
+    try:
+        status = await look(files, file.path)
+        what = difference(file, status, time=False)
+        if what is not None or status is None:
+            return what or "is gone"
+        data = await files.load(file.path, file.header_bytes)
+        if await look(files, file.path) != status:
+            return "is being written to"
+    except OSError as error:
+        return f"cannot be read ({error.strerror or error})"
+    if await files.work(checksum, data) != file.header_sum:
+        return "has another header than it had when it was adopted"
+    return replace(file, modified_ns=status.modified_ns)
 
 
-def difference(file: ModelFile, status: FileStat | None) -> str | None:
-    """What a look at the name alone tells: one clause, or None."""
+def difference(file: ModelFile, status: FileStat | None, *, time: bool = True) -> str | None:
+    """What a look at the name alone tells: one clause, or None. Whether `time` counts depends on who asks: see `look_again`."""
     if status is None:
         return "is gone"
     if not status.regular:
         return "is no plain file any more"
     if status.nbytes != file.nbytes:
         return f"has {status.nbytes} bytes instead of {file.nbytes}"
-    if status.modified_ns != file.modified_ns:
+    if time and status.modified_ns != file.modified_ns:
         return "was written to since it was adopted"
     return None
 
@@ -314,7 +306,8 @@ def changed(path: str, what: str, *, block: str | None, remedy: str | None = Non
     return ModelFileError(
         f"{whose} {path}, which {what}",
         need="the file as it was adopted",
-        remedy=remedy or "put it back as it was; or delete() the block, and adopt() the new file",
+        remedy=remedy
+        or "put it back as it was, or open the store anew if its content is the same; or delete() the block, and adopt() the file",
         path=path,
         block=block,
         **details,
