@@ -113,7 +113,8 @@ class Run:
         self._steps = steps
         self._padding = padding
         self._console = console
-        self._tuning = Tuning(store, options.model, recipe, steps, options.activations)
+        longest = max(len(sample.tokens) for each in (samples, held_out) if each is not None for sample in each.samples)
+        self._tuning = Tuning(store, options.model, recipe, steps, options.activations, longest=longest)
         if self._tuning.resumed is None:
             self._record = Record(recipe.to_json(), steps, samples.digest, str(options.model.resolve()), self._tuning.by_pieces)
         else:
