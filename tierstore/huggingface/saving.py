@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from tierstore.catalog import ITEM_BYTES
-from tierstore.errors import OptionError, TrainingError
+from tierstore.errors import OptionError, TrainingError, TransferError
 from tierstore.huggingface.checkpoint import INDEX, SINGLE
 from tierstore.nvme.safetensors import LENGTH_BYTES
 from tierstore.tiers.device import NAMES
@@ -42,6 +43,7 @@ def save_pretrained(tiered: Tiered, directory: str | os.PathLike[str], *, max_sh
     Raises:
         OptionError: `directory` is none, or is the folder that the model was read from, whose files are never written.
         TrainingError: The model is neither of transformers nor of PEFT.
+        TransferError, OSError: A file cannot be written.
     """
     target = Path(directory)
     if target.exists() and not target.is_dir():
@@ -51,7 +53,12 @@ def save_pretrained(tiered: Tiered, directory: str | os.PathLike[str], *, max_sh
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         target.mkdir(parents=True, exist_ok=True)
         with _in_their_places(tiered, _trained(tiered)) as values:
-            type(model).save_pretrained(model, os.fspath(target), state_dict=values)
+            try:
+                type(model).save_pretrained(model, os.fspath(target), state_dict=values)
+            except SafetensorError as error:  # what the system refuses, too
+                raise TransferError(
+                    f"{target}: the adapters cannot be written ({error})", remedy="make room, or give another place"
+                ) from error
     elif hasattr(model, "base_model_prefix") and hasattr(model, "config"):
         _refuse_own_files(tiered, target)
         target.mkdir(parents=True, exist_ok=True)
