@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import struct
 from collections.abc import Callable
@@ -23,6 +24,8 @@ from tierstore.training import TieredOptimizer
 transformers = pytest.importorskip("transformers")
 
 from tierstore.huggingface import from_pretrained, save_pretrained  # noqa: E402  # needs transformers
+
+posix = pytest.mark.skipif(os.name == "nt", reason="links need a privilege there")
 
 
 def opened(folder: Path, directory: Path | None) -> TierStore:
@@ -347,7 +350,7 @@ def test_an_index_that_leads_astray(tmp_path: Path) -> None:
     folder = save("llama", tmp_path / "model", max_shard_size="60KB")
     index = folder / "model.safetensors.index.json"
     good = json.loads(index.read_text(encoding="utf-8"))
-    for name, match in (("../outside.safetensors", "outside of the folder"), ("model-9.safetensors", "not there")):
+    for name, match in (("../outside.safetensors", "outside of its folder"), ("model-9.safetensors", "not there")):
         (tmp_path / "outside.safetensors").write_bytes((folder / good["weight_map"]["model.norm.weight"]).read_bytes())
         index.write_text(json.dumps({"weight_map": {**good["weight_map"], "model.norm.weight": name}}), encoding="utf-8")
         refused(folder, tmp_path, ModelFileError, match)
@@ -356,6 +359,63 @@ def test_an_index_that_leads_astray(tmp_path: Path) -> None:
     refused(folder, tmp_path, ModelFileError, "which it has not")
     index.write_text("[]", encoding="utf-8")
     refused(folder, tmp_path, ModelFileError, "not a JSON object")
+
+
+@posix
+@pytest.mark.parametrize("name", ["model.safetensors", "other.safetensors", "config.json"])
+def test_a_link_that_leads_out_of_the_folder(name: str, tmp_path: Path) -> None:
+    folder = save("llama", tmp_path / "model")
+    source = "model.safetensors" if name != "config.json" else name
+    (tmp_path / "elsewhere").mkdir()
+    (folder / source).rename(tmp_path / "elsewhere" / source)
+    (folder / name).symlink_to(tmp_path / "elsewhere" / source)
+    error = refused(folder, tmp_path, ModelFileError, "is a link that leads out of its folder")
+    assert str(folder / name) in str(error)
+    assert str(tmp_path / "elsewhere" / source) in str(error)
+    (folder / name).unlink()
+    (tmp_path / "elsewhere" / source).rename(folder / "within")
+    (folder / name).symlink_to("within")
+    with opened(folder, tmp_path / "store2") as store:
+        compare(folder, store) if name != "other.safetensors" else from_pretrained(folder, store)
+
+
+@posix
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "a shard"])
+def test_a_link_of_many_files_that_leads_out_of_the_folder(name: str, tmp_path: Path) -> None:
+    folder = save("llama", tmp_path / "model", max_shard_size="60KB")
+    victim = folder / name if name != "a shard" else sorted(folder.glob("model-*.safetensors"))[1]
+    victim.rename(tmp_path / "outside")
+    victim.symlink_to("../outside")
+    error = refused(folder, tmp_path, ModelFileError, "is a link that leads out of its folder")
+    assert str(victim) in str(error)
+    assert str(tmp_path / "outside") in str(error)
+
+
+@posix
+@pytest.mark.parametrize("size", ["5GB", "60KB"])
+def test_a_snapshot_of_the_hugging_face_cache(size: str, tmp_path: Path) -> None:
+    """Its files are links to blobs beside it; the folder itself may be come to by links of the user's own."""
+    folder = save("llama", tmp_path / "model", max_shard_size=size)
+    home = tmp_path / "hub" / "models--org--name"
+    (home / "blobs").mkdir(parents=True)
+    (home / "snapshots" / "0123").mkdir(parents=True)
+    for number, file in enumerate(sorted(folder.iterdir())):
+        file.rename(home / "blobs" / f"{number:040x}")
+        (home / "snapshots" / "0123" / file.name).symlink_to(f"../../blobs/{number:040x}")
+    (tmp_path / "mine").symlink_to(home / "snapshots" / "0123")
+    for number, path in enumerate((home / "snapshots" / "0123", tmp_path / "mine")):
+        total = sum(file.stat().st_size for file in (home / "blobs").iterdir())
+        with TierStore(gpu=total // 2, ram=ram_for(int(total * 0.6)), nvme=tmp_path / f"store{number}", device="cpu") as store:
+            compare(path, store)
+            assert adopted(store) == len(store)
+    link = home / "snapshots" / "0123" / "config.json"
+    link.unlink()
+    other = tmp_path / "hub" / "models--org--other" / "blobs"
+    other.mkdir(parents=True)
+    (home / "blobs" / f"{0:040x}").rename(other / "config")
+    link.symlink_to("../../../models--org--other/blobs/config")
+    with TierStore(gpu="1MB", ram="2MB", device="cpu") as store, pytest.raises(ModelFileError, match="leads out of its folder"):
+        from_pretrained(home / "snapshots" / "0123", store)  # another repository's
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -136,6 +137,17 @@ def test_a_prompt_that_is_longer_than_the_table_is_refused(tmp_path: Path) -> No
     result = generate(folder, "assert " * 90, "--max-new-tokens", "1")
     assert result.exit_code == 1
     assert "shorter prompt" in result.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege there")
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json"])
+def test_a_tokenizer_that_is_a_link_out_of_the_folder(name: str, folder: Path, tmp_path: Path) -> None:
+    (folder / name).rename(tmp_path / "elsewhere")
+    (folder / name).symlink_to(tmp_path / "elsewhere")
+    result = generate(folder, "The")
+    assert result.exit_code == 1
+    assert "leads out of its folder" in result.stderr
+    assert str(folder / name) in result.stderr
 
 
 def test_no_tokenizer(tmp_path: Path) -> None:

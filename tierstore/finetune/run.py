@@ -18,6 +18,7 @@ from tierstore.finetune.plan import check, describe, make_plan
 from tierstore.finetune.record import Record, StepLog, check_same
 from tierstore.finetune.tuning import Tuning
 from tierstore.hardware import resolve_device
+from tierstore.huggingface.checkpoint import GENERATION, TOKENIZER_FILES
 from tierstore.huggingface.generating import load_tokenizer, silence
 from tierstore.huggingface.models import require
 from tierstore.huggingface.saving import save_pretrained
@@ -26,12 +27,6 @@ from tierstore.training.progress import Progress, progress
 from tierstore.units import format_duration
 
 PICTURE = "loss.png"
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
-    *("tokenizer.model", "vocab.txt", "spiece.model", "chat_template.jinja", "chat_template.json", "generation_config.json"),
-)
-"""What a model folder has of its tokenizer, and the settings of generation."""
-
 FINISHED, INTERRUPTED = 0, 130
 
 
@@ -214,7 +209,7 @@ class Run:
         save_pretrained(self._tuning.tiered, output)
         for name in TOKENIZER_FILES:
             source = self._options.model / name
-            if source.is_file() and not (name == "generation_config.json" and self._recipe.lora_rank is not None):
+            if source.is_file() and not (name == GENERATION and self._recipe.lora_rank is not None):
                 shutil.copyfile(source, output / name)
         entries = log.entries()
         if self._options.plot:

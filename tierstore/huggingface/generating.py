@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from tierstore.errors import OptionError
-from tierstore.huggingface.checkpoint import check_folder
+from tierstore.huggingface.checkpoint import CONFIG, TOKENIZER_FILES, check_folder, check_links
 from tierstore.huggingface.models import from_pretrained, require
 from tierstore.huggingface.positions import check_positions, num_positions
 from tierstore.sync import TierStore
@@ -141,8 +141,10 @@ def load_tokenizer(folder: Path) -> Any:
 
     Raises:
         OptionError: No such folder, or it has no tokenizer, or one that only code in the folder could make.
+        ModelFileError: A file of it is a link that leads out of the folder.
     """
     check_folder(folder)  # transformers would look for another model of that name in its cache
+    check_links(folder, (CONFIG, *TOKENIZER_FILES))
     from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: PLC0415  # of an extra
 
     try:

@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from tierstore.errors import OptionError, TensorError
-from tierstore.huggingface.checkpoint import CONFIG, Checkpoint
+from tierstore.huggingface.checkpoint import CONFIG, GENERATION, Checkpoint
 
 logger = transformers_logging.get_logger("transformers.modeling_utils")
 
@@ -278,7 +278,7 @@ def _finish(model: PreTrainedModel, checkpoint: Checkpoint, origins: dict[str, O
     type(model)._finalize_model_loading(model, loading, info)
     model.all_tied_weights_keys.update(tied)
     model.eval()
-    if model.can_generate() and (checkpoint.path / "generation_config.json").is_file():
+    if model.can_generate() and (checkpoint.path / GENERATION).is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.path, local_files_only=True)
 
 

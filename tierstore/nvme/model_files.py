@@ -79,7 +79,7 @@ async def survey(files: Files, path: str | os.PathLike[str]) -> Model:
     tensors: list[FoundTensor] = []
     home: dict[str, str] = {}
     for name in listed:
-        real = where if name == where else _inside(where, name)
+        real = where if name == where else inside(where, name)
         wanted = next((tensor for tensor, home_name in placed.items() if home_name == name), None) if placed else None
         file, header = await read_file(files, real, name=name, tensor=wanted)
         for tensor in header.tensors:
@@ -168,7 +168,7 @@ async def _files_of(files: Files, folder: str) -> tuple[list[str], Mapping[str, 
 
 
 async def _read_index(files: Files, folder: str) -> Mapping[str, str]:
-    path = _inside(folder, INDEX)
+    path = inside(folder, INDEX)
     status = await look(files, path)
     if status is None or not status.regular or status.nbytes > MAX_INDEX_BYTES:
         have = "nothing" if status is None else f"{status.nbytes} bytes" if status.regular else "something else"
@@ -181,7 +181,16 @@ async def _read_index(files: Files, folder: str) -> Mapping[str, str]:
         raise io_error(error, "reading the index", path=path) from error
     except ShardError as error:
         raise _damaged(path, error) from error
-    placed = fields.get("weight_map")
+    return places(fields, path)
+
+
+def places(index: Mapping[str, object], path: str) -> Mapping[str, str]:
+    """Which file of a folder has each tensor, as its index says. See [Note: What a folder may name].
+
+    Raises:
+        ModelFileError: It does not say, or names what is not in the folder.
+    """
+    placed = index.get("weight_map")
     if not isinstance(placed, dict) or not placed or not all(isinstance(name, str) for name in placed.values()):
         raise ModelFileError(f"{path} has no weight_map of names to files", remedy=UNCHANGED, path=path)
     for tensor, name in placed.items():
@@ -202,8 +211,12 @@ def _parse_index(data: bytes) -> dict[str, object]:
     return read_object(data, what="index")
 
 
-def _inside(folder: str, name: str) -> str:
+def inside(folder: str, name: str) -> str:
     """The real path of a folder's file. See [Note: What a folder may name].
+
+    Args:
+        folder: Where its own links lead.
+        name: Below it.
 
     Raises:
         ModelFileError: A link leads out of the folder.
@@ -218,7 +231,7 @@ def _inside(folder: str, name: str) -> str:
             f"{os.path.join(folder, name)} is a link that leads out of its folder",
             need="a file of the folder, or of the Hugging Face cache that the folder belongs to",
             have=real,
-            remedy="adopt that file itself, or the folder in which it lies, if you trust where it leads",
+            remedy="if you trust where it leads, put a copy into the folder, or adopt that file itself",
             path=real,
         )
     return real
