@@ -254,6 +254,16 @@ def test_the_folder_of_the_model_is_not_written_to(folder: Path, text: Path, tmp
 # -- options from a file --------------------------------------------------------------------------------------------------------
 
 
+def test_a_model_is_not_written_beside_adapters(folder: Path, text: Path, tmp_path: Path) -> None:
+    """Told before the training, and not behind it."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "adapter_config.json").write_text("{}", encoding="utf-8")
+    result = finetune(folder, text, tmp_path, "--steps", "1", "--full", gpu_share=0.9)
+    assert result.exit_code == 1
+    assert "adapter_config.json" in result.stderr
+    assert not list((tmp_path / "store").glob("*.safetensors"))
+
+
 def test_options_may_come_from_a_file(folder: Path, text: Path, tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     total = weight_bytes(folder)

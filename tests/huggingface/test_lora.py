@@ -16,7 +16,7 @@ from tests.huggingface.folders import contents, ram_for, save, tokens, weight_by
 from tests.training.harness import same
 from tierstore import TierStore
 from tierstore.cli import main
-from tierstore.errors import ModelFileError, TrainingError
+from tierstore.errors import ModelFileError, OptionError, TrainingError
 from tierstore.training import TieredOptimizer, attach
 
 transformers = pytest.importorskip("transformers")
@@ -162,6 +162,25 @@ def test_adapters_are_to_be_had_whatever_became_of_the_model(how: str, tmp_path:
     values = {key: value for block in expected.values() for key, value in block.items()}
     assert exported.keys() == values.keys()
     assert all(same(exported[key], value) for key, value in values.items())
+
+
+def test_a_model_is_not_saved_beside_adapters(tmp_path: Path) -> None:
+    """What loads them looks for the model that adapter_config.json names, and not for the one beside it."""
+    folder = save("llama", tmp_path / "model")
+    out = tmp_path / "out"
+    with TierStore(**budgets(folder), nvme=tmp_path / "store") as store:
+        _, tiered = from_pretrained(folder, store, adapt=with_lora())
+        save_pretrained(tiered, out)
+        save_pretrained(tiered, out)  # over themselves they may
+    before = contents(out)
+    with TierStore(**budgets(folder), nvme=tmp_path / "store2") as store:
+        model, tiered = from_pretrained(folder, store)
+        with pytest.raises(OptionError, match="adapter_config") as caught:
+            model.save_pretrained(out)
+        assert str(out) in str(caught.value)
+        assert contents(out) == before
+        save_pretrained(tiered, tmp_path / "other")
+    assert same(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "other")(tokens()).logits, resident(folder)(tokens()).logits)
 
 
 def test_modules_to_save_begin_as_what_they_copy(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from tierstore.hardware import resolve_device
 from tierstore.huggingface.checkpoint import GENERATION, TOKENIZER_FILES
 from tierstore.huggingface.generating import load_tokenizer, silence
 from tierstore.huggingface.models import require
-from tierstore.huggingface.saving import save_pretrained
+from tierstore.huggingface.saving import refuse_adapters, save_pretrained
 from tierstore.sync import TierStore
 from tierstore.training.progress import Progress, progress
 from tierstore.units import format_duration
@@ -60,6 +60,8 @@ def run(options: Options, console: Console) -> int:
                 check_same(
                     Record.from_json(store.committed.metadata), recipe, steps, data=samples.digest, model=str(options.model.resolve())
                 )
+            if recipe.lora_rank is None:
+                refuse_adapters(options.output)
             this = Run(store, options, recipe, samples, held_out, steps, padding, console)
             this.carry_out()
             return FINISHED

@@ -25,6 +25,8 @@ from tierstore.nvme.shards import io_error
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
 SUFFIX = ".safetensors"
+ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+"""What PEFT leaves: libraries load the model that these name, and not one that lies beside them."""
 MAX_INDEX_BYTES = 1 << 27
 
 _NUMBERS = re.compile(r"([0-9]{1,18})")
