@@ -300,6 +300,64 @@ def test_code_that_a_configuration_names_is_never_fetched(key: str, value: objec
         from_pretrained(folder, store)
 
 
+@pytest.fixture
+def fetched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """As with the package `kernels` installed: what transformers would download and run."""
+    names: list[str] = []
+
+    def fetch(name: str, *_: object, **__: object) -> object:
+        names.append(name)
+        raise ImportError(f"{name} would have been fetched")
+
+    for module in ("modeling_utils", "integrations.hub_kernels"):
+        monkeypatch.setattr(f"transformers.{module}.is_kernels_available", lambda: True)
+    for place in ("modeling_utils.lazy_import_flash_attention", "integrations.hub_kernels.get_kernel"):
+        monkeypatch.setattr(f"transformers.{place}", fetch)
+    return names
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"])
+@pytest.mark.parametrize(
+    "value",
+    ["flash_attention_2", "flash_attention_3", {"": "flash_attention_2"}, "paged|flash_attention_2", "sonicmoe", "deepgemm"],
+    ids=str,
+)
+def test_what_may_be_fetched_is_not_taken_from_a_configuration(
+    key: str, value: object, fetched: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A plain name can stand for a kernel of the Hub, too. The model runs as it does without that line."""
+    folder = save("mixtral", tmp_path / "model")
+    expected = plain(folder)(tokens()).logits
+    change(folder, **{key: value})
+    with opened(folder, tmp_path / "store") as store, torch.no_grad():
+        model, _ = from_pretrained(folder, store)
+        assert model.config._attn_implementation in ("sdpa", "eager")
+        assert same(model(tokens()).logits, expected)
+    assert fetched == []
+    assert str(value if isinstance(value, str) else value[""]) in caplog.text  # type: ignore[index]
+
+
+def test_what_the_user_asks_for_is_his(fetched: list[str], tmp_path: Path) -> None:
+    folder = save("llama", tmp_path / "model")
+    change(folder, attn_implementation="someone/kernel")
+    with opened(folder, tmp_path / "store") as store:
+        model, _ = from_pretrained(folder, store, attn_implementation="eager")
+        assert model.config._attn_implementation == "eager"
+    assert fetched == []
+    with opened(folder, tmp_path / "store2") as store, pytest.raises(OptionError, match="flash-attn2 would have been fetched"):
+        from_pretrained(folder, store, attn_implementation="kernels-community/flash-attn2")
+    assert fetched == ["kernels-community/flash-attn2"]
+
+
+@pytest.mark.parametrize("name", ["eager", "sdpa"])
+def test_what_transformers_has_itself_is_taken_from_a_configuration(name: str, tmp_path: Path) -> None:
+    folder = save("llama", tmp_path / "model")
+    change(folder, attn_implementation=name)
+    with opened(folder, tmp_path / "store") as store:
+        model, _ = from_pretrained(folder, store)
+        assert model.config._attn_implementation == name
+
+
 @pytest.mark.parametrize(
     "changes",
     [

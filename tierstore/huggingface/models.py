@@ -67,7 +67,8 @@ def from_pretrained(
         model_class: A class of transformers, or an auto class. None: `AutoModelForCausalLM`.
         dtype: Of the weights; None: that of the configuration, as in transformers.
         layers: As in `attach`, and so are `micro_batch`, `activations` and `split`.
-        attn_implementation: As in transformers.
+        attn_implementation: As in transformers, which may fetch a kernel of that name. None: what the configuration says, if transformers
+            has it itself, else its default: a folder never has anything fetched.
 
     Returns:
         The model, in evaluation mode (call `train()` where dropout is wanted), and what holds it and the store together. Its
