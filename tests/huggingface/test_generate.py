@@ -63,6 +63,22 @@ def test_it_prints_the_text_that_transformers_gives(folder: Path) -> None:
     assert read > weight_bytes(folder) / 2
 
 
+def test_the_prompt_may_come_on_standard_input(folder: Path) -> None:
+    """The end of the line that was typed is none of it."""
+    total = weight_bytes(folder)
+    budgets = ["--gpu", str(total // 2), "--ram", str(ram_for(total // 2)), "--device", "cpu", "--max-new-tokens", "8"]
+    result = CliRunner().invoke(main, ["generate", str(folder), "-", *budgets], input="The assert statement\n")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.rstrip("\n") == expected(folder, "The assert statement", 8)
+
+
+def test_budgets_that_are_too_small_name_what_can_be_raised(folder: Path) -> None:
+    result = CliRunner().invoke(main, ["generate", str(folder), "The", "--gpu", "4KiB", "--ram", "1MB", "--device", "cpu"])
+    assert result.exit_code == 1
+    assert "larger than tier 'gpu'" in result.stderr
+    assert "To mend it: raise gpu=\n" in result.stderr, "and no argument that the command has not"
+
+
 def test_a_chat_and_a_draw(folder: Path, tmp_path: Path) -> None:
     options = ["--chat", "--max-new-tokens", "12", "--temperature", "0.8", "--seed", "3", "--nvme", str(tmp_path / "swap")]
     result = generate(folder, "What is an assert?", *options)

@@ -14,7 +14,7 @@ from rich.console import Console
 from tierstore.finetune import data as datas
 from tierstore.finetune.options import FinetuneError, Options, Recipe
 from tierstore.finetune.picture import draw, require_matplotlib
-from tierstore.finetune.plan import check, describe, make_plan
+from tierstore.finetune.plan import check, describe, make_plan, plural
 from tierstore.finetune.record import Record, StepLog, check_same
 from tierstore.finetune.tuning import Tuning
 from tierstore.hardware import resolve_device
@@ -221,5 +221,5 @@ class Run:
         self._commit()
         record = self._record
         what = "the adapters" if self._recipe.lora_rank is not None else "the model"
-        self._say(f"Done: {record.step} steps, loss {record.first:.4f} at first, {record.last:.4f} at last")
+        self._say(f"Done: {plural(record.step, 'step')}, loss {record.first:.4f} at first, {record.last:.4f} at last")
         self._say(f"Wrote {what} to {output} in {format_duration(time.monotonic() - started_s)}")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from tierstore.errors import OptionError, TensorError
+from tierstore.errors import OptionError, SizeError, TensorError
 from tierstore.huggingface.checkpoint import Checkpoint
 from tierstore.huggingface.hollow import Hollow, hollow, solid
 from tierstore.residency import Tier
@@ -224,7 +224,11 @@ class _Files(ModelFiles):
                 num_put,
                 len(structure.blocks),
             )
-        return store.adopt(self._checkpoint.source, layout=blocks.get) if blocks else ()
+        try:
+            return store.adopt(self._checkpoint.source, layout=blocks.get) if blocks else ()
+        except SizeError as error:
+            remedy = f"raise {error.tier}="  # what makes a block is the model's own
+            raise SizeError(error.problem, need=error.need, have=error.have, remedy=remedy, **error.details) from error
 
     def fill(self, modules: list[tuple[str, nn.Module]], weights: list[Weight]) -> None:
         from tierstore.huggingface.loading import convert  # noqa: PLC0415  # of an extra
