@@ -262,6 +262,13 @@ MUTANTS = (
         suite=ADOPT,
     ),
     Mutant(
+        "the room that adopted blocks pass through is given away",
+        "fitness.py",
+        "    if not passing or homes + need + passing <= capacity:\n",
+        "    if True:\n",
+        suite=ADOPT,
+    ),
+    Mutant(
         "a link may lead out of a model's folder",
         "nvme/model_files.py",
         "if not any(real.startswith(place + os.sep) for place in allowed):",
