@@ -269,6 +269,18 @@ def test_a_single_file_model_would_hide_the_export(directory: Path, tmp_path: Pa
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.safetensors"]
 
 
+@pytest.mark.parametrize("force", [[], ["--force"]])
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_adapters_beside_the_export_would_be_put_on_it(directory: Path, tmp_path: Path, name: str, force: list[str]) -> None:
+    """Libraries that find them load what they name instead. They are somebody's work, and not taken away."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("{}")
+    result = command(directory, tmp_path / "out", *force)
+    assert result.exit_code == 2
+    assert name in result.output
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
+
+
 def test_an_export_never_goes_into_the_store(directory: Path) -> None:
     before = sorted(os.listdir(directory))
     for out in (directory, directory / "inside", directory / ".." / directory.name):

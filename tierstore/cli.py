@@ -26,13 +26,43 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+DAMAGED, CANNOT = 1, 2
+"""Exit codes of those that look at a store's files: something is damaged; it could not be done at all (0: done, and good)."""
+
+ON_FILES = ("verify", "inspect", "export")
+
 MODELS = ("bytes", "smollm2")
 """What `demo --model` can train."""
 
 MODELS_HELP = "bytes: a transformer from scratch on Python's own sources. smollm2: fine-tunes SmolLM2-135M on Python's help topics."
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+class Commands(click.Group):
+    """Ends whatever the system refuses (no such place, no permission, a full drive) in one line that names the place."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise  # see `_printing`
+            raise (Cannot if ctx.invoked_subcommand in ON_FILES else click.ClickException)(in_words(error)) from error
+
+
+class Cannot(click.ClickException):
+    """Of the commands that look at a store's files."""
+
+    exit_code = CANNOT
+
+
+def in_words(error: OSError) -> str:
+    """What the system refuses, and where."""
+    if isinstance(error, TierstoreError) or error.strerror is None:
+        return str(error)
+    return f"{os.fsdecode(error.filename)}: {error.strerror}" if isinstance(error.filename, str | bytes) else error.strerror
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(package_name="tierstore")
 @click.option("-v", "--verbose", is_flag=True, help="Show what the store logs, not only its warnings.")
 def main(verbose: bool) -> None:
@@ -123,9 +153,6 @@ main.add_command(commands.finetune)
 
 
 # -- a store's directory, looked at without opening it ------------------------------------------------------------------------
-
-DAMAGED, CANNOT = 1, 2
-"""Exit codes: something is damaged; it could not be done at all (0: done, and good)."""
 
 
 def run_on_files(work: Callable[[LocalFiles], Coroutine[Any, Any, T]]) -> T:

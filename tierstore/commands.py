@@ -64,7 +64,7 @@ def generate(
     from tierstore.huggingface import generating
 
     if prompt == "-":
-        prompt = sys.stdin.read()
+        prompt = sys.stdin.read().removesuffix("\n")  # of the line that was typed; a model would go on on the next one
     options = generating.Options(
         model,
         prompt,

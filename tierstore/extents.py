@@ -3,7 +3,8 @@
 [Note: Homes]
 Without NVMe a block has its home in RAM: an extent that it keeps, from `put` to `delete`, so that what is dirty on the device can always
 leave it. An adopted block needs none: it comes from its model file again. Before it is written for the first time it gets one
-(`settle`), and no lease that writes is granted before that; from then on it is a block like any other.
+(`settle`), and no lease that writes is granted before that; from then on it is a block like any other. What still lies in its model file
+passes through RAM, so beside all homes there must be room for the largest of those: who would take that room is refused.
 
 Every change of a copy's state that takes or gives back an extent goes through here, so that arenas, records and the policy's view
 of what is resident never part.
@@ -12,7 +13,7 @@ of what is resident never part.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from tierstore.arena import Arena
 from tierstore.catalog import BlockId
@@ -106,6 +107,24 @@ class Extents:
     def backed(self, record: Record) -> bool:
         """Whether the block may be without an extent in RAM: there is a tier below, or it lies in a model file. See [Note: Homes]."""
         return self.has_nvme or record.nvme_version == record.version
+
+    def homes_bytes(self, besides: Collection[Record] = ()) -> int:
+        """Bytes in RAM, without NVMe, that nothing passes through: homes, what is held there, and what hangs. See [Note: Homes].
+
+        Args:
+            besides: Blocks that do not count.
+        """
+        staying = (
+            record.nbytes
+            for record in self.records.values()
+            if (record.hold is Tier.RAM or (record.ram.state is not State.ABSENT and not self.backed(record))) and record not in besides
+        )
+        return sum(staying) + sum(self.quarantined.values())
+
+    def passing_bytes(self, besides: Collection[Record] = ()) -> int:
+        """The largest block that passes through RAM, without NVMe, and has no place of its own there. See [Note: Homes]."""
+        passing = (record for record in self.records.values() if self.backed(record) and record.hold is not Tier.RAM)
+        return max((record.nbytes for record in passing if record not in besides), default=0)
 
     # -- blocks and their extents ----------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Set
 from tierstore.arena import pack
 from tierstore.errors import CapacityError, DeadlockError
 from tierstore.placement import Placement
-from tierstore.requests import Make, Owner, Place, Record, Request, Save, Use, claim, names_of
+from tierstore.requests import HostAccess, Make, Owner, Place, Record, Request, Save, Use, claim, names_of
 from tierstore.residency import State, Tier
 
 
@@ -41,6 +41,40 @@ def check_fits(placement: Placement, request: Request, owned: Collection[Record]
         have=f"{have} bytes beside held blocks ({held}) and the caller's own leases ({own_bytes})",
         remedy="release a lease, unhold() blocks, use smaller blocks or raise gpu=",
         tier="gpu",
+    )
+
+
+def takes_passage(placement: Placement, request: Request) -> CapacityError | None:
+    """The error for a request after which blocks that lie in model files could not pass through RAM any more. Without NVMe only.
+
+    Judged when nothing stands against the request any more: what was refused would have been, whoever waited.
+    """
+    if placement.has_nvme or not placement.has_models:
+        return None
+    if isinstance(request, Make):
+        homeless = {record for record in request.records if record.ram.state is State.ABSENT}
+    elif not isinstance(request, Use | HostAccess) or (isinstance(request, HostAccess) and request.removing):
+        return None
+    else:
+        _, writes = claim(request)
+        homeless = {record for record in request.records if record.id in writes and placement.backed(record)}
+    if not homeless:
+        return None
+    need = sum(record.nbytes for record in homeless)
+    passing, homes = placement.passing_bytes(homeless), placement.homes_bytes(homeless)
+    capacity = placement.arenas[Tier.RAM].capacity_bytes
+    if not passing or homes + need + passing <= capacity:
+        return None
+    names = names_of(request.records)
+    return CapacityError(
+        f"{names} would take the last room in RAM, which blocks in model files pass through"
+        if isinstance(request, Make)
+        else f"to write {names} would take the last room in RAM, which blocks in model files pass through",
+        need=f"{need} bytes to stay there, and {passing} for the largest other block to pass through",
+        have=f"{capacity - homes} bytes beside what is there for good",
+        remedy="raise ram=, delete() or unhold() blocks, or name a directory with nvme=",
+        tier="ram",
+        block=next(iter(homeless)).block.name,
     )
 
 

@@ -701,7 +701,11 @@ class Placement(Extents):
             return
         held = sum(other.nbytes for other in self.held.values() if other.hold is tier and other is not record) + record.nbytes
         largest = 0
-        if tier is Tier.RAM:
+        if tier is Tier.RAM and not self.has_nvme:
+            if not self.backed(record):
+                return  # it stays there anyhow
+            held, largest = self.homes_bytes([record]) + record.nbytes, self.passing_bytes([record])
+        elif tier is Tier.RAM:
             others = (other for other in self.records.values() if other is not record and other.hold is not tier)
             passing = (other.nbytes for other in others if self.backed(other))
             largest = max(passing, default=0)

@@ -33,7 +33,7 @@ from tierstore.catalog import Block, BlockId
 from tierstore.clock import Clock
 from tierstore.errors import BlockExistsError, BlockNotFoundError, CapacityError
 from tierstore.extents import MEMORY_TIERS
-from tierstore.fitness import Prospect, check_fits, deadlock, lacks_room, scattered
+from tierstore.fitness import Prospect, check_fits, deadlock, lacks_room, scattered, takes_passage
 from tierstore.leases import Leases, no_content
 from tierstore.placement import Placement
 from tierstore.requests import (
@@ -266,6 +266,18 @@ class Scheduler(Leases):
         """
         for block in blocks:
             self._check_new(block)
+        largest = max(blocks, key=lambda block: block.nbytes, default=None)
+        homes = 0 if self.placement.has_nvme else self.placement.homes_bytes()
+        capacity = self.placement.arenas[Tier.RAM].capacity_bytes
+        if largest is not None and largest.nbytes + homes > capacity:
+            raise CapacityError(
+                f"block {largest.name!r} could not pass through tier 'ram'",
+                need=f"{largest.nbytes} bytes",
+                have=f"{capacity - homes} bytes beside what is there for good",
+                remedy="raise ram=, delete() other blocks, or name a directory with nvme=",
+                block=largest.name,
+                tier="ram",
+            )
         records = [self.recover(block) for block in blocks]
         self.placement.has_models |= bool(records)
         for record in records:
@@ -406,7 +418,7 @@ class Scheduler(Leases):
             comes_from_device = isinstance(request, Place) and request.tier is Tier.RAM and not record.ram.valid
             if record.save_error is not None and (isinstance(request, Vacate) or comes_from_device):
                 return record.save_error
-        return None
+        return takes_passage(self.placement, request)
 
     def _try_serve(self, request: Request, protect: set[Record]) -> bool:
         """Serve a request without conflicts, or do what brings it nearer. A `Use` protects its own blocks too."""

@@ -6,6 +6,7 @@ import asyncio
 import random
 from dataclasses import dataclass, field
 
+from tests.crash import model
 from tests.crash.disk import EVERYTHING, NOTHING, CrashDisk, Survival
 from tests.crash.ledger import Ledger
 from tests.crash.life import PATH, Life, Plan
@@ -102,6 +103,7 @@ def new_disk(*, journaled: bool, seed: str, path: str = PATH) -> CrashDisk:
     """An empty drive, on which the directory has a place."""
     disk = CrashDisk(journaled=journaled, rng=random.Random(f"disk {seed}"))
     disk.directories.add(path)
+    model.place(disk)
     return disk
 
 
@@ -115,11 +117,12 @@ def described(error: Exception) -> str:
 
 
 async def _flip_bits(checker: Checker, disk: CrashDisk, life: Life, rng: random.Random) -> None:
-    """One bit at a time of what a life has left, in as many manifests as shards."""
+    """One bit at a time of what a life has left, in as many manifests as shards, and of the model."""
     kinds = [
         [path for path in disk.files if names.manifest_generation(name_of(path)) is not None],
         [path for path in disk.files if names.shard_number(name_of(path)) is not None and path.startswith(PATH) and life.plan.checksum],
         [path for path in disk.files if name_of(path) == names.CURRENT],
+        [model.MODEL],
     ]
     for paths in (rng.choice(kinds) for _ in range(FLIPS)):
         if paths:

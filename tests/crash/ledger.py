@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from tierstore.catalog import PAGE, Block, lay_out
+from tierstore.nvme.adopted import gaps
 
 
 @functools.lru_cache(4096)
@@ -23,13 +24,23 @@ def block_of(name: str, pages: int) -> Block:
 
 @dataclass(frozen=True)
 class Value:
-    """What a block holds."""
+    """What a block holds.
+
+    Attributes:
+        number, pages: Decide its bytes.
+        adopted: It lies in the model file, as there, with zeros between tensors.
+    """
 
     number: int
     pages: int
+    adopted: bool = False
 
-    def payload(self) -> bytes:
-        return payload_of(self.number, self.pages * PAGE)
+    def payload(self, name: str) -> bytes:
+        """Of a block of that name."""
+        found = payload_of(self.number, self.pages * PAGE)
+        for low, high in gaps(block_of(name, self.pages)) if self.adopted else ():
+            found = found[:low] + bytes(high - low) + found[high:]
+        return found
 
 
 State = Mapping[str, Value]

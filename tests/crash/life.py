@@ -7,12 +7,14 @@ import random
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
+from tests.crash import model
 from tests.crash.disk import CrashDisk
 from tests.crash.door import Door, Fault
 from tests.crash.ledger import Ledger, Value, block_of
 from tests.simulation.world import BrokenPromiseError
 from tierstore.catalog import PAGE, Block
 from tierstore.errors import ShardError, TierFullError, TierstoreError, TransferError
+from tierstore.nvme.checksums import checksum
 from tierstore.nvme.directory import Directory
 from tierstore.nvme.files import aligned_buffer
 from tierstore.nvme.names import CURRENT
@@ -113,14 +115,14 @@ class Life:
     async def act(self) -> None:
         """Anything that its user may do."""
         actions: list[Callable[[], Awaitable[None]]] = [self.write, self.write_many, self.delete, self.commit, self.commit_beside_writes]
-        actions += [self.link, self.give_up]
-        await self.rng.choices(actions, (5, 3, 1, 3, 4, 1, 1))[0]()
+        actions += [self.link, self.give_up, self.adopt, self.learn]
+        await self.rng.choices(actions, (5, 3, 1, 3, 4, 1, 1, 3, 1))[0]()
 
     # -- actions -----------------------------------------------------------------------------------------------------------------
 
     async def write(self, name: str | None = None) -> None:
         """A new value for a block, which may be a new one, or one of another size under the same name."""
-        name = name or self.rng.choice("abcde")
+        name = name or self.rng.choice(self.known)
         pages = self.values[name].pages if name in self.values and self.rng.random() < 0.9 else self.rng.randint(1, 3)
         if name in self.values and self.values[name].pages != pages:
             self.drop(name)
@@ -131,7 +133,7 @@ class Life:
         """Write what a block holds to the drive. If that fails, only its user has it."""
         old, value = self.shards.get(name), self.values[name]
         source = aligned_buffer(value.pages * PAGE)
-        source[:] = value.payload()
+        source[:] = value.payload(name)
         try:
             shard = await self.directory.write(self.block(name), source, old)
         except (TierFullError, TransferError) as error:
@@ -143,7 +145,7 @@ class Life:
         self.shards[name] = shard
 
     async def write_many(self) -> None:
-        await asyncio.gather(*(self.write(name) for name in self.rng.sample("abcde", self.rng.randint(2, 4))))
+        await asyncio.gather(*(self.write(name) for name in self.rng.sample(self.known, self.rng.randint(2, 4))))
 
     async def delete(self) -> None:
         if self.values:
@@ -181,7 +183,7 @@ class Life:
         return True
 
     async def commit_beside_writes(self) -> None:
-        names = self.rng.sample("abcde", self.rng.randint(1, 3))
+        names = self.rng.sample(self.known, self.rng.randint(1, 3))
 
         async def writes() -> None:
             await asyncio.gather(*map(self.write, names))
@@ -190,8 +192,9 @@ class Life:
 
     async def link(self) -> None:
         """Somebody gives a shard another name elsewhere, as an export does, and relies on its bytes."""
-        if self.shards:
-            shard = self.shards[self.rng.choice(sorted(self.shards))]
+        own = [name for name in sorted(self.shards) if self.shards[name].adopted is None]
+        if own:
+            shard = self.shards[self.rng.choice(own)]
             path = f"{ELSEWHERE}/{shard.file}"
             if path not in self.disk.files:
                 self.disk.link(self.directory.path_of(shard), path)
@@ -206,7 +209,25 @@ class Life:
             return
         await writer.abort()
 
+    async def adopt(self) -> None:
+        """Blocks that are not there come from the model file; the next write to one makes it the store's own."""
+        for name in self.rng.sample(sorted(model.VALUES), self.rng.randint(1, 3)):
+            if name not in self.values:
+                self.shards[name] = await model.adopt(self.door, name)
+                self.values[name] = model.VALUES[name]
+
+    async def learn(self) -> None:
+        """A first read of an adopted block gives its checksums, which the next commit records."""
+        for shard in self.shards.values():
+            if shard.adopted is not None and self.plan.checksum:
+                shard.chunks = (checksum(await model.read(self.door, shard)),)
+
     # -- small things ------------------------------------------------------------------------------------------------------------
+
+    @property
+    def known(self) -> list[str]:
+        """Blocks that are written to: those of the store's own, and what came from the model."""
+        return [*"abcde", *sorted(self.values.keys() & model.VALUES.keys())]
 
     def block(self, name: str) -> Block:
         return block_of(name, self.values[name].pages)
@@ -217,7 +238,8 @@ class Life:
             self.directory.discard(shard)
 
     def check_links(self) -> None:
-        """What has a name elsewhere was never written to."""
+        """What has a name elsewhere was never written to, nor was the model."""
+        model.check_untouched(self.disk)
         for path, content in self.linked.items():
             if self.disk.get(path) != content:
                 raise BrokenPromiseError(f"{path} has a name elsewhere, and was changed")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+from tests.crash import model
 from tests.crash.disk import NOTHING, CrashDisk
 from tests.crash.door import Door
 from tests.crash.ledger import Ledger, State
 from tests.crash.life import PATH, Life, Plan, open_door
 from tests.simulation.files import name_of
 from tests.simulation.world import BrokenPromiseError
-from tierstore.errors import DirectoryError, ShardError, TierstoreError
+from tierstore.errors import DirectoryError, ModelFileError, ShardError, TierstoreError
 from tierstore.nvme import names
 from tierstore.nvme.directory import Directory
 from tierstore.nvme.files import aligned_buffer
@@ -20,6 +21,8 @@ from tierstore.nvme.space import FIXED_BYTES, footprint
 
 
 async def read(directory: Directory, shard: Shard) -> bytes:
+    if shard.adopted is not None:
+        return await model.read(directory.files, shard)
     into = aligned_buffer(shard.payload_bytes)
     await directory.read(shard, into)
     return bytes(into)
@@ -34,8 +37,10 @@ async def check_contents(directory: Directory, state: State, what: str) -> None:
             content = await read(directory, entry.shard)
         except TierstoreError as error:
             raise BrokenPromiseError(f"block {name} of {what} cannot be read: {error}") from error
-        if content != state[name].payload():
+        if content != state[name].payload(name):
             raise BrokenPromiseError(f"block {name} of {what} is not what was committed")
+        if (entry.shard.adopted is not None) != state[name].adopted:
+            raise BrokenPromiseError(f"block {name} of {what} lies {'in' if entry.shard.adopted else 'out of'} the model, and did not")
 
 
 class Checker:
@@ -60,9 +65,12 @@ class Checker:
             killed: The process was, and the machine runs on: what is found may not be durable yet.
             goes_on: Whether the next life is tried, too.
         """
+        model.check_untouched(disk)
         number = await self._check_newest(disk.kill(NOTHING), ledger, plan)
         if killed:
             await self._check_durable(disk.kill(NOTHING), ledger, plan, number)
+        if goes_on and any(value.adopted for value in ledger.asked[number].values()):
+            await self._check_without_model(disk.kill(NOTHING), ledger.asked[number], plan)
         if goes_on:
             await self._check_next_life(disk, ledger.found(number, plan.keep), replace(plan, limit=None), number)
 
@@ -71,14 +79,14 @@ class Checker:
 
         Args:
             disk, ledger, plan: As for `check`.
-            path: The file: a manifest, `CURRENT`, or a shard of a directory with checksums.
+            path: The file: a manifest, `CURRENT`, the model, or a shard of a directory with checksums.
         """
         self.num_openings += 1
         what = f"a bit of {name_of(path)} was flipped, and"
         try:
             directory = await open_door(Door(disk), plan)
         except (ShardError, DirectoryError):
-            if name_of(path) == names.CURRENT:
+            if name_of(path) in (names.CURRENT, name_of(model.MODEL)):
                 raise BrokenPromiseError(f"{what} the directory cannot be opened") from None
             return
         committed = directory.committed
@@ -90,7 +98,7 @@ class Checker:
                 content = await read(directory, entry.shard)
             except ShardError:
                 continue
-            if content != state[name].payload() and entry.shard.chunks is not None:  # else it was written without checksums
+            if content != state[name].payload(name) and entry.shard.chunks is not None:  # else it was written without checksums
                 raise BrokenPromiseError(f"{what} other bytes were read of block {name}")
 
     async def _open(self, disk: CrashDisk, plan: Plan, generation: int | None = None) -> Directory:
@@ -140,6 +148,22 @@ class Checker:
         if again != number:
             raise BrokenPromiseError(f"a store was opened at commit {number}, and after a power cut commit {again} was found")
         await check_contents(directory, ledger.asked[again], f"commit {again}, opened before and after a power cut,")
+
+    async def _check_without_model(self, disk: CrashDisk, state: State, plan: Plan) -> None:
+        """The model is gone: what lies in it is refused by its name, and everything else is served; until it is there again."""
+        disk.unlink(model.MODEL)
+        directory = await self._open(disk, plan)
+        for name, entry in directory.entries.items():
+            try:
+                content = await read(directory, entry.shard)
+            except ModelFileError as error:
+                if not state[name].adopted or error.path != model.MODEL or not entry.shard.header_unverified:
+                    raise
+            else:
+                if state[name].adopted or content != state[name].payload(name):
+                    raise BrokenPromiseError(f"without the model, block {name} is not what was committed")
+        model.place(disk)
+        await check_contents(directory, state, "the commit after the model came back")
 
     async def _check_next_life(self, disk: CrashDisk, ledger: Ledger, plan: Plan, number: int) -> None:
         """One more commit, and nothing is left but what it and the other kept ones need; and it stays."""

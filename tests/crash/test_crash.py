@@ -13,6 +13,8 @@ from tests.crash.cuts import run_cuts
 from tests.crash.errors import run_errors
 from tests.crash.seeds import run_seeds, silence
 from tests.crash.store import run_store
+from tierstore.nvme.files import Files
+from tierstore.nvme.manifest import Manifest
 
 ROTATION = int(os.environ.get("TIERSTORE_SIMULATION_BASE") or os.environ.get("GITHUB_RUN_NUMBER") or 0)
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
@@ -47,3 +49,23 @@ def test_a_seed_repeats_a_run_exactly() -> None:
         assert run_errors(1, every=16) == run_errors(1, every=16)
         (one, crashes), (other, again) = run_store(5), run_store(5)
         assert (one.digest, crashes) == (other.digest, again)
+
+
+@pytest.mark.parametrize("bug", ["the model is not looked at", "a file that is gone", "the first write is taken for the model's"])
+def test_what_is_wrong_with_adopted_blocks_is_found(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The suite adopts blocks, loses the model and writes to them; else these bugs would go by."""
+    if bug == "the model is not looked at":
+        monkeypatch.setattr("tierstore.nvme.shards.Shard.look_again", lambda *_: None)
+    elif bug == "a file that is gone":
+
+        async def refuse(files: Files, path: str, manifest: Manifest) -> dict[object, object]:
+            for record in manifest.records:
+                for file in record.adopted.files if record.adopted is not None else ():
+                    await files.stat(file.path)
+            return {}
+
+        monkeypatch.setattr("tierstore.nvme.recovery.check_models", refuse)
+    else:
+        monkeypatch.setattr("tierstore.nvme.shards.Shard.working", property(lambda shard: shard.whole and not shard.references))
+    with silence():
+        assert any(run_cuts(seed).failure is not None for seed in range(6))

@@ -189,6 +189,30 @@ def test_other_data_is_not_gone_on_with(folder: Path, text: Path, tmp_path: Path
     assert "began on other data" in result.output
 
 
+@pytest.mark.parametrize("kind", [["--full"], ["--lora-rank", "2"]], ids=["full", "lora"])
+def test_samples_that_are_longer_than_the_table_of_positions_are_refused(kind: list[str], text: Path, tmp_path: Path) -> None:
+    folder = save("gpt2", tmp_path / "model", vocab_size=tokenizers.VOCABULARY)
+    tokenizers.make(folder)
+    result = finetune(folder, text, tmp_path, "--steps", "1", "--seq-len", "65", *kind, gpu_share=0.9)
+    assert result.exit_code == 1, result.output
+    assert "--seq-len 64" in result.stderr
+    assert "max_position_embeddings" in result.stderr
+    assert not (tmp_path / "out").exists()
+    result = finetune(folder, text, tmp_path, "--steps", "1", "--seq-len", "64", *kind, gpu_share=0.9)
+    assert result.exit_code == 0, result.output
+
+
+def test_held_out_samples_count_too(text: Path, tmp_path: Path) -> None:
+    folder = save("gpt2", tmp_path / "model", vocab_size=tokenizers.VOCABULARY)
+    tokenizers.make(folder)
+    short = tmp_path / "short.jsonl"
+    short.write_text(json.dumps({"prompt": "assert", "completion": " this"}) + "\n", encoding="utf-8")
+    options = ["--steps", "1", "--seq-len", "65", "--lora-rank", "2"]
+    assert finetune(folder, short, tmp_path, *options, "--eval-data", str(text), gpu_share=0.9).exit_code == 1
+    result = finetune(folder, short, tmp_path, *options, gpu_share=0.9)
+    assert result.exit_code == 0, result.output  # none is that long
+
+
 def test_another_model_is_not_gone_on_with(folder: Path, text: Path, tmp_path: Path) -> None:
     """Of the same shapes, so that only its place tells."""
     other = tmp_path / "other"
@@ -228,6 +252,16 @@ def test_the_folder_of_the_model_is_not_written_to(folder: Path, text: Path, tmp
 
 
 # -- options from a file --------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_is_not_written_beside_adapters(folder: Path, text: Path, tmp_path: Path) -> None:
+    """Told before the training, and not behind it."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "adapter_config.json").write_text("{}", encoding="utf-8")
+    result = finetune(folder, text, tmp_path, "--steps", "1", "--full", gpu_share=0.9)
+    assert result.exit_code == 1
+    assert "adapter_config.json" in result.stderr
+    assert not list((tmp_path / "store").glob("*.safetensors"))
 
 
 def test_options_may_come_from_a_file(folder: Path, text: Path, tmp_path: Path) -> None:

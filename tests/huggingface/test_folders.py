@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import struct
 from collections.abc import Callable
@@ -23,6 +24,8 @@ from tierstore.training import TieredOptimizer
 transformers = pytest.importorskip("transformers")
 
 from tierstore.huggingface import from_pretrained, save_pretrained  # noqa: E402  # needs transformers
+
+posix = pytest.mark.skipif(os.name == "nt", reason="links need a privilege there")
 
 
 def opened(folder: Path, directory: Path | None) -> TierStore:
@@ -297,6 +300,64 @@ def test_code_that_a_configuration_names_is_never_fetched(key: str, value: objec
         from_pretrained(folder, store)
 
 
+@pytest.fixture
+def fetched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """As with the package `kernels` installed: what transformers would download and run."""
+    names: list[str] = []
+
+    def fetch(name: str, *_: object, **__: object) -> object:
+        names.append(name)
+        raise ImportError(f"{name} would have been fetched")
+
+    for module in ("modeling_utils", "integrations.hub_kernels"):
+        monkeypatch.setattr(f"transformers.{module}.is_kernels_available", lambda: True)
+    for place in ("modeling_utils.lazy_import_flash_attention", "integrations.hub_kernels.get_kernel"):
+        monkeypatch.setattr(f"transformers.{place}", fetch)
+    return names
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"])
+@pytest.mark.parametrize(
+    "value",
+    ["flash_attention_2", "flash_attention_3", {"": "flash_attention_2"}, "paged|flash_attention_2", "sonicmoe", "deepgemm"],
+    ids=str,
+)
+def test_what_may_be_fetched_is_not_taken_from_a_configuration(
+    key: str, value: object, fetched: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A plain name can stand for a kernel of the Hub, too. The model runs as it does without that line."""
+    folder = save("mixtral", tmp_path / "model")
+    expected = plain(folder)(tokens()).logits
+    change(folder, **{key: value})
+    with opened(folder, tmp_path / "store") as store, torch.no_grad():
+        model, _ = from_pretrained(folder, store)
+        assert model.config._attn_implementation in ("sdpa", "eager")
+        assert same(model(tokens()).logits, expected)
+    assert fetched == []
+    assert str(value if isinstance(value, str) else value[""]) in caplog.text  # type: ignore[index]
+
+
+def test_what_the_user_asks_for_is_his(fetched: list[str], tmp_path: Path) -> None:
+    folder = save("llama", tmp_path / "model")
+    change(folder, attn_implementation="someone/kernel")
+    with opened(folder, tmp_path / "store") as store:
+        model, _ = from_pretrained(folder, store, attn_implementation="eager")
+        assert model.config._attn_implementation == "eager"
+    assert fetched == []
+    with opened(folder, tmp_path / "store2") as store, pytest.raises(OptionError, match="flash-attn2 would have been fetched"):
+        from_pretrained(folder, store, attn_implementation="kernels-community/flash-attn2")
+    assert fetched == ["kernels-community/flash-attn2"]
+
+
+@pytest.mark.parametrize("name", ["eager", "sdpa"])
+def test_what_transformers_has_itself_is_taken_from_a_configuration(name: str, tmp_path: Path) -> None:
+    folder = save("llama", tmp_path / "model")
+    change(folder, attn_implementation=name)
+    with opened(folder, tmp_path / "store") as store:
+        model, _ = from_pretrained(folder, store)
+        assert model.config._attn_implementation == name
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -347,7 +408,7 @@ def test_an_index_that_leads_astray(tmp_path: Path) -> None:
     folder = save("llama", tmp_path / "model", max_shard_size="60KB")
     index = folder / "model.safetensors.index.json"
     good = json.loads(index.read_text(encoding="utf-8"))
-    for name, match in (("../outside.safetensors", "outside of the folder"), ("model-9.safetensors", "not there")):
+    for name, match in (("../outside.safetensors", "outside of its folder"), ("model-9.safetensors", "not there")):
         (tmp_path / "outside.safetensors").write_bytes((folder / good["weight_map"]["model.norm.weight"]).read_bytes())
         index.write_text(json.dumps({"weight_map": {**good["weight_map"], "model.norm.weight": name}}), encoding="utf-8")
         refused(folder, tmp_path, ModelFileError, match)
@@ -356,6 +417,63 @@ def test_an_index_that_leads_astray(tmp_path: Path) -> None:
     refused(folder, tmp_path, ModelFileError, "which it has not")
     index.write_text("[]", encoding="utf-8")
     refused(folder, tmp_path, ModelFileError, "not a JSON object")
+
+
+@posix
+@pytest.mark.parametrize("name", ["model.safetensors", "other.safetensors", "config.json"])
+def test_a_link_that_leads_out_of_the_folder(name: str, tmp_path: Path) -> None:
+    folder = save("llama", tmp_path / "model")
+    source = "model.safetensors" if name != "config.json" else name
+    (tmp_path / "elsewhere").mkdir()
+    (folder / source).rename(tmp_path / "elsewhere" / source)
+    (folder / name).symlink_to(tmp_path / "elsewhere" / source)
+    error = refused(folder, tmp_path, ModelFileError, "is a link that leads out of its folder")
+    assert str(folder / name) in str(error)
+    assert str(tmp_path / "elsewhere" / source) in str(error)
+    (folder / name).unlink()
+    (tmp_path / "elsewhere" / source).rename(folder / "within")
+    (folder / name).symlink_to("within")
+    with opened(folder, tmp_path / "store2") as store:
+        compare(folder, store) if name != "other.safetensors" else from_pretrained(folder, store)
+
+
+@posix
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "a shard"])
+def test_a_link_of_many_files_that_leads_out_of_the_folder(name: str, tmp_path: Path) -> None:
+    folder = save("llama", tmp_path / "model", max_shard_size="60KB")
+    victim = folder / name if name != "a shard" else sorted(folder.glob("model-*.safetensors"))[1]
+    victim.rename(tmp_path / "outside")
+    victim.symlink_to("../outside")
+    error = refused(folder, tmp_path, ModelFileError, "is a link that leads out of its folder")
+    assert str(victim) in str(error)
+    assert str(tmp_path / "outside") in str(error)
+
+
+@posix
+@pytest.mark.parametrize("size", ["5GB", "60KB"])
+def test_a_snapshot_of_the_hugging_face_cache(size: str, tmp_path: Path) -> None:
+    """Its files are links to blobs beside it; the folder itself may be come to by links of the user's own."""
+    folder = save("llama", tmp_path / "model", max_shard_size=size)
+    home = tmp_path / "hub" / "models--org--name"
+    (home / "blobs").mkdir(parents=True)
+    (home / "snapshots" / "0123").mkdir(parents=True)
+    for number, file in enumerate(sorted(folder.iterdir())):
+        file.rename(home / "blobs" / f"{number:040x}")
+        (home / "snapshots" / "0123" / file.name).symlink_to(f"../../blobs/{number:040x}")
+    (tmp_path / "mine").symlink_to(home / "snapshots" / "0123")
+    for number, path in enumerate((home / "snapshots" / "0123", tmp_path / "mine")):
+        total = sum(file.stat().st_size for file in (home / "blobs").iterdir())
+        with TierStore(gpu=total // 2, ram=ram_for(int(total * 0.6)), nvme=tmp_path / f"store{number}", device="cpu") as store:
+            compare(path, store)
+            assert adopted(store) == len(store)
+    link = home / "snapshots" / "0123" / "config.json"
+    link.unlink()
+    other = tmp_path / "hub" / "models--org--other" / "blobs"
+    other.mkdir(parents=True)
+    (home / "blobs" / f"{0:040x}").rename(other / "config")
+    link.symlink_to("../../../models--org--other/blobs/config")
+    with TierStore(gpu="1MB", ram="2MB", device="cpu") as store, pytest.raises(ModelFileError, match="leads out of its folder"):
+        from_pretrained(home / "snapshots" / "0123", store)  # another repository's
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from tierstore.trace import Link
 transformers = pytest.importorskip("transformers")
 
 from tierstore.huggingface import from_pretrained  # noqa: E402  # needs transformers
+from tierstore.huggingface.positions import num_positions  # noqa: E402  # as above
 
 
 @pytest.fixture
@@ -61,6 +63,22 @@ def test_it_prints_the_text_that_transformers_gives(folder: Path) -> None:
     assert read > weight_bytes(folder) / 2
 
 
+def test_the_prompt_may_come_on_standard_input(folder: Path) -> None:
+    """The end of the line that was typed is none of it."""
+    total = weight_bytes(folder)
+    budgets = ["--gpu", str(total // 2), "--ram", str(ram_for(total // 2)), "--device", "cpu", "--max-new-tokens", "8"]
+    result = CliRunner().invoke(main, ["generate", str(folder), "-", *budgets], input="The assert statement\n")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.rstrip("\n") == expected(folder, "The assert statement", 8)
+
+
+def test_budgets_that_are_too_small_name_what_can_be_raised(folder: Path) -> None:
+    result = CliRunner().invoke(main, ["generate", str(folder), "The", "--gpu", "4KiB", "--ram", "1MB", "--device", "cpu"])
+    assert result.exit_code == 1
+    assert "larger than tier 'gpu'" in result.stderr
+    assert "To mend it: raise gpu=\n" in result.stderr, "and no argument that the command has not"
+
+
 def test_a_chat_and_a_draw(folder: Path, tmp_path: Path) -> None:
     options = ["--chat", "--max-new-tokens", "12", "--temperature", "0.8", "--seed", "3", "--nvme", str(tmp_path / "swap")]
     result = generate(folder, "What is an assert?", *options)
@@ -85,6 +103,67 @@ def test_errors_are_one_line(arguments: list[str], match: str, folder: Path) -> 
     assert result.exit_code == 1
     assert match in result.stderr
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    "name", ["gpt2", "gpt_bigcode", "gpt_neo", "opt", "biogpt", "gptj", "codegen", "ctrl", "roberta", "llama", "bloom"]
+)
+def test_how_long_a_sequence_may_be_is_known(name: str) -> None:
+    """As many tokens as `num_positions` says run, and one more does not."""
+    small = {"vocab_size": 99, "n_positions": 24, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_ctx": 24, "dff": 32}
+    other = {"vocab_size": 99, "max_position_embeddings": 24, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    options: dict[str, Any] = small if name in ("gpt2", "gpt_bigcode", "gptj", "codegen", "ctrl") else {**other, "intermediate_size": 64}
+    options |= {"num_layers": 2, "attention_types": [[["global"], 2]], "num_heads": 4} if name == "gpt_neo" else {}
+    options |= {"word_embed_proj_dim": 32, "ffn_dim": 64} if name == "opt" else {"is_decoder": True} if name == "roberta" else {}
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(name, **options)).eval()
+    most = num_positions(model)
+    assert (most is None) == (name in ("llama", "bloom"))
+    with torch.no_grad():
+        model(torch.full((1, most or 40), 7))
+        if most is not None:
+            assert 22 <= most <= 24
+            with pytest.raises((IndexError, RuntimeError)):
+                model(torch.full((1, most + 1), 7))
+
+
+@pytest.mark.parametrize("count", [60, 61])
+def test_more_than_the_table_of_positions_has_is_refused(count: int, tmp_path: Path) -> None:
+    """Before anything is read; and to its end it is used."""
+    folder = save("gpt2", tmp_path / "model", vocab_size=VOCABULARY, pad_token_id=0, bos_token_id=1, eos_token_id=None)
+    tokenizer = make(folder)
+    prompt = tokenizer.decode(tokenizer("The assert statement is a convenient way").input_ids[:5])
+    length = len(tokenizer(prompt).input_ids)
+    new = count + 5 - length
+    result = generate(folder, prompt, "--max-new-tokens", str(new))
+    if count == 60:  # the last one is not looked at any more
+        assert result.exit_code == 0, result.output
+        assert result.stdout.rstrip("\n") == expected(folder, prompt, new)
+        return
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert "Error: " in result.stderr
+    assert f"{length} + {new}" in result.stderr
+    assert f"--max-new-tokens {new - 1}" in result.stderr
+    assert "max_position_embeddings" in result.stderr
+
+
+def test_a_prompt_that_is_longer_than_the_table_is_refused(tmp_path: Path) -> None:
+    folder = save("gpt2", tmp_path / "model", vocab_size=VOCABULARY)
+    make(folder)
+    result = generate(folder, "assert " * 90, "--max-new-tokens", "1")
+    assert result.exit_code == 1
+    assert "shorter prompt" in result.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege there")
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json"])
+def test_a_tokenizer_that_is_a_link_out_of_the_folder(name: str, folder: Path, tmp_path: Path) -> None:
+    (folder / name).rename(tmp_path / "elsewhere")
+    (folder / name).symlink_to(tmp_path / "elsewhere")
+    result = generate(folder, "The")
+    assert result.exit_code == 1
+    assert "leads out of its folder" in result.stderr
+    assert str(folder / name) in result.stderr
 
 
 def test_no_tokenizer(tmp_path: Path) -> None:

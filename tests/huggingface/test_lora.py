@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from tests.huggingface.folders import contents, ram_for, save, tokens, weight_bytes
 from tests.training.harness import same
 from tierstore import TierStore
-from tierstore.errors import TrainingError
+from tierstore.cli import main
+from tierstore.errors import ModelFileError, OptionError, TrainingError
 from tierstore.training import TieredOptimizer, attach
 
 transformers = pytest.importorskip("transformers")
@@ -122,6 +125,62 @@ def test_adapters_go_on_where_they_were_committed(tmp_path: Path) -> None:
                 store.commit({"step": last})
         results.append((tmp_path / f"adapters{len(parts)}" / "adapter_model.safetensors").read_bytes())
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("how", ["touched", "longer", "gone"])
+def test_adapters_are_to_be_had_whatever_became_of_the_model(how: str, tmp_path: Path) -> None:
+    folder = save("llama", tmp_path / "model", torch.bfloat16, hidden_size=64, intermediate_size=256)
+    file = folder / "model.safetensors"
+    options = budgets(folder)
+    with TierStore(**options, nvme=tmp_path / "store") as store:
+        model, tiered = from_pretrained(folder, store, adapt=with_lora())
+        optimizer = TieredOptimizer(tiered, torch.optim.AdamW, lr=1e-2, master_dtype=torch.float32)
+        train(model, optimizer, lambda: optimizer.clip_grad_norm_(0.5))
+        trained = [block.name for block in tiered.structure.blocks if block.trainable]
+        frozen = [block.name for block in tiered.structure.blocks if not block.trainable]
+        expected: dict[str, Any] = {name: store.read(name) for name in trained}
+        store.commit()
+    data = file.read_bytes()
+    file.unlink()
+    if how != "gone":
+        file.write_bytes(data + b"x" * (how == "longer"))
+    with TierStore(**options, nvme=tmp_path / "store") as store:
+        for name in trained:
+            found: Any = store.read(name)
+            assert all(same(found[key], value) for key, value in expected[name].items())
+        if how != "touched":
+            with pytest.raises(ModelFileError, match=re.escape(str(file))):
+                store.read(frozen[0])
+            store.commit()
+        else:
+            _, tiered = from_pretrained(folder, store, adapt=with_lora())
+            save_pretrained(tiered, tmp_path / "adapters")
+    out = tmp_path / "out"
+    result = CliRunner().invoke(main, ["export", str(tmp_path / "store"), str(out), *(f"--only={name}" for name in trained)])
+    assert result.exit_code == 0, result.output
+    exported = {key: tensor for path in out.glob("*.safetensors") for key, tensor in load_file(path).items()}
+    values = {key: value for block in expected.values() for key, value in block.items()}
+    assert exported.keys() == values.keys()
+    assert all(same(exported[key], value) for key, value in values.items())
+
+
+def test_a_model_is_not_saved_beside_adapters(tmp_path: Path) -> None:
+    """What loads them looks for the model that adapter_config.json names, and not for the one beside it."""
+    folder = save("llama", tmp_path / "model")
+    out = tmp_path / "out"
+    with TierStore(**budgets(folder), nvme=tmp_path / "store") as store:
+        _, tiered = from_pretrained(folder, store, adapt=with_lora())
+        save_pretrained(tiered, out)
+        save_pretrained(tiered, out)  # over themselves they may
+    before = contents(out)
+    with TierStore(**budgets(folder), nvme=tmp_path / "store2") as store:
+        model, tiered = from_pretrained(folder, store)
+        with pytest.raises(OptionError, match="adapter_config") as caught:
+            model.save_pretrained(out)
+        assert str(out) in str(caught.value)
+        assert contents(out) == before
+        save_pretrained(tiered, tmp_path / "other")
+    assert same(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "other")(tokens()).logits, resident(folder)(tokens()).logits)
 
 
 def test_modules_to_save_begin_as_what_they_copy(tmp_path: Path) -> None:

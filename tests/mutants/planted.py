@@ -250,8 +250,22 @@ MUTANTS = (
     Mutant(
         "a model file that has changed is not told at opening",
         RECOVERY,
-        "    if not different:\n        return\n",
-        "    if True:\n        return\n",
+        "    if different:\n        blocks = [",
+        "    if False:\n        blocks = [",
+        suite=ADOPT,
+    ),
+    Mutant(
+        "a model file that had another header at opening is read",
+        MODELS,
+        "        if not shard.header_unverified:\n",
+        "        if True:\n",
+        suite=ADOPT,
+    ),
+    Mutant(
+        "the room that adopted blocks pass through is given away",
+        "fitness.py",
+        "    if not passing or homes + need + passing <= capacity:\n",
+        "    if True:\n",
         suite=ADOPT,
     ),
     Mutant(

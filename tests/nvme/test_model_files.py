@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from safetensors.torch import save_file
 
 from tierstore.catalog import ITEM_BYTES
 from tierstore.errors import ModelFileError, OptionError, TierstoreError
+from tierstore.nvme.adopted import ModelFile
 from tierstore.nvme.local import LocalFiles
-from tierstore.nvme.model_files import INDEX, WHOLE, Model, changes, survey
+from tierstore.nvme.model_files import INDEX, WHOLE, Model, look_again, survey
 from tierstore.nvme.safetensors import NOT_IN_TORCH
 from tierstore.tiers.device import DTYPES
 
@@ -358,16 +360,16 @@ def test_what_has_changed_is_told(tmp_path: Path) -> None:
     path.write_bytes(raw(GOOD, DATA))
     (file,) = look_at(path).files
 
-    def told() -> str | None:
+    def told() -> str | ModelFile:
         files = LocalFiles()
         try:
-            return asyncio.run(changes(files, [file, file], headers=True)).get(file.path)
+            return asyncio.run(look_again(files, file))
         finally:
             files.close()
 
-    assert told() is None
+    assert told() == file
     os.utime(path, ns=(1, 1))
-    assert "written to" in str(told())
+    assert told() == replace(file, modified_ns=1), "a time alone means nothing"
     path.write_bytes(raw({**GOOD, "a.weight": entry(0, 4, dtype="I8")}, DATA))
     os.utime(path, ns=(file.modified_ns, file.modified_ns))
     assert "header" in str(told())

@@ -19,6 +19,7 @@ from tierstore.export.naming import Naming
 from tierstore.nvme.checksums import CHUNK_BYTES
 from tierstore.nvme.files import File, Files, Request, move_all
 from tierstore.nvme.manifest import Manifest, Record
+from tierstore.nvme.model_files import ADAPTERS
 from tierstore.nvme.reading import Problem, Reading, View, check_file, file_of, lock, look, tensors_of
 from tierstore.nvme.recovery import some
 from tierstore.nvme.shards import io_error
@@ -230,7 +231,16 @@ async def _prepare(out_files: Files, view: View, options: Options) -> bool:
         raise io_error(error, "looking at the directory", path=out) from error
     if not status.directory:
         raise DirectoryError(f"{out} is not a directory", remedy="name a directory to write into", path=out)
-    there = sorted(name for name in await out_files.listdir(out) if is_export(name))
+    present = await out_files.listdir(out)
+    if adapters := sorted(name for name in present if name in ADAPTERS):
+        raise DirectoryError(
+            f"{out} holds adapters: libraries that find them load these, on the model that they name, and not the export",
+            have=", ".join(adapters),
+            remedy="name another directory, or move them away",
+            path=out,
+            there=tuple(adapters),
+        )
+    there = sorted(name for name in present if is_export(name))
     if there and not options.force:
         raise DirectoryError(
             f"{out} holds a model already",

@@ -89,14 +89,11 @@ def load(path: Path, tokenizer: Any, seq_len: int) -> Data:
     data.samples = [Sample(window, window) for window in windows] + data.samples
     if not data.samples:
         raise FinetuneError(f"{path} holds nothing to learn from")
-    if data.num_cut or data.num_dropped:
-        log.warning(
-            "%s: %d samples were cut to %d tokens, and %d left out, of whose completion nothing remained: raise --seq-len to keep them",
-            path,
-            data.num_cut,
-            seq_len,
-            data.num_dropped,
-        )
+    if data.num_cut:
+        log.warning("%s: %d samples were cut to %d tokens: raise --seq-len to keep all of them", path, data.num_cut, seq_len)
+    if data.num_dropped:
+        message = "%s: %d samples were left out: %d tokens leave nothing of their completion; raise --seq-len to keep them"
+        log.warning(message, path, data.num_dropped, seq_len)
     digest = hashlib.sha256()
     for sample in data.samples:
         digest.update(len(sample.tokens).to_bytes(8, "little") + sample.tokens.numpy().tobytes() + sample.targets.numpy().tobytes())
@@ -158,7 +155,10 @@ def _read_lines(file: Path, tokenizer: Any, seq_len: int, texts: list[list[int]]
 def _conversation(messages: Sequence[Any], tokenizer: Any, where: str) -> tuple[str, list[tuple[int, int]]]:
     """A conversation as one text, and the places in it that the assistant says."""
     if not tokenizer.chat_template:
-        raise FinetuneError(f"{where} is a conversation, and the tokenizer has no chat template")
+        raise FinetuneError(
+            f"{where} is a conversation, and the tokenizer has no chat template: "
+            'use a model that was tuned for chats, or give "prompt" and "completion"'
+        )
     if not all(isinstance(each, dict) and isinstance(each.get("role"), str) and "content" in each for each in messages):
         raise FinetuneError(f'{where}: each of "messages" needs a "role" and a "content"')
 

@@ -228,6 +228,11 @@ def describe(plan: Plan, store: TierStore, recipe: Recipe, steps: int, commits: 
     yield f"Time      about {format_duration(plan.step_s)} a step: {measured}, the drive as planned for a PCIe 4 one"
     written = format_bytes(moved.nvme_write * steps + plan.commit_bytes * commits)
     yield (
-        f"Run       {steps} steps, about {format_duration(plan.step_s * steps)}; {commits} commits of at most "
+        f"Run       {plural(steps, 'step')}, about {format_duration(plan.step_s * steps)}; {plural(commits, 'commit')} of at most "
         f"{format_bytes(plan.commit_bytes)}; {written} written to the drive in all"
     )
+
+
+def plural(count: int, what: str) -> str:
+    """A number of things, in words."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"

@@ -14,24 +14,19 @@ from rich.console import Console
 from tierstore.finetune import data as datas
 from tierstore.finetune.options import FinetuneError, Options, Recipe
 from tierstore.finetune.picture import draw, require_matplotlib
-from tierstore.finetune.plan import check, describe, make_plan
+from tierstore.finetune.plan import check, describe, make_plan, plural
 from tierstore.finetune.record import Record, StepLog, check_same
 from tierstore.finetune.tuning import Tuning
 from tierstore.hardware import resolve_device
+from tierstore.huggingface.checkpoint import GENERATION, TOKENIZER_FILES
 from tierstore.huggingface.generating import load_tokenizer, silence
 from tierstore.huggingface.models import require
-from tierstore.huggingface.saving import save_pretrained
+from tierstore.huggingface.saving import refuse_adapters, save_pretrained
 from tierstore.sync import TierStore
 from tierstore.training.progress import Progress, progress
 from tierstore.units import format_duration
 
 PICTURE = "loss.png"
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
-    *("tokenizer.model", "vocab.txt", "spiece.model", "chat_template.jinja", "chat_template.json", "generation_config.json"),
-)
-"""What a model folder has of its tokenizer, and the settings of generation."""
-
 FINISHED, INTERRUPTED = 0, 130
 
 
@@ -65,6 +60,8 @@ def run(options: Options, console: Console) -> int:
                 check_same(
                     Record.from_json(store.committed.metadata), recipe, steps, data=samples.digest, model=str(options.model.resolve())
                 )
+            if recipe.lora_rank is None:
+                refuse_adapters(options.output)
             this = Run(store, options, recipe, samples, held_out, steps, padding, console)
             this.carry_out()
             return FINISHED
@@ -113,7 +110,8 @@ class Run:
         self._steps = steps
         self._padding = padding
         self._console = console
-        self._tuning = Tuning(store, options.model, recipe, steps, options.activations)
+        longest = max(len(sample.tokens) for each in (samples, held_out) if each is not None for sample in each.samples)
+        self._tuning = Tuning(store, options.model, recipe, steps, options.activations, longest=longest)
         if self._tuning.resumed is None:
             self._record = Record(recipe.to_json(), steps, samples.digest, str(options.model.resolve()), self._tuning.by_pieces)
         else:
@@ -213,7 +211,7 @@ class Run:
         save_pretrained(self._tuning.tiered, output)
         for name in TOKENIZER_FILES:
             source = self._options.model / name
-            if source.is_file() and not (name == "generation_config.json" and self._recipe.lora_rank is not None):
+            if source.is_file() and not (name == GENERATION and self._recipe.lora_rank is not None):
                 shutil.copyfile(source, output / name)
         entries = log.entries()
         if self._options.plot:
@@ -223,5 +221,5 @@ class Run:
         self._commit()
         record = self._record
         what = "the adapters" if self._recipe.lora_rank is not None else "the model"
-        self._say(f"Done: {record.step} steps, loss {record.first:.4f} at first, {record.last:.4f} at last")
+        self._say(f"Done: {plural(record.step, 'step')}, loss {record.first:.4f} at first, {record.last:.4f} at last")
         self._say(f"Wrote {what} to {output} in {format_duration(time.monotonic() - started_s)}")

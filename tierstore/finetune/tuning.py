@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 from tierstore.finetune.data import IGNORED, Batch
 from tierstore.finetune.options import FinetuneError, Recipe
 from tierstore.huggingface.models import from_pretrained, require
+from tierstore.huggingface.positions import check_positions
 from tierstore.sync import TierStore
 from tierstore.training.layers import Tiered
 from tierstore.training.loss import chunked_loss
@@ -35,7 +37,10 @@ class Tuning:
         resumed: The metadata of that commit; None at the beginning.
     """
 
-    def __init__(self, store: TierStore, folder: Path, recipe: Recipe, steps: int, activations: Any = "device") -> None:
+    def __init__(
+        self, store: TierStore, folder: Path, recipe: Recipe, steps: int, activations: Any = "device", *, longest: int = 0
+    ) -> None:
+        """Make or resume it. `longest`: tokens of the longest sample, which must not be more than the model takes."""
         self.store = store
         self.recipe = recipe
         torch.manual_seed(recipe.seed)
@@ -47,6 +52,7 @@ class Tuning:
             micro_batch=recipe.micro_batch,
             activations=activations,
         )
+        check_positions(self.model, longest, what="samples are too long", remedy="use --seq-len {most}")
         if any(weight.dtype is torch.float16 for weight in self.tiered.structure.weights):
             raise FinetuneError(
                 "gradients in float16 vanish without a scaled loss, which this does not do: add --dtype bfloat16, or float32"
@@ -100,7 +106,9 @@ class Tuning:
             task_type="CAUSAL_LM",
         )
         try:
-            return peft.get_peft_model(model, config)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)  # PEFT sets it right itself
+                return peft.get_peft_model(model, config)
         except ValueError as error:
             raise FinetuneError(f"no adapters can be added to this model: {error}") from error
 

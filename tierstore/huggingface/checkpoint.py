@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +14,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from tierstore.errors import ModelFileError, OptionError, TensorError
+from tierstore.nvme.model_files import inside, places, real_path
 from tierstore.tiers.device import DTYPES
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+GENERATION = "generation_config.json"
+
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+    *("tokenizer.model", "vocab.txt", "spiece.model", "chat_template.jinja", "chat_template.json", GENERATION),
+)
+"""What a model folder has of its tokenizer, and the settings of generation."""
 
 BACKEND: Any = {"backend": "pread"}
 """Read and not mapped: mapped pages count as memory, and on Windows a whole file's."""
@@ -56,6 +64,7 @@ class Checkpoint:
         """
         self.path = Path(path)
         check_folder(self.path)
+        check_links(self.path, (CONFIG, GENERATION))
         self.config = self._read_json(CONFIG)
         _refuse_quantised(self.config, self.path)
         self.source, files = self._find()
@@ -63,8 +72,17 @@ class Checkpoint:
         for file, wanted in files.items():
             self._read_header(file, wanted)
 
+    def _file(self, name: str) -> Path:
+        """One of the folder's, which no link may have elsewhere: see [Note: What a folder may name] in `nvme.model_files`.
+
+        Raises:
+            ModelFileError: A link leads out of the folder.
+        """
+        inside(real_path(self.path), name)
+        return self.path / name
+
     def _read_json(self, name: str) -> dict[str, Any]:
-        file = self.path / name
+        file = self._file(name)
         if not file.is_file():
             remedy = "give the folder of a model of transformers"
             raise OptionError(f"{self.path} has no {name}", need=f"{CONFIG} and safetensors files", remedy=remedy)
@@ -78,26 +96,20 @@ class Checkpoint:
 
     def _find(self) -> tuple[Path, dict[Path, set[str] | None]]:
         """The files, and the tensors that the index says are in each (None: whatever is)."""
-        single = self.path / SINGLE
-        if single.is_file():
+        if (single := self._file(SINGLE)).is_file():
             return single, {single: None}
-        if (self.path / INDEX).is_file():
-            index = self._read_json(INDEX).get("weight_map")
-            if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
-                raise ModelFileError(f"{self.path / INDEX} has no weight_map", remedy="download it again", path=self.path / INDEX)
+        if (listed := self._file(INDEX)).is_file():
             files: dict[Path, set[str] | None] = {}
-            for tensor, name in index.items():
-                file = self.path / name
-                if Path(name).name != name or not file.is_file():
-                    problem = "a file outside of the folder" if Path(name).name != name else "a file that is not there"
-                    raise ModelFileError(
-                        f"{INDEX} names {problem}: {name!r}, for tensor {tensor!r}", remedy="download it again", path=file, tensor=tensor
-                    )
+            for tensor, name in places(self._read_json(INDEX), os.fspath(listed)).items():
+                file = self._file(name)
+                if not file.is_file():
+                    problem = f"{INDEX} names a file that is not there: {name!r}, for tensor {tensor!r}"
+                    raise ModelFileError(problem, remedy="download it again", path=file, tensor=tensor)
                 wanted = files.setdefault(file, set())
                 assert wanted is not None
                 wanted.add(tensor)
             return self.path, files
-        others = sorted(self.path.glob("*.safetensors"))
+        others = [self._file(file.name) for file in sorted(self.path.glob("*.safetensors"))]
         if len(others) == 1:
             return others[0], {others[0]: None}
         found = sorted(file.name for file in self.path.iterdir() if file.suffix in (".bin", ".gguf", ".pt", ".pth", ".safetensors"))
@@ -143,6 +155,16 @@ def check_folder(path: Path) -> None:
             need="a folder with config.json and safetensors files",
             remedy=f"download the model first: hf download {path.as_posix()} --local-dir FOLDER",
         )
+
+
+def check_links(path: Path, names: Iterable[str]) -> None:
+    """Refuse links that lead out of a folder, under names that others are to read.
+
+    Raises:
+        ModelFileError: There is one.
+    """
+    for name in names:
+        inside(real_path(path), name)
 
 
 class _Reader(Mapping[str, torch.Tensor]):

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from tierstore.errors import OptionError
-from tierstore.huggingface.checkpoint import check_folder
+from tierstore.huggingface.checkpoint import CONFIG, TOKENIZER_FILES, check_folder, check_links
 from tierstore.huggingface.models import from_pretrained, require
+from tierstore.huggingface.positions import check_positions, num_positions
 from tierstore.sync import TierStore
 from tierstore.units import format_bytes
 
@@ -74,7 +75,7 @@ def generate(options: Options, write: Callable[[str], object]) -> Generated:
     """Generate, and hand over the text piece by piece, the prompt not included.
 
     Raises:
-        OptionError: The folder is none of a causal language model, or has no tokenizer.
+        OptionError: The folder is none of a causal language model, or has no tokenizer; or the text would be longer than the model takes.
         TierstoreError: From the store.
     """
     require("transformers", "tokenizers")
@@ -91,6 +92,7 @@ def generate(options: Options, write: Callable[[str], object]) -> Generated:
         model, _ = from_pretrained(options.model, store, dtype=options.dtype)
         if not model.can_generate():
             raise OptionError(f"{type(model).__name__} does not generate text", remedy="give a causal language model")
+        _check_length(model, given.shape[1], options.max_new_tokens)
         torch.manual_seed(options.seed)
         sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if options.temperature:
@@ -139,8 +141,10 @@ def load_tokenizer(folder: Path) -> Any:
 
     Raises:
         OptionError: No such folder, or it has no tokenizer, or one that only code in the folder could make.
+        ModelFileError: A file of it is a link that leads out of the folder.
     """
     check_folder(folder)  # transformers would look for another model of that name in its cache
+    check_links(folder, (CONFIG, *TOKENIZER_FILES))
     from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: PLC0415  # of an extra
 
     try:
@@ -167,6 +171,18 @@ def encode(tokenizer: Any, prompt: str, *, chat: bool) -> torch.Tensor:
         raise OptionError("the prompt has no token", remedy="give some text to begin with")
     found: torch.Tensor = tokens.long()
     return found
+
+
+def _check_length(model: Any, prompt: int, new: int) -> None:
+    """The last new token is not given to the model any more.
+
+    Raises:
+        OptionError: The model's table of positions ends before.
+    """
+    most = num_positions(model)
+    left = most + 1 - prompt if most is not None else new
+    remedy = f"use --max-new-tokens {left}" if left > 0 else "give a shorter prompt: at most {most} tokens"
+    check_positions(model, prompt + new - 1, what=f"{prompt} + {new} tokens, of the prompt and new ones, are too many", remedy=remedy)
 
 
 def _pad_token(model: Any, tokenizer: Any) -> int:

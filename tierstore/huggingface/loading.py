@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,8 +26,9 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from tierstore.errors import OptionError, TensorError
-from tierstore.huggingface.checkpoint import CONFIG, Checkpoint
+from tierstore.huggingface.checkpoint import CONFIG, GENERATION, Checkpoint
 
+log = logging.getLogger("tierstore")
 logger = transformers_logging.get_logger("transformers.modeling_utils")
 
 INITIALISED = "_is_hf_initialized"
@@ -103,7 +105,7 @@ def build(checkpoint: Checkpoint, model_class: Any, dtype: torch.dtype | str | N
         OptionError: The model needs code that is in the folder, or is none of this class.
         TensorError: A tensor does not fit the configuration.
     """
-    config = _config(checkpoint)
+    config = _config(checkpoint, attn_implementation)
     dtype = _dtype(dtype, config, checkpoint)
     options = {"attn_implementation": attn_implementation} if attn_implementation is not None else {}
     make = model_class if model_class is not None else AutoModelForCausalLM
@@ -131,30 +133,56 @@ def build(checkpoint: Checkpoint, model_class: Any, dtype: torch.dtype | str | N
     return Skeleton(model, by_id, num_converted)
 
 
-def _config(checkpoint: Checkpoint) -> Any:
+OWN = {"attn": ("eager", "sdpa", "flex_attention"), "experts": ("eager", "grouped_mm", "batched_mm")}
+"""What transformers and torch compute with themselves. Any other name may stand for code of the Hub: with the package `kernels`
+transformers downloads and runs a kernel for `flash_attention_2`, too, where that is not installed."""
+
+
+def _config(checkpoint: Checkpoint, attn_implementation: str | None) -> Any:
+    """The configuration, without what may be fetched, unless the caller himself asks for it."""
     kind = checkpoint.config.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         own = " and brings code of its own, which is never run" if checkpoint.config.get("auto_map") else ""
         remedy = "use a transformers that has this model, and build the model yourself where none has: attach(model, store, init=FOLDER)"
         raise OptionError(f"transformers does not know the model type {kind!r} of {checkpoint.path}{own}", remedy=remedy)
-    kernel = next((name for name in _implementations(checkpoint.config) if "/" in name), None)
+    overruled = {"attn"} if attn_implementation is not None else set()
+    named = [name for kind, name in _implementations(checkpoint.config) if kind not in overruled and name not in OWN[kind]]
+    kernel = next((name for name in named if "/" in name), None)
     if kernel is not None:
         raise OptionError(
             f"{checkpoint.path / CONFIG} wants {kernel[:200]!r}, code of the Hub, which is never run",
-            remedy="take that out of the file; attn_implementation= has transformers use another",
+            remedy="give attn_implementation='sdpa' or 'eager', or take that out of the file",
         )
     try:
-        return AutoConfig.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # as in `build`
         raise _no_model(checkpoint, error) from error
+    if named:
+        message = "%s wants %r, which may be code of the Hub: transformers' own is used instead"
+        log.warning(message, checkpoint.path / CONFIG, named[0][:200])
+    _take_own(config)
+    return config
 
 
-def _implementations(part: object) -> Iterator[str]:
+def _take_own(config: Any) -> None:
+    """Leave to transformers what to compute with, in a configuration and those within it, where it is none of its own."""
+    for kind, own in OWN.items():
+        key = f"_{kind}_implementation_internal"
+        if getattr(config, key, None) not in (None, *own):
+            setattr(config, key, None)
+    for name in config.sub_configs:
+        if (part := getattr(config, name, None)) is not None:
+            _take_own(part)
+
+
+def _implementations(part: object) -> Iterator[tuple[str, str]]:
     """What a configuration, or one within it, has transformers compute with: of its own, or a kernel to be downloaded."""
     if isinstance(part, Mapping):
         for key, value in part.items():
-            if str(key).strip("_").removesuffix("_internal") in ("attn_implementation", "experts_implementation"):
-                yield from (each for each in (value.values() if isinstance(value, Mapping) else [value]) if isinstance(each, str))
+            stem = str(key).strip("_").removesuffix("_internal")
+            kind = stem.removesuffix("_implementation")
+            if kind in OWN and kind != stem:
+                yield from ((kind, each) for each in (value.values() if isinstance(value, Mapping) else [value]) if isinstance(each, str))
             else:
                 yield from _implementations(value)
     elif isinstance(part, list):
@@ -278,7 +306,7 @@ def _finish(model: PreTrainedModel, checkpoint: Checkpoint, origins: dict[str, O
     type(model)._finalize_model_loading(model, loading, info)
     model.all_tied_weights_keys.update(tied)
     model.eval()
-    if model.can_generate() and (checkpoint.path / "generation_config.json").is_file():
+    if model.can_generate() and (checkpoint.path / GENERATION).is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.path, local_files_only=True)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from tierstore.errors import OptionError, TensorError
+from tierstore.errors import OptionError, SizeError, TensorError
 from tierstore.huggingface.checkpoint import Checkpoint
 from tierstore.huggingface.hollow import Hollow, hollow, solid
 from tierstore.residency import Tier
@@ -67,7 +67,8 @@ def from_pretrained(
         model_class: A class of transformers, or an auto class. None: `AutoModelForCausalLM`.
         dtype: Of the weights; None: that of the configuration, as in transformers.
         layers: As in `attach`, and so are `micro_batch`, `activations` and `split`.
-        attn_implementation: As in transformers.
+        attn_implementation: As in transformers, which may fetch a kernel of that name. None: what the configuration says, if transformers
+            has it itself, else its default: a folder never has anything fetched.
 
     Returns:
         The model, in evaluation mode (call `train()` where dropout is wanted), and what holds it and the store together. Its
@@ -223,7 +224,11 @@ class _Files(ModelFiles):
                 num_put,
                 len(structure.blocks),
             )
-        return store.adopt(self._checkpoint.source, layout=blocks.get) if blocks else ()
+        try:
+            return store.adopt(self._checkpoint.source, layout=blocks.get) if blocks else ()
+        except SizeError as error:
+            remedy = f"raise {error.tier}="  # what makes a block is the model's own
+            raise SizeError(error.problem, need=error.need, have=error.have, remedy=remedy, **error.details) from error
 
     def fill(self, modules: list[tuple[str, nn.Module]], weights: list[Weight]) -> None:
         from tierstore.huggingface.loading import convert  # noqa: PLC0415  # of an extra

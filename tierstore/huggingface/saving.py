@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from tierstore.catalog import ITEM_BYTES
-from tierstore.errors import OptionError, TrainingError
+from tierstore.errors import OptionError, TrainingError, TransferError
 from tierstore.huggingface.checkpoint import INDEX, SINGLE
+from tierstore.nvme.model_files import ADAPTERS
 from tierstore.nvme.safetensors import LENGTH_BYTES
 from tierstore.tiers.device import NAMES
 from tierstore.training.layers import Tiered
@@ -40,8 +42,10 @@ def save_pretrained(tiered: Tiered, directory: str | os.PathLike[str], *, max_sh
         max_shard_size: Most bytes of tensors in one file.
 
     Raises:
-        OptionError: `directory` is none, or is the folder that the model was read from, whose files are never written.
+        OptionError: `directory` is none, or is the folder that the model was read from, whose files are never written; or a model
+            would lie beside adapters, which hide it.
         TrainingError: The model is neither of transformers nor of PEFT.
+        TransferError, OSError: A file cannot be written.
     """
     target = Path(directory)
     if target.exists() and not target.is_dir():
@@ -51,9 +55,15 @@ def save_pretrained(tiered: Tiered, directory: str | os.PathLike[str], *, max_sh
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         target.mkdir(parents=True, exist_ok=True)
         with _in_their_places(tiered, _trained(tiered)) as values:
-            type(model).save_pretrained(model, os.fspath(target), state_dict=values)
+            try:
+                type(model).save_pretrained(model, os.fspath(target), state_dict=values)
+            except SafetensorError as error:  # what the system refuses, too
+                raise TransferError(
+                    f"{target}: the adapters cannot be written ({error})", remedy="make room, or give another place"
+                ) from error
     elif hasattr(model, "base_model_prefix") and hasattr(model, "config"):
         _refuse_own_files(tiered, target)
+        refuse_adapters(target)
         target.mkdir(parents=True, exist_ok=True)
         _save_whole(tiered, target, parse_size(max_shard_size, what="max_shard_size="))
     else:
@@ -74,6 +84,21 @@ def _refuse_own_files(tiered: Tiered, target: Path) -> None:
     folders = {Path(model.config.name_or_path).resolve()} if model.config.name_or_path else set()
     if real in folders | {file.parent for file in adopted} or any(old.resolve() in adopted for old in _replaced(target)):
         raise OptionError(f"{target} is the folder of the model, whose files are never written", remedy="give another directory")
+
+
+def refuse_adapters(target: Path) -> None:
+    """Where somebody's adapters are, libraries load the model that these name, and not the one beside them.
+
+    Raises:
+        OptionError: There are some.
+    """
+    found = [name for name in ADAPTERS if (target / name).exists()]
+    if found:
+        raise OptionError(
+            f"{target} holds adapters: transformers would load these, on the model that they name, and not the one to be written",
+            have=", ".join(found),
+            remedy="give another directory, or move them away",
+        )
 
 
 def _replaced(target: Path) -> list[Path]:

@@ -8,7 +8,8 @@ I/O, bytes are read straight to where they belong, and nothing is moved.
 [Note: Files of somebody else's]
 Nobody keeps others from writing to a model file. So at each read its length and its time of modification are compared with what they
 were when it was adopted, before it and, on the very handle that was read from, after it; and the payload with the checksums that its
-first read has given. What differs is not served. Those checksums are of the payload with zeros between tensors, per 16 MiB as in a shard.
+first read has given. What differs is not served. What was different when the directory was opened is looked at again, with its header,
+before each read until it is as it was. Those checksums are of the payload with zeros between tensors, per 16 MiB as in a shard.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from tierstore.nvme.adopted import Adopted, ModelFile, Piece, gaps, pieces, rang
 from tierstore.nvme.checksums import CHUNK_BYTES, checksum, num_chunks, split_chunks
 from tierstore.nvme.files import File, Request, all_stalled, land, move_all
 from tierstore.nvme.local import LocalFiles
-from tierstore.nvme.model_files import Model, changed, difference, look, survey
+from tierstore.nvme.model_files import Model, changed, difference, look, look_again, survey
 from tierstore.nvme.shards import Shard, chunk_range, io_error
 
 log = logging.getLogger("tierstore")
@@ -74,6 +75,7 @@ class Models:
         self._direct: dict[str, bool] = {}  # by directory
         self._plans: dict[Shard, list[Piece]] = {}
         self._open: set[File] = set()
+        self._told: set[tuple[str, str]] = set()
         self._counting = threading.Lock()
 
     async def survey(self, path: str | os.PathLike[str]) -> Model:
@@ -94,8 +96,8 @@ class Models:
             ModelFileError: A file is gone, or not what it was. `into` holds rubbish.
             TransferError: The read failed. `into` holds rubbish.
         """
-        adopted = _adopted(shard)
-        direct = all([await self._reads_directly(file) for file in adopted.files])
+        await self._look_again(shard)
+        direct = all([await self._reads_directly(file) for file in _adopted(shard).files])
         async with self._reading(shard, direct=direct) as files:
             await self._files.work(_clear, into, list(gaps(shard.block)))
             sums = _Sums(self, shard, into)
@@ -118,6 +120,7 @@ class Models:
             ModelFileError: A file is gone, or not what it was.
             TransferError: A read failed.
         """
+        await self._look_again(shard)
         async with self._reading(shard, direct=False) as files:
             stream = Stream(self, shard, files)
             yield stream
@@ -160,6 +163,33 @@ class Models:
             if refusal is not None and self._direct_io == "auto":
                 log.info("direct I/O is not available in %s (%s): using ordinary I/O", folder, refusal)
         return self._direct[folder]
+
+    async def _look_again(self, shard: Shard) -> None:
+        """See [Note: Files of somebody else's].
+
+        Raises:
+            ModelFileError: A file is still not what it was.
+        """
+        if not shard.header_unverified:
+            return
+        now = {file: await look_again(self._files, file) for file in _adopted(shard).files}
+        shard.look_again(now)
+        for file, found in now.items():
+            if isinstance(found, str):
+                raise changed(file.path, found, block=shard.block.name)
+
+    async def warn_of_changes(self, shards: Iterable[Shard], generation: int) -> None:
+        """Say once of each model file that a commit needs, and that is not what it was. Only looks at names; never fails."""
+        listed = dict.fromkeys(file for shard in shards if shard.adopted is not None for file in shard.adopted.files)
+        for file in listed:
+            try:
+                what = difference(file, await look(self._files, file.path))
+            except OSError as error:
+                what = f"cannot be looked at ({error})"
+            if what is not None and (file.path, what) not in self._told:
+                self._told.add((file.path, what))
+                message = "generation %d is committed and can be opened, but blocks of it lie in %s, which %s: they may be lost"
+                log.warning(message, generation, file.path, what)
 
     @asynccontextmanager
     async def _reading(self, shard: Shard, *, direct: bool) -> AsyncIterator[list[File]]:

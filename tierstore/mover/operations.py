@@ -477,6 +477,7 @@ async def _finish_commit(engine: Engine, capture: Capture, future: Future[None],
         in_order = sorted(capture.shards, key=lambda record: record.id)  # in which they were put, whenever they were saved
         entries = [Entry(record.block, capture.shards[record]) for record in in_order]
         generation = await need_directory(engine).commit(entries, metadata)
+        await engine.models.warn_of_changes(capture.shards.values(), generation)
     except TierstoreError as error:
         if not capture.request.waited:  # nobody may ever ask the handle
             log.error("a commit failed: %s", error)

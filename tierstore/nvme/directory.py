@@ -31,6 +31,7 @@ from typing import Any, Literal
 
 from tierstore.errors import BusyError, OptionError, TierFullError
 from tierstore.nvme import names, recovery, windows
+from tierstore.nvme.adopted import ModelFile
 from tierstore.nvme.files import FULL, Files, Lock, land
 from tierstore.nvme.local import LocalFiles
 from tierstore.nvme.locks import describe_holder
@@ -175,12 +176,13 @@ class Directory(Shelf):
         except OSError as error:
             raise recovery.unusable(self.path, error) from error
         chosen = recovery.choose(found, self.path, generation)
+        models: Mapping[ModelFile, ModelFile | str] = {}
         if chosen is not None:
             recovery.check_shards(found, self.path, chosen)
-            await recovery.check_models(self.files, self.path, found, chosen)
+            models = await recovery.check_models(self.files, self.path, chosen)
         self._store = found.store if found.store is not None else self.files.draw_identity()
         self._next_shard, self._next_generation = recovery.next_numbers(found)
-        self._shards, entries = recovery.link_shards(found, self.path, chosen)
+        self._shards, entries = recovery.link_shards(found, self.path, chosen, models)
         self._generations = {number: [entry.shard for entry in listed] for number, listed in entries.items()}
         self._manifest_bytes = found.manifest_bytes
         self._useless = set(found.damaged)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from tierstore.catalog import FILLER_PREFIX
 from tierstore.errors import ModelFileError, OptionError, ShardError
@@ -21,11 +21,12 @@ from tierstore.nvme.checksums import checksum
 from tierstore.nvme.files import Files, FileStat
 from tierstore.nvme.safetensors import LENGTH_BYTES, Header, header_length, parse_header, read_object
 from tierstore.nvme.shards import io_error
-from tierstore.threads import StalledError
 
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
 SUFFIX = ".safetensors"
+ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+"""What PEFT leaves: libraries load the model that these name, and not one that lies beside them."""
 MAX_INDEX_BYTES = 1 << 27
 
 _NUMBERS = re.compile(r"([0-9]{1,18})")
@@ -80,7 +81,7 @@ async def survey(files: Files, path: str | os.PathLike[str]) -> Model:
     tensors: list[FoundTensor] = []
     home: dict[str, str] = {}
     for name in listed:
-        real = where if name == where else _inside(where, name)
+        real = where if name == where else inside(where, name)
         wanted = next((tensor for tensor, home_name in placed.items() if home_name == name), None) if placed else None
         file, header = await read_file(files, real, name=name, tensor=wanted)
         for tensor in header.tensors:
@@ -169,7 +170,7 @@ async def _files_of(files: Files, folder: str) -> tuple[list[str], Mapping[str, 
 
 
 async def _read_index(files: Files, folder: str) -> Mapping[str, str]:
-    path = _inside(folder, INDEX)
+    path = inside(folder, INDEX)
     status = await look(files, path)
     if status is None or not status.regular or status.nbytes > MAX_INDEX_BYTES:
         have = "nothing" if status is None else f"{status.nbytes} bytes" if status.regular else "something else"
@@ -182,7 +183,16 @@ async def _read_index(files: Files, folder: str) -> Mapping[str, str]:
         raise io_error(error, "reading the index", path=path) from error
     except ShardError as error:
         raise _damaged(path, error) from error
-    placed = fields.get("weight_map")
+    return places(fields, path)
+
+
+def places(index: Mapping[str, object], path: str) -> Mapping[str, str]:
+    """Which file of a folder has each tensor, as its index says. See [Note: What a folder may name].
+
+    Raises:
+        ModelFileError: It does not say, or names what is not in the folder.
+    """
+    placed = index.get("weight_map")
     if not isinstance(placed, dict) or not placed or not all(isinstance(name, str) for name in placed.values()):
         raise ModelFileError(f"{path} has no weight_map of names to files", remedy=UNCHANGED, path=path)
     for tensor, name in placed.items():
@@ -203,8 +213,12 @@ def _parse_index(data: bytes) -> dict[str, object]:
     return read_object(data, what="index")
 
 
-def _inside(folder: str, name: str) -> str:
+def inside(folder: str, name: str) -> str:
     """The real path of a folder's file. See [Note: What a folder may name].
+
+    Args:
+        folder: Where its own links lead.
+        name: Below it.
 
     Raises:
         ModelFileError: A link leads out of the folder.
@@ -219,7 +233,7 @@ def _inside(folder: str, name: str) -> str:
             f"{os.path.join(folder, name)} is a link that leads out of its folder",
             need="a file of the folder, or of the Hugging Face cache that the folder belongs to",
             have=real,
-            remedy="adopt that file itself, or the folder in which it lies, if you trust where it leads",
+            remedy="if you trust where it leads, put a copy into the folder, or adopt that file itself",
             path=real,
         )
     return real
@@ -267,43 +281,36 @@ def _damaged(path: str, error: ShardError) -> ModelFileError:
     return ModelFileError(f"{path}: {error.problem}", need=error.need, have=error.have, remedy=UNCHANGED, **details)
 
 
-async def changes(files: Files, listed: Iterable[ModelFile], *, headers: bool) -> dict[str, str]:
-    """What is different about model files by now: one clause each, by path.
+async def look_again(files: Files, file: ModelFile) -> ModelFile | str:
+    """A model file as it is now; or one clause that says what is different, if its tensors need not be what they were.
 
-    Args:
-        files: The file system.
-        listed: As they were.
-        headers: Read their headers too.
-
-    Raises:
-        TransferError: It cannot be told.
+    A time alone means nothing: a copy of a folder, or a restored backup, has another. Then the header is read and compared, and
+    whoever reads payloads compares these with their checksums. A file that cannot be looked at counts as different.
     """
-    found: dict[str, str] = {}
-    for file in dict.fromkeys(listed):
-        what = difference(file, await look(files, file.path))
-        if what is None and headers:
-            try:
-                data = await files.load(file.path, file.header_bytes)
-            except StalledError as error:
-                raise io_error(error, "reading the header of a model file", path=file.path) from error
-            except OSError as error:
-                what = f"cannot be read ({error.strerror or error})"
-            else:
-                what = None if await files.work(checksum, data) == file.header_sum else "has another header"
-        if what is not None:
-            found.setdefault(file.path, what)
-    return found
+    try:
+        status = await look(files, file.path)
+        what = difference(file, status, time=False)
+        if what is not None or status is None:
+            return what or "is gone"
+        data = await files.load(file.path, file.header_bytes)
+        if await look(files, file.path) != status:
+            return "is being written to"
+    except OSError as error:
+        return f"cannot be read ({error.strerror or error})"
+    if await files.work(checksum, data) != file.header_sum:
+        return "has another header than it had when it was adopted"
+    return replace(file, modified_ns=status.modified_ns)
 
 
-def difference(file: ModelFile, status: FileStat | None) -> str | None:
-    """What a look at the name alone tells: one clause, or None."""
+def difference(file: ModelFile, status: FileStat | None, *, time: bool = True) -> str | None:
+    """What a look at the name alone tells: one clause, or None. Whether `time` counts depends on who asks: see `look_again`."""
     if status is None:
         return "is gone"
     if not status.regular:
         return "is no plain file any more"
     if status.nbytes != file.nbytes:
         return f"has {status.nbytes} bytes instead of {file.nbytes}"
-    if status.modified_ns != file.modified_ns:
+    if time and status.modified_ns != file.modified_ns:
         return "was written to since it was adopted"
     return None
 
@@ -314,7 +321,8 @@ def changed(path: str, what: str, *, block: str | None, remedy: str | None = Non
     return ModelFileError(
         f"{whose} {path}, which {what}",
         need="the file as it was adopted",
-        remedy=remedy or "put it back as it was; or delete() the block, and adopt() the new file",
+        remedy=remedy
+        or "put it back as it was, or open the store anew if its content is the same; or delete() the block, and adopt() the file",
         path=path,
         block=block,
         **details,

@@ -114,6 +114,15 @@ class View(Found):
         return sum(self.files[name].nbytes for name in listed)
 
     @property
+    def touched(self) -> list[str]:
+        """Model files of the length that they had, written to since they were adopted."""
+        records = [record for manifest in self.manifests.values() for record in manifest.records]
+        listed = dict.fromkeys(file for record in records if record.adopted is not None for file in record.adopted.files)
+        found = [(file, self.models.get(file.path)) for file in listed]
+        touched = [file.path for file, status in found if difference(file, status) and not difference(file, status, time=False)]
+        return sorted(set(touched))
+
+    @property
     def foreign(self) -> list[str]:
         """What is no store's: by its name, or as no plain file. A store refuses to open the directory while it is there."""
         return sorted(name for name, status in self.files.items() if not (names.is_ours(name) and status.regular))
@@ -314,7 +323,7 @@ def check_file(view: View, record: Record) -> Problem | None:
 
 def _check_models(view: View, record: Record, adopted: Adopted) -> Problem | None:
     for index, file in enumerate(adopted.files):
-        if (what := difference(file, view.models.get(file.path))) is not None:
+        if (what := difference(file, view.models.get(file.path), time=False)) is not None:
             harmed = {spec.name for spec, place in zip(record.block.tensors, adopted.places, strict=True) if place[0] == index}
             problem = what if index == 0 else f"is not all: {file.path} {what}"
             return Problem(problem, None, tuple(name for name in all_tensors(record) if name in harmed))

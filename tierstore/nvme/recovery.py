@@ -29,8 +29,9 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from tierstore.errors import DirectoryError, ModelFileError, ShardError
+from tierstore.errors import DirectoryError, ShardError
 from tierstore.nvme import model_files, names, windows
+from tierstore.nvme.adopted import ModelFile
 from tierstore.nvme.files import Files, FileStat
 from tierstore.nvme.locks import MAX_HOLDER_BYTES, living_holder
 from tierstore.nvme.manifest import MAX_MANIFEST_BYTES, Hint, Manifest, Record, decode_hint, decode_manifest
@@ -390,38 +391,52 @@ def check_shards(found: Found, path: str, manifest: Manifest) -> None:
         )
 
 
-async def check_models(files: Files, path: str, found: Found, manifest: Manifest) -> None:
-    """Every model file that adopted blocks lie in must be as it was, as far as length, time and header tell.
+async def check_models(files: Files, path: str, manifest: Manifest) -> dict[ModelFile, ModelFile | str]:
+    """Look again at every model file that adopted blocks lie in, and warn of those that are others: see `model_files.look_again`.
 
-    Raises:
-        ModelFileError: Naming the files that are gone or others, and the blocks.
-        TransferError: It cannot be told.
+    Nothing is refused: what lies elsewhere, adapters above all, is to be had whatever has become of a model's files. Blocks in files that
+    are others are refused when they are read.
     """
     adopted = [(record, record.adopted) for record in manifest.records if record.adopted is not None]
-    different = await model_files.changes(files, (file for _, one in adopted for file in one.files), headers=True)
-    if not different:
-        return
-    blocks = [record.block.name for record, one in adopted if any(file.path in different for file in one.files)]
-    others = sorted(set(found.manifests) - {manifest.generation})
-    raise ModelFileError(
-        f"generation {manifest.generation} of {path} needs model files that are not what they were: "
-        + some([f"{where} {what}" for where, what in different.items()], "; "),
-        need=f"them as they were adopted, for {some(list(map(repr, blocks)), ', ')}",
-        remedy="put them back as they were" + (f", or open an older generation (generation={others[-1]})" if others else ""),
-        path=next(iter(different)),
-        paths=tuple(different),
-        block=blocks[0],
-        blocks=tuple(blocks),
-        generation=manifest.generation,
-        available=tuple(others),
-    )
+    now = {file: await model_files.look_again(files, file) for file in dict.fromkeys(file for _, one in adopted for file in one.files)}
+    whose = {file: [record for record, one in adopted if file in one.files] for file in now}
+    different = {file.path: what for file, what in now.items() if isinstance(what, str)}
+    if different:
+        blocks = [record.block.name for record, one in adopted if any(file.path in different for file in one.files)]
+        log.warning(
+            "generation %d of %s needs model files that are not what they were: %s. "
+            "All other blocks can be used; these %d cannot until the files are as they were: %s",
+            manifest.generation,
+            path,
+            some([f"{where} {what}" for where, what in different.items()], "; "),
+            len(blocks),
+            some(list(map(repr, blocks)), ", "),
+        )
+    for file, found in now.items():
+        if isinstance(found, str) or found == file:
+            continue
+        unknown = [record.block.name for record in whose[file] if record.shard.chunks is None]
+        if unknown:
+            message = (
+                "%s was written to since it was adopted. Its header is the same, but %d blocks in it have no checksums, and "
+                "cannot be checked: %s. Go on only if you know that it is the same model"
+            )
+            log.warning(message, file.path, len(unknown), some(list(map(repr, unknown)), ", "))
+        else:
+            log.info(
+                "%s has another time than when it was adopted, and the same header: its blocks are checked as they are read", file.path
+            )
+    return now
 
 
-def link_shards(found: Found, path: str, chosen: Manifest | None) -> tuple[dict[str, Shard], dict[int, list[Entry]]]:
+def link_shards(
+    found: Found, path: str, chosen: Manifest | None, models: Mapping[ModelFile, ModelFile | str]
+) -> tuple[dict[str, Shard], dict[int, list[Entry]]]:
     """One `Shard` per file, however many generations share it: (by file name, entries per generation).
 
-    The chosen generation has passed `check_shards`. Any other whose manifest contradicts it, a newer one or the files is damaged,
-    and moves there. Files that are only missing are left for who opens that generation.
+    `models` says what has become of the chosen generation's model files, as `check_models` has it. That generation has passed
+    `check_shards`. Any other whose manifest contradicts it, a newer one or the files is damaged, and moves there. Files that are only
+    missing are left for who opens that generation.
     """
     for generation, wrong in contradictions(found, chosen).items():
         where = os.path.join(path, names.manifest_name(generation))
@@ -442,6 +457,7 @@ def link_shards(found: Found, path: str, chosen: Manifest | None) -> tuple[dict[
             file = record.shard.file
             if record.adopted is not None:
                 shard = Shard.of_model(record.block, record.adopted, record.shard.chunks)
+                shard.look_again(models if manifest is chosen else {})
                 shard.references += 1
                 entries[manifest.generation].append(Entry(record.block, shard))
             elif file in found.files:

@@ -14,15 +14,16 @@ read, the whole chunk is streamed through the caller's buffer once, so that no b
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import xxhash
 
 from tierstore.catalog import PAGE, Block
 from tierstore.errors import ShardError, TierFullError, TierstoreError, TransferError
-from tierstore.nvme.adopted import Adopted
+from tierstore.nvme.adopted import Adopted, ModelFile
 from tierstore.nvme.checksums import CHUNK_BYTES, checksum, num_chunks, shard_checksum, split_chunks
 from tierstore.nvme.files import FULL, File, Files, Request, Then, aligned_buffer, move_all
 from tierstore.nvme.manifest import Record, ShardRecord, encode_record, format_of
@@ -57,8 +58,8 @@ class Shard:
         handle: What it was last written through, kept until it is synced.
         hung: Writes that were given up and may still change the file, which is nobody else's until they have returned.
         line: What its line in a manifest was made from, the line, and the version of the format that it takes.
-        adopted: Where it lies in model files; it has no file of the store's then, and all of the above but `block`, `chunks`, `references`
-            and `discarded` stays as it is. `chunks` is None until they are learned: see `mover.models`.
+        adopted: Where it lies in model files; it has no file of the store's then, and all of the above but `block`, `chunks`, `references`,
+            `discarded` and `header_unverified` stays as it is. `chunks` is None until they are learned: see `mover.models`.
     """
 
     block: Block
@@ -105,6 +106,13 @@ class Shard:
         """A block that lies in model files, as if these were its shard."""
         return cls(block, "", 0, 0, 0, chunks=chunks, synced=True, adopted=adopted)
 
+    def look_again(self, found: Mapping[ModelFile, ModelFile | str]) -> None:
+        """Take its model files as they are now, or look at them before the next read where they were not what they should be."""
+        assert self.adopted is not None
+        now = [(file, found.get(file, file)) for file in self.adopted.files]
+        self.adopted = replace(self.adopted, files=tuple(file if isinstance(one, str) else one for file, one in now))
+        self.header_unverified = any(isinstance(one, str) for _, one in now)
+
     @classmethod
     def from_record(cls, block: Block, record: ShardRecord) -> Shard:
         """A shard that a manifest describes: durable, and not verified yet."""
@@ -135,7 +143,7 @@ class Entry:
         On any thread, while nobody writes the shard.
         """
         shard = self.shard
-        source = (self.block, shard.file, shard.digest, shard.chunks)
+        source = (self.block, shard.file, shard.digest, shard.chunks, shard.adopted)
         if shard.line is None or shard.line[0] != source:
             record = Record(self.block, shard.record(), shard.adopted)
             shard.line = source, encode_record(record), format_of(self.block, shard.adopted)

@@ -238,6 +238,7 @@ def notes_of(view: View) -> list[str]:
         notes.append(f"files that no generation needs, {nbytes} in all, which the next opening deletes: {some(left, ', ')}")
     if view.foreign:
         notes.append(f"files that are not the store's: {some(view.foreign, ', ')}")
+    notes += [f"{path} was written to since it was adopted: only blocks that were read before can be checked" for path in view.touched]
     return notes
 
 
