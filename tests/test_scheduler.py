@@ -71,7 +71,6 @@ class Sim:
         self.shards: dict[Record, int] = {}
         self.flying: list[Order] = []
         self.ordered: set[int] = set()
-        self.carried_out: set[int] = set()  # copies in that the device has done, reported or not
         self.carried: dict[int, Content] = {}
         self.results: list[Request] = []
         self.commits: dict[Save, dict[Record, int]] = {}
@@ -114,23 +113,9 @@ class Sim:
             if order.action is Action.H2D:
                 self.contents[Tier.GPU][order.offset_gpu] = None
             elif order.action in (Action.D2H, Action.READ):
-                self._carry_out_loads(record)
                 self.contents[Tier.RAM][order.offset_ram] = None
         if self.device_is_ordered and order.action in (Action.H2D, Action.D2H, Action.COMPACT) and order.tier is not Tier.RAM:
             self._report_ordered(order)
-
-    def _carry_out_loads(self, record: Record) -> None:
-        """A copy back comes behind the copies in, whether or not these were reported as landed."""
-        for order in self.flying:
-            if order.action is Action.H2D and order.record is record:
-                assert order.number in self.ordered, "a copy back does not know of the copy in"
-                self._check_source(order)
-                self.carried_out.add(order.number)
-
-    def _check_source(self, order: Order) -> None:
-        assert order.record is not None
-        wanted = (order.record.id, order.version)
-        assert self.contents[Tier.RAM][order.offset_ram] == wanted, "the source of a copy was overwritten"
 
     def _report_ordered(self, order: Order) -> None:
         """The device's side of the order happens, as far as work queued later can tell."""
@@ -164,8 +149,7 @@ class Sim:
         else:
             assert record is not None
             if order.action is Action.H2D:
-                if order.number not in self.carried_out:
-                    self._check_source(order)
+                assert self.contents[Tier.RAM][order.offset_ram] == (record.id, order.version), "the source of a copy was overwritten"
             elif order.action is Action.D2H:
                 assert self.carried[order.number] == (record.id, order.version), "the wrong bytes were copied to RAM"
                 self.contents[Tier.RAM][order.offset_ram] = self.carried.pop(order.number)

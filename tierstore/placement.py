@@ -379,7 +379,6 @@ class Placement(Extents):
     def _load(self, record: Record, kind: Kind) -> None:
         self.start_load(record, Tier.GPU)
         record.ram.readers += 1
-        record.loads += 1
         if not record.read_for_load:
             self.ram_hits += 1
         record.read_for_load = False
@@ -414,9 +413,7 @@ class Placement(Extents):
         if tier is Tier.RAM:
             return self._save_ram(record, kind)
         ram = record.ram
-        # What is copied back has been copied in, as the device does it in that order, whether or not that was reported yet.
-        free = ram.readers == record.loads and not (ram.moving or ram.loading)
-        if not self.link_free(Link.D2H) or not free or record.gpu.moving:
+        if not self.link_free(Link.D2H) or not ram.settled or record.gpu.moving:
             return False
         if record.gpu.state is State.CLEAN:
             return True
@@ -513,7 +510,6 @@ class Placement(Extents):
             assert record is not None
             self.pace.busy_s += self.seconds_on(Link.H2D, record.id)
             record.ram.readers -= 1
-            record.loads -= 1
         elif order.action is Action.D2H:
             assert record is not None
             self.pace.busy_s += self.seconds_on(Link.D2H, record.id)
@@ -554,7 +550,6 @@ class Placement(Extents):
             tier = Tier.GPU if order.action is Action.H2D else Tier.RAM
             if order.action is Action.H2D:
                 record.ram.readers -= 1
-                record.loads -= 1
             if hung or order.number >= record.asked:
                 record.load_error = error
             if hung and order.action is Action.READ:

@@ -60,7 +60,6 @@ class Record:
             a commit passes it by. See [Note: Blank blocks] in `scheduler`.
         locked: A `put`, `write` or `delete` works on the bytes from the host; no transfer may start.
         hold: The tier it was ordered to stay on.
-        loads: Copies onto the device that have not been reported as landed; each is one of `ram.readers`.
         commit_pending: Must reach NVMe for a commit before it may be written again.
         used_at: Position in the trace of its last access, -1 before the first.
         load_error, save_error: Why the last transfer failed; cleared when somebody asks again.
@@ -77,7 +76,6 @@ class Record:
         "hold",
         "id",
         "load_error",
-        "loads",
         "locked",
         "nvme_version",
         "nvme_writing",
@@ -106,7 +104,6 @@ class Record:
         self.born: int | None = None
         self.blank = False
         self.locked = False
-        self.loads = 0
         self.hold: Tier | None = None
         self.commit_pending = 0
         self.asked = 0

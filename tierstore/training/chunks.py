@@ -101,7 +101,7 @@ def cut(
             cuttable = weight in ranges and left * each > room
             if not chunks or (left * each > room and not (cuttable and room >= ALIGN * each)):
                 chunks.append([])
-                room = limit_bytes + (room if room < ALIGN * each else 0.0)
+                room = limit_bytes + (room if 0 < room < ALIGN * each else 0.0)
             stop = weight.numel
             if weight in ranges and left * each > room:
                 stop = start + max(ALIGN, int(room / each) // ALIGN * ALIGN)
@@ -165,7 +165,8 @@ class Stepper:
         self,
         chunk: Chunk,
         weights: Mapping[str, Tensor],
-        gradients: Mapping[Weight, Callable[[Piece], Tensor]],
+        updated: Collection[Weight],
+        gradients: Callable[[list[Piece]], list[Tensor]],
         state: Mapping[str, Mapping[str, Tensor]],
         hyper: Hyper,
         begin: Callable[[], None],
@@ -179,7 +180,8 @@ class Stepper:
         Args:
             chunk: Which.
             weights: The block's tensors.
-            gradients: For each weight that has one, what gives the gradient of a piece, clipped and, with masters, widened.
+            updated: Those that have a gradient.
+            gradients: Gives the gradients of pieces of these, clipped and, with masters, widened.
             state: The tensors of the chunk's blocks.
             hyper: Options and attributes of this step.
             begin: Called when values are about to change: until then a step that failed may be taken again.
@@ -192,7 +194,7 @@ class Stepper:
             return state[chunk.tensors[piece][key]][f"{key}.{piece.key}"]
 
         # Of these only is there state, masters included: pieces of one parameter are in several chunks, and all of them have it or none.
-        active = [piece for piece in chunk.pieces if piece.weight in gradients]
+        active = [piece for piece in chunk.pieces if piece.weight in updated]
         homes = {piece: self._home(chunk, piece, weights, stored, new) for piece in active}
         for piece in chunk.pieces if written else ():
             master = self._master(chunk, piece, stored, new)
@@ -207,9 +209,9 @@ class Stepper:
         group = inner.param_groups[0]
         try:
             inner.state.clear()
-            for piece in active:
+            for piece, gradient in zip(active, gradients(active), strict=True):
                 leaf = leaves[piece]
-                leaf.grad = gradients[piece.weight](piece)
+                leaf.grad = gradient
                 # Aliases: what an optimizer does to a tensor's `data`, it does not do to what the lease has given out.
                 found: dict[str, Any] = {key: stored(piece, key).detach() for key in chunk.tensors[piece] if key != MASTER}
                 found.update((key, value) for key, value in values[piece].items() if key != MASTER)
@@ -231,8 +233,7 @@ class Stepper:
                         homes[piece].copy_(leaves[piece])
                     self._note_state(chunk, piece, inner.state.get(leaves[piece], {}), stored)
             if self._master_dtype is not None:
-                for piece in active:
-                    piece.of(weights[piece.weight.stored]).copy_(homes[piece])
+                torch._foreach_copy_([piece.of(weights[piece.weight.stored]) for piece in active], [homes[piece] for piece in active])
         finally:
             group["params"] = []
             inner.state.clear()

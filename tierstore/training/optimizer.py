@@ -23,7 +23,7 @@ import contextlib
 import functools
 import logging
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -717,16 +717,15 @@ class TieredOptimizer(torch.optim.Optimizer):
     ) -> None:
         """Step on what is leased."""
 
-        def gradient(piece: Piece) -> Tensor:
+        def gradients(pieces: list[Piece]) -> list[Tensor]:
             if given is not None:
-                raw = piece.of(given[piece.weight])
+                raw = [piece.of(given[piece.weight]) for piece in pieces]
             else:
                 assert chunk.part is not None
-                raw = leased[chunk.part.name][piece.key]
-            return self._prepared(raw, piece.weight, job.coefficients)
+                raw = [leased[chunk.part.name][piece.key] for piece in pieces]
+            return self._prepared(raw, [piece.weight for piece in pieces], job.coefficients)
 
-        gradients = dict.fromkeys(weights, gradient)
-        self._stepper.step(chunk, values, gradients, leased, job.hyper, lambda: job.begun.add(chunk), written=written)
+        self._stepper.step(chunk, values, weights, gradients, leased, job.hyper, lambda: job.begun.add(chunk), written=written)
 
     def _rewrite(self, chunks: Iterable[Chunk], values: Mapping[str, Tensor]) -> None:
         """Narrow masters into weights that no step has written."""
@@ -740,18 +739,23 @@ class TieredOptimizer(torch.optim.Optimizer):
                         master = leases.enter_context(self.tiered.buffers.lease(where))[f"{MASTER}.{piece.key}"]
                     piece.of(values[piece.weight.stored]).copy_(master)
 
-    def _prepared(self, gradient: Tensor, weight: Weight, coefficients: Iterable[Coefficient]) -> Tensor:
-        """A gradient as the optimizer is to see it. What is in the store stays as it is."""
-        given = gradient
-        if self.master_dtype is not None:
-            gradient = gradient.to(self.master_dtype)
+    def _prepared(self, given: list[Tensor], weights: Sequence[Weight], coefficients: Iterable[Coefficient]) -> list[Tensor]:
+        """Gradients as the optimizer is to see them. What is in the store stays as it is."""
+        gradients = list(given)
+        narrow = [number for number, gradient in enumerate(given) if self.master_dtype not in (None, gradient.dtype)]
+        if narrow:
+            wide = [torch.empty_like(given[number], dtype=self.master_dtype) for number in narrow]
+            torch._foreach_copy_(wide, [given[number] for number in narrow])  # one call: each costs the host as much as a kernel
+            for number, gradient in zip(narrow, wide, strict=True):
+                gradients[number] = gradient
         for each in coefficients:
-            coefficient = each if isinstance(each, Tensor) else each.get(weight)
-            if coefficient is not None:
-                gradient = gradient * coefficient
-        if gradient is given and self._writes_gradients:
-            return gradient.clone()
-        return gradient
+            for number, weight in enumerate(weights):
+                coefficient = each if isinstance(each, Tensor) else each.get(weight)
+                if coefficient is not None:
+                    gradients[number] = gradients[number] * coefficient
+        if self._writes_gradients:
+            gradients = [gradient.clone() if gradient is raw else gradient for gradient, raw in zip(gradients, given, strict=True)]
+        return gradients
 
     def _norm(self, gradient: Tensor, norm_type: float) -> Tensor:
         if self.master_dtype is not None:
@@ -794,13 +798,13 @@ class TieredOptimizer(torch.optim.Optimizer):
                 with self.tiered.buffers.lease(chunk.part.name, write=[chunk.part.name]) as stored:
                     for piece in chunk.pieces:
                         if piece.weight in chunk.part.present:
-                            stored[piece.key].copy_(self._prepared(stored[piece.key], piece.weight, coefficients))
+                            stored[piece.key].copy_(self._prepared([stored[piece.key]], [piece.weight], coefficients)[0])
 
     def as_clipped(self, weight: Weight, gradient: Tensor) -> Tensor:
         """A gradient as `clip_grad_norm_` would have left it in torch. With masters, only what the next step sees is clipped."""
         if weight not in self._weights or self.master_dtype is not None:
             return gradient
-        return self._prepared(gradient, weight, self._coefficients)
+        return self._prepared([gradient], [weight], self._coefficients)[0]
 
     # -- state -------------------------------------------------------------------------------------------------------------
 
