@@ -46,9 +46,9 @@ LIBRARIES = ("torch", "transformers", "accelerate")
 SHAPES = {
     "quick": {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 8, "num_attention_heads": 4, "vocab_size": 500},
     "cpu": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "vocab_size": 32_000},
-    "cuda": {"hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32_000},
+    "cuda": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 32, "vocab_size": 32_000},
 }
-"""By device: half a billion parameters, and 6.7."""
+"""By device: half a billion parameters, and two."""
 
 PROMPT_TOKENS = 16
 DEVICE_SHARE, RAM_SHARE = 0.25, 0.35

@@ -56,7 +56,8 @@ def train(steps: int, after_warm_up: Callable[[], None] = lambda: None) -> tuple
                     continue
                 torch.cuda.synchronize()
                 seconds.append(time.perf_counter() - begun)
-        torch.cuda.set_sync_debug_mode("default")
+        if torch.cuda.get_sync_debug_mode():  # the first call ever warns
+            torch.cuda.set_sync_debug_mode("default")
         weights = [store.read(block.name) for block in tiered.structure.blocks]
         stats = store.stats()
         assert stats.tiers["gpu"].evictions > LAYERS * MEASURED
