@@ -30,7 +30,7 @@ from tierstore.cli import main
 from tierstore.errors import TensorError, TrainingError
 from tierstore.training import Tiered, TieredOptimizer, attach, pieces
 from tierstore.training import optimizer as optimizer_module
-from tierstore.training.chunks import cut
+from tierstore.training.chunks import cut, even_share
 from tierstore.training.packing import pack, unpack
 from tierstore.training.state import read_state, write_state
 from tierstore.training.structure import Weight, WeightBlock
@@ -297,9 +297,23 @@ def test_chunks_are_filled(sizes: list[tuple[int, bool]], units: int, each: floa
     for number, chunk in enumerate(chunks):
         last = chunk[-1].weight
         if len(chunk) > 1 or last in ranges:
-            assert taken[number] < limit + 65 * each, "what the chunk before could not take, and one element where it would be alone"
+            assert taken[number] <= limit + each, "one element more than fits, where it would be alone"
         if number + 1 < len(chunks) and chunks[number + 1][0].weight in ranges:
             assert taken[number] > limit - 2 * 64 * each, "room was left that the next weight could have filled"
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=12), st.integers(20, 200), st.sampled_from([4.0, 8.0, 12.0]))
+def test_chunks_are_even(rows: list[int], units: int, each: float) -> None:
+    """Of the kind of block that most bytes are in: their sizes differ by a range's step at most."""
+    limit = int(units * 64 * each)
+    weights = [Weight(f"w{number}", number, torch.Size([64 * count]), torch.float32, True) for number, count in enumerate(rows)]
+    size = sum(weight.numel for weight in weights) * each
+    share = even_share([size, size, size / 2], limit, 64 * each)
+    chunks = cut(WeightBlock("block", weights), weights, lambda _: each, limit, ranges=weights, share_bytes=share)
+    taken = [sum(piece.numel for piece in chunk) * each for chunk in chunks]
+    assert max(taken) <= limit
+    assert max(taken) - min(taken) <= 64 * each
+    assert len(chunks) <= size / (limit - 64 * each) + 1, "no more of them than it takes"
 
 
 def test_cutting_anew_holds_no_more_than_a_chunk_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,9 @@ ALIGN = 64
 """Ranges of a parameter begin at multiples of so many elements: fused kernels compute the elements of a vector's width alike, and the
 rest of a tensor by other code."""
 
+SPARE = 16
+"""Chunks are cut evenly where a range's step is at most one part in so many of them."""
+
 New = dict[tuple[Piece, str], Tensor]
 """State that has no place in the store yet."""
 
@@ -73,23 +76,26 @@ def cut(
     block: WeightBlock,
     weights: Collection[Weight],
     bytes_per_element: Callable[[Weight], float],
-    limit_bytes: float,
+    limit_bytes: int,
     *,
     ranges: Collection[Weight],
+    share_bytes: float | None = None,
 ) -> list[list[Piece]]:
     """Pieces of a block's weights, chunk by chunk.
 
-    Chunks are filled to the limit, a weight that may be cut going on in the next one. What could not be filled, as ranges begin at
-    multiples of `ALIGN`, is added to the next: where the limit is an even share of the block, chunks differ by a few bytes only.
+    Chunks are filled to their share, a weight that may be cut going on in the next one. What could not be filled, as ranges begin at
+    multiples of `ALIGN`, is added to the next: where the share is an even one of the block, chunks differ by a few bytes only.
 
     Args:
         block: The block.
         weights: Those of it to cut.
         bytes_per_element: What one element of a weight takes in a chunk.
-        limit_bytes: What a chunk takes at most, but for `ALIGN` elements, where that is possible.
+        limit_bytes: What a chunk takes at most, where that is possible.
         ranges: Those that may be cut into flat ranges.
+        share_bytes: What it is to take, by default as much as it may.
     """
     chunks: list[list[Piece]] = []
+    share = float(limit_bytes if share_bytes is None else share_bytes)
     room = 0.0
     for weight in block.weights:
         if weight not in weights:
@@ -101,7 +107,7 @@ def cut(
             cuttable = weight in ranges and left * each > room
             if not chunks or (left * each > room and not (cuttable and room >= ALIGN * each)):
                 chunks.append([])
-                room = limit_bytes + (room if 0 < room < ALIGN * each else 0.0)
+                room = min(limit_bytes, share + (room if 0 < room < ALIGN * each else 0.0))
             stop = weight.numel
             if weight in ranges and left * each > room:
                 stop = start + max(ALIGN, int(room / each) // ALIGN * ALIGN)
@@ -116,20 +122,23 @@ def cut(
     return chunks
 
 
-def even_share(sizes: Collection[float], limit_bytes: int) -> float:
-    """A limit for `cut` that most of the bytes can be cut by evenly.
+def even_share(sizes: Collection[float], limit_bytes: int, spare_bytes: float) -> float:
+    """A share for `cut` that most of the bytes can be cut by evenly.
 
     Chunks of one size take each other's places, on the device and in RAM, and none is moved to make room for a larger one.
 
     Args:
         sizes: What all chunks of each block take.
         limit_bytes: What one may take.
+        spare_bytes: Of that, what is kept for what the chunk before it could not take, unless it is much of it.
     """
     alike: dict[float, float] = {}
     for size in sizes:
         alike[size] = alike.get(size, 0.0) + size
     most = max(alike, key=lambda size: (alike[size], size), default=0.0)
-    return most / math.ceil(most / limit_bytes) + 1.0 if most > limit_bytes else limit_bytes  # a byte for what is rounded off
+    if most <= limit_bytes or limit_bytes < SPARE * spare_bytes:
+        return limit_bytes
+    return most / math.ceil(most / (limit_bytes - spare_bytes)) + 1.0  # a byte for what is rounded off
 
 
 class Stepper:

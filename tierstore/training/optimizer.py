@@ -33,7 +33,7 @@ from torch import Tensor
 
 from tierstore.catalog import PAGE, TENSOR_ALIGNMENT, round_up
 from tierstore.errors import CapacityError, OptionError, TrainingError
-from tierstore.training.chunks import MASTER, PREFIX, Chunk, Stepper, cut, even_share
+from tierstore.training.chunks import ALIGN, MASTER, PREFIX, Chunk, Stepper, cut, even_share
 from tierstore.training.gradients import Part, Sums
 from tierstore.training.instances import Factory, Hyper, Rehearsal, in_group, may_change, own_options
 from tierstore.training.layers import Tiered
@@ -254,26 +254,27 @@ class TieredOptimizer(torch.optim.Optimizer):
         device_bytes = self.tiered.buffers.device_bytes
         blocks = list(dict.fromkeys(weight.block for weight in self._weights))
         self._check_fit(blocks, device_bytes)
-        limit = self._limit(blocks, device_bytes)
+        share = self._share(blocks, device_bytes)
         for block in blocks:
-            self._chunks[block] = chunks = self._cut_block(block, limit)
+            self._chunks[block] = chunks = self._cut_block(block, chunk_bytes(device_bytes), share)
             self.tiered.cut_gradients(block, self, [chunk.pieces for chunk in chunks])
 
-    def _limit(self, blocks: Collection[WeightBlock], device_bytes: int) -> float:
-        """What a chunk takes at most."""
+    def _share(self, blocks: Collection[WeightBlock], device_bytes: int) -> float:
+        """What a chunk is to take."""
         sizes = dict.fromkeys(blocks, 0.0)
+        each = {weight: self._bytes_per_element(weight) for weight in self._weights}
         for weight in self._weights:
-            sizes[weight.block] += weight.numel * self._bytes_per_element(weight)
-        return even_share(sizes.values(), chunk_bytes(device_bytes))
+            sizes[weight.block] += weight.numel * each[weight]
+        return even_share(sizes.values(), chunk_bytes(device_bytes), ALIGN * max(each.values()))
 
-    def _cut_block(self, block: WeightBlock, limit: float) -> list[Chunk]:
+    def _cut_block(self, block: WeightBlock, limit: int, share: float) -> list[Chunk]:
         chunks: list[Chunk] = []
         for group in range(len(self.param_groups)):
             mine = {weight for weight, number in self._weights.items() if number == group and weight.block is block}
             if not mine:
                 continue
             ranges = {weight for weight in mine if self._rules_for(weight).may_cut(weight.shape)}
-            for pieces in cut(block, mine, self._bytes_per_element, limit, ranges=ranges):
+            for pieces in cut(block, mine, self._bytes_per_element, limit, ranges=ranges, share_bytes=share):
                 chunks.append(Chunk(f"{PREFIX}{self.name}/{block.name}/{len(chunks)}", block, pieces, group))
         return chunks
 
@@ -293,8 +294,8 @@ class TieredOptimizer(torch.optim.Optimizer):
         """
 
         def largest(device_bytes: int) -> Chunk:
-            limit = self._limit(blocks, device_bytes)
-            return max((chunk for block in blocks for chunk in self._cut_block(block, limit)), key=self._need)
+            limit, share = chunk_bytes(device_bytes), self._share(blocks, device_bytes)
+            return max((chunk for block in blocks for chunk in self._cut_block(block, limit, share)), key=self._need)
 
         chunk = largest(device_bytes)
         enough = self._need(chunk)
