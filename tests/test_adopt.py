@@ -965,6 +965,27 @@ def test_a_commit_says_that_a_model_file_has_changed(tmp_path: Path, model: Watc
     put_back(victim, data)
 
 
+def test_a_file_that_comes_back_with_the_store_open_and_was_never_read(
+    tmp_path: Path, model: Watched, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody can know whether its bytes are the same: that is said, once."""
+    victim = model.files[0]
+    data = victim.read_bytes()
+    with open_store(tmp_path) as store:
+        store.adopt(model.path)
+        store.commit()
+    victim.unlink()
+    with open_store(tmp_path) as store:
+        assert any(_refuses(lambda name=name: store.read(name)) for name in store)  # type: ignore[misc]
+        victim.write_bytes(data)
+        caplog.clear()
+        model.check(store)
+        (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert str(victim) in warning
+        assert "have no checksums" in warning
+    put_back(victim, data)
+
+
 def test_bits_that_changed_between_two_openings(tmp_path: Path, model: Watched) -> None:
     victim = model.files[0]
     data = victim.read_bytes()

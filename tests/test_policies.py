@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import threading
 from collections import OrderedDict
@@ -18,9 +19,11 @@ from tests.test_scheduler import POLICIES, Sim
 from tierstore import TierStore
 from tierstore.catalog import BlockId
 from tierstore.errors import OptionError
+from tierstore.extents import Extents
 from tierstore.placement import AHEAD_BLOCKS
 from tierstore.policies import GROUP, Lookahead, Lru, Policy, PolicyBase, Static, available, resolve
-from tierstore.policies.plan import Costs, Cycle, keep
+from tierstore.policies import lookahead as lookahead_module
+from tierstore.policies.plan import LIGHT, Costs, Cycle, choose, keep, run
 from tierstore.requests import Action, Order, Record
 from tierstore.residency import Tier
 
@@ -346,3 +349,38 @@ def test_a_plan_of_a_long_period_is_made_in_small_pieces() -> None:
     for _ in keep(Cycle(blocks, [1] * period), costs, 1, above):
         most, above.looks = max(most, above.looks), 0
     assert most < 10
+
+
+@pytest.mark.parametrize("faster", [1, 4])
+def test_a_period_is_planned_for_once_unless_its_mean_pace_changes(monkeypatch: pytest.MonkeyPatch, faster: int) -> None:
+    """One half of the period computes ten times as long as the other, as backward passes and updates do."""
+    period, paces = 12, [1.0]
+    policy = Lookahead()
+    sim, records = open_sim(policy, period, 6)
+    plans = [0]
+
+    def counted(*args: Any, **options: Any) -> Any:
+        plans[0] += 1
+        return choose(*args, **options)
+
+    monkeypatch.setattr(lookahead_module, "choose", counted)
+    half = property(lambda view: paces[-1] * (1.0 if policy.forecast.now % period < period // 2 else 0.1))
+    monkeypatch.setattr(Extents, "seconds_between", half)
+    for lap in range(400):
+        if lap == 200:
+            paces.append(1.0 / faster)
+        for record in records:
+            sim.use(record, write=True)
+    assert plans[0] == (1 if faster == 1 else 2)
+
+
+def test_of_rules_that_are_as_fast_one_that_is_fast_where_little_is_computed_is_chosen() -> None:
+    blocks = list(map(BlockId, range(16)))
+    cycle = Cycle(blocks, bytes([1] * 16))
+    even = dict.fromkeys(blocks, 1.0)
+    costs = Costs(8, dict.fromkeys(blocks, 1), even, even, 6.0)
+    *_, choice = (found for found in choose(cycle, costs, 0) if found is not None)
+    assert choice.seconds == 16 * 6.0, "all copies hide behind so much computing"
+    hurried = dataclasses.replace(costs, compute_s=LIGHT * 6.0)
+    *_, outcome = (found for found in run(cycle, hurried, choice.rule, 0, bytes(16)) if found is not None)
+    assert outcome.seconds < 14, "fewest bytes would take 17.9, and the links alone 8"

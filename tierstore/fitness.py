@@ -47,7 +47,8 @@ def check_fits(placement: Placement, request: Request, owned: Collection[Record]
 def takes_passage(placement: Placement, request: Request) -> CapacityError | None:
     """The error for a request after which blocks that lie in model files could not pass through RAM any more. Without NVMe only.
 
-    Judged when nothing stands against the request any more: what was refused would have been, whoever waited.
+    Judged when nothing stands against the request any more: whoever waits has no room yet. Of several blocks in one request each gets
+    its home by itself, so another request may come in between.
     """
     if placement.has_nvme or not placement.has_models:
         return None

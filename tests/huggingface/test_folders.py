@@ -24,6 +24,7 @@ from tierstore.training import TieredOptimizer
 transformers = pytest.importorskip("transformers")
 
 from tierstore.huggingface import from_pretrained, save_pretrained  # noqa: E402  # needs transformers
+from tierstore.huggingface.generating import load_tokenizer  # noqa: E402
 
 posix = pytest.mark.skipif(os.name == "nt", reason="links need a privilege there")
 
@@ -435,6 +436,17 @@ def test_a_link_that_leads_out_of_the_folder(name: str, tmp_path: Path) -> None:
     (folder / name).symlink_to("within")
     with opened(folder, tmp_path / "store2") as store:
         compare(folder, store) if name != "other.safetensors" else from_pretrained(folder, store)
+
+
+@posix
+@pytest.mark.parametrize("name", ["sentencepiece.bpe.model", "additional_chat_templates/tool.jinja"])
+def test_a_link_of_a_tokenizer_that_leads_out_of_the_folder(name: str, tmp_path: Path) -> None:
+    folder = save("llama", tmp_path / "model")
+    (tmp_path / "outside").write_text("secret", encoding="utf-8")
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).symlink_to(tmp_path / "outside")
+    with pytest.raises(ModelFileError, match="is a link that leads out of its folder"):
+        load_tokenizer(folder)
 
 
 @posix

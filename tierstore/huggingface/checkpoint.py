@@ -26,6 +26,9 @@ TOKENIZER_FILES = (
 )
 """What a model folder has of its tokenizer, and the settings of generation."""
 
+TEMPLATES = "additional_chat_templates"
+"""A folder of chat templates in it."""
+
 BACKEND: Any = {"backend": "pread"}
 """Read and not mapped: mapped pages count as memory, and on Windows a whole file's."""
 
@@ -165,6 +168,18 @@ def check_links(path: Path, names: Iterable[str]) -> None:
     """
     for name in names:
         inside(real_path(path), name)
+
+
+def check_all_links(path: Path) -> None:
+    """As `check_links`, of whatever a tokenizer may read: transformers has a file name for each kind of them.
+
+    Raises:
+        ModelFileError: There is one.
+    """
+    entries = list(os.scandir(path))
+    templates = path / TEMPLATES
+    names = [entry.name for entry in entries if entry.is_symlink() and (entry.name == TEMPLATES or not entry.is_dir())]
+    check_links(path, [*names, *(f"{TEMPLATES}/{entry.name}" for entry in (os.scandir(templates) if templates.is_dir() else ()))])
 
 
 class _Reader(Mapping[str, torch.Tensor]):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from tierstore.errors import OptionError
-from tierstore.huggingface.checkpoint import CONFIG, TOKENIZER_FILES, check_folder, check_links
+from tierstore.huggingface.checkpoint import check_all_links, check_folder
 from tierstore.huggingface.models import from_pretrained, require
 from tierstore.huggingface.positions import check_positions, num_positions
 from tierstore.sync import TierStore
@@ -144,7 +144,7 @@ def load_tokenizer(folder: Path) -> Any:
         ModelFileError: A file of it is a link that leads out of the folder.
     """
     check_folder(folder)  # transformers would look for another model of that name in its cache
-    check_links(folder, (CONFIG, *TOKENIZER_FILES))
+    check_all_links(folder)
     from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: PLC0415  # of an extra
 
     try:

@@ -177,6 +177,13 @@ class Models:
         for file, found in now.items():
             if isinstance(found, str):
                 raise changed(file.path, found, block=shard.block.name)
+            if found != file and shard.chunks is None and (file.path, "") not in self._told:
+                self._told.add((file.path, ""))
+                message = (
+                    "%s is back with another time and the same header. Blocks in it that were never read, such as %r, have no checksums, "
+                    "and cannot be checked. Go on only if you know that it is the same model"
+                )
+                log.warning(message, file.path, shard.block.name)
 
     async def warn_of_changes(self, shards: Iterable[Shard], generation: int) -> None:
         """Say once of each model file that a commit needs, and that is not what it was. Only looks at names; never fails."""

@@ -86,11 +86,10 @@ Rule = Callable[[Future, int, list[BlockId], Weigh], Ranking]
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Of one rule on the model, per period: seconds, link seconds' worth of bytes moved, and seconds at a light pace."""
+    """Of one rule on the model, per period: seconds, and link seconds' worth of bytes moved."""
 
     seconds: float
     moved: float
-    light: float
     rule: Rule
 
     @property
@@ -150,8 +149,15 @@ def choose(cycle: Cycle, costs: Costs, phase: int, *, fixed: bool = False, above
                 outcomes.append(better)
     least = min(outcome.seconds for outcome, _ in outcomes)
     quick = [found for found in outcomes if found[0].seconds <= least * (1 + TOLERANCE)]
-    light = min(outcome.light for outcome, _ in quick)
-    quick = [found for found in quick if found[0].light <= light * (1 + LIGHT_TOLERANCE)]
+    light: list[Outcome] = []
+    for outcome, _ in quick:
+        for hurried in run(cycle, replace(costs, compute_s=LIGHT * costs.compute_s), outcome.rule, phase, inside):
+            if hurried is None:
+                yield None
+            else:
+                light.append(hurried)
+    soon = min(hurried.seconds for hurried in light) * (1 + LIGHT_TOLERANCE)
+    quick = [found for found, hurried in zip(quick, light, strict=True) if hurried.seconds <= soon]
     best, best_kept = min(quick, key=lambda found: found[0].moved)
     yield Choice(best.rule, best_kept, best.seconds)
 
@@ -208,21 +214,17 @@ def _fixed(kept: bytes, period: int) -> Rule:
 
 
 def run(cycle: Cycle, costs: Costs, rule: Rule, phase: int, above: bytes) -> Iterator[Outcome | None]:
-    """Play the periods, at the pace and at a light one. Yields None between steps, and the outcome at last."""
-    found: list[tuple[float, float]] = []
-    for compute_s in (costs.compute_s, LIGHT * costs.compute_s):
-        model = _Model(cycle, replace(costs, compute_s=compute_s), rule, phase, above)
-        period = len(cycle.accesses)
-        for _ in range(WARM_UP * period):
-            model.step()
-            yield None
-        before = model.now_s, model.moved
-        for _ in range(MEASURED * period):
-            model.step()
-            yield None
-        found.append(((model.now_s - before[0]) / MEASURED, (model.moved - before[1]) / MEASURED))
-    (seconds, moved), (light, _) = found
-    yield Outcome(seconds, moved, light, rule)
+    """Play the periods. Yields None between steps, and the outcome at last."""
+    model = _Model(cycle, costs, rule, phase, above)
+    period = len(cycle.accesses)
+    for _ in range(WARM_UP * period):
+        model.step()
+        yield None
+    before = model.now_s, model.moved
+    for _ in range(MEASURED * period):
+        model.step()
+        yield None
+    yield Outcome((model.now_s - before[0]) / MEASURED, (model.moved - before[1]) / MEASURED, rule)
 
 
 class _Shifted:

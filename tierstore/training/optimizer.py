@@ -745,14 +745,16 @@ class TieredOptimizer(torch.optim.Optimizer):
         gradients = list(given)
         narrow = [number for number, gradient in enumerate(given) if self.master_dtype not in (None, gradient.dtype)]
         if narrow:
-            wide = [torch.empty_like(given[number], dtype=self.master_dtype) for number in narrow]
-            torch._foreach_copy_(wide, [given[number] for number in narrow])  # one call: each costs the host as much as a kernel
-            for number, gradient in zip(narrow, wide, strict=True):
-                gradients[number] = gradient
+            for number in narrow:
+                gradients[number] = torch.empty_like(given[number], dtype=self.master_dtype)
+            # One call: each costs the host as much as a kernel.
+            torch._foreach_copy_([gradients[number] for number in narrow], [given[number] for number in narrow])
         for each in coefficients:
             for number, weight in enumerate(weights):
                 coefficient = each if isinstance(each, Tensor) else each.get(weight)
-                if coefficient is not None:
+                if coefficient is not None and gradients[number] is not given[number]:
+                    gradients[number].mul_(coefficient)  # ours already: a second copy of all would take as much again
+                elif coefficient is not None:
                     gradients[number] = gradients[number] * coefficient
         if self._writes_gradients:
             gradients = [gradient.clone() if gradient is raw else gradient for gradient, raw in zip(gradients, given, strict=True)]
