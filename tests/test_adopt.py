@@ -779,16 +779,21 @@ def test_a_file_that_changes_while_the_store_is_open(tmp_path: Path, model: Watc
                 inside = [key for key in store.info(name).tensors if key in load_names(data)]
                 if not inside:
                     continue
-                with pytest.raises(ModelFileError) as caught:
-                    call()
-                assert caught.value.path == str(victim)
-                assert str(victim) in str(caught.value)
-                assert caught.value.block == name
+                assert_refused(call, victim, name)
                 refused += 1
         assert refused >= 10
         put_back(victim, data)
         model.check(store)
         assert_quiet(store)
+
+
+def assert_refused(call: Callable[[], object], victim: Path, block: str) -> None:
+    """The error says which file and which block."""
+    with pytest.raises(ModelFileError) as caught:
+        call()
+    assert caught.value.path == str(victim)
+    assert str(victim) in str(caught.value)
+    assert caught.value.block == block
 
 
 def load_names(data: bytes) -> set[str]:
@@ -861,11 +866,7 @@ def test_a_file_that_has_changed_when_the_directory_is_opened(
             inside = store.info(name).adopted and set(store.info(name).tensors) & load_names(data)
             for call in (lambda name=name: store.read(name), lambda name=name: leased(store, name)):  # type: ignore[misc]
                 if inside and how not in SAME_CONTENT:
-                    with pytest.raises(ModelFileError) as caught:
-                        call()
-                    assert caught.value.path == str(victim)
-                    assert str(victim) in str(caught.value)
-                    assert caught.value.block == name
+                    assert_refused(call, victim, name)
                     refused += 1
                 else:
                     assert all(same(tensor, model.tensors[key]) for key, tensor in call().items())

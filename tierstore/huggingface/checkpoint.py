@@ -104,8 +104,7 @@ class Checkpoint:
         if (listed := self._file(INDEX)).is_file():
             files: dict[Path, set[str] | None] = {}
             for tensor, name in places(self._read_json(INDEX), os.fspath(listed)).items():
-                file = self._file(name)
-                if not file.is_file():
+                if (file := self.path / name) not in files and not self._file(name).is_file():
                     problem = f"{INDEX} names a file that is not there: {name!r}, for tensor {tensor!r}"
                     raise ModelFileError(problem, remedy="download it again", path=file, tensor=tensor)
                 wanted = files.setdefault(file, set())
@@ -166,8 +165,9 @@ def check_links(path: Path, names: Iterable[str]) -> None:
     Raises:
         ModelFileError: There is one.
     """
+    folder = real_path(path)
     for name in names:
-        inside(real_path(path), name)
+        inside(folder, name)
 
 
 def check_all_links(path: Path) -> None:

@@ -47,6 +47,10 @@ PARTS = 2
 """Requests for which one slot of transfer space has room."""
 
 
+BACK = "is back"
+"""Of a file that was not what it should be, and is again as far as can be told."""
+
+
 class Models:
     """The model files of one store. All methods belong to the engine's loop, save `forget_in_child`.
 
@@ -177,8 +181,8 @@ class Models:
         for file, found in now.items():
             if isinstance(found, str):
                 raise changed(file.path, found, block=shard.block.name)
-            if found != file and shard.chunks is None and (file.path, "") not in self._told:
-                self._told.add((file.path, ""))
+            if found != file and shard.chunks is None and (file.path, BACK) not in self._told:
+                self._told.add((file.path, BACK))
                 message = (
                     "%s is back with another time and the same header. Blocks in it that were never read, such as %r, have no checksums, "
                     "and cannot be checked. Go on only if you know that it is the same model"

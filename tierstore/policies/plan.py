@@ -150,14 +150,15 @@ def choose(cycle: Cycle, costs: Costs, phase: int, *, fixed: bool = False, above
     least = min(outcome.seconds for outcome, _ in outcomes)
     quick = [found for found in outcomes if found[0].seconds <= least * (1 + TOLERANCE)]
     light: list[Outcome] = []
-    for outcome, _ in quick:
+    for outcome, _ in quick if len(quick) > 1 else ():
         for hurried in run(cycle, replace(costs, compute_s=LIGHT * costs.compute_s), outcome.rule, phase, inside):
             if hurried is None:
                 yield None
             else:
                 light.append(hurried)
-    soon = min(hurried.seconds for hurried in light) * (1 + LIGHT_TOLERANCE)
-    quick = [found for found, hurried in zip(quick, light, strict=True) if hurried.seconds <= soon]
+    if light:
+        soon = min(hurried.seconds for hurried in light) * (1 + LIGHT_TOLERANCE)
+        quick = [found for found, hurried in zip(quick, light, strict=True) if hurried.seconds <= soon]
     best, best_kept = min(quick, key=lambda found: found[0].moved)
     yield Choice(best.rule, best_kept, best.seconds)
 

@@ -101,23 +101,22 @@ def cut(
         if weight not in weights:
             continue
         each = max(bytes_per_element(weight), 1e-9)
+        step = ALIGN * each if weight in ranges else math.inf
         start = 0
-        while start < weight.numel or not start:
-            left = weight.numel - start
-            cuttable = weight in ranges and left * each > room
-            if not chunks or (left * each > room and not (cuttable and room >= ALIGN * each)):
+        while True:
+            need = (weight.numel - start) * each
+            if not chunks or room < min(need, step):
                 chunks.append([])
                 room = min(limit_bytes, share + (room if 0 < room < ALIGN * each else 0.0))
             stop = weight.numel
-            if weight in ranges and left * each > room:
+            if weight in ranges and need > room:
                 stop = start + max(ALIGN, int(room / each) // ALIGN * ALIGN)
             if weight.numel - stop <= 1:  # the state of one element could not be told from a number
                 stop = weight.numel
             whole = not start and stop == weight.numel
             chunks[-1].append(Piece(weight) if whole else Piece(weight, start, stop))
             room -= (stop - start) * each
-            start = stop
-            if not weight.numel:
+            if (start := stop) == weight.numel:
                 break
     return chunks
 
