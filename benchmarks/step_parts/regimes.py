@@ -212,7 +212,7 @@ def measure(
     work = Work(
         shape.parameters,
         resident=1.0 if regime.weights == "gpu" else 0.0,
-        state_in_ram=_state_in_ram(regime, shape.parameters),
+        state_in_ram=_state_in_ram(regime, shape.parameters, clipped=clipped),
         weights_in_ram=0.0 if regime.weights == "nvme" else 1.0,
         room=_room(regime),
         trains=regime.trains,
@@ -261,13 +261,15 @@ def _room(regime: Regime) -> int:
     return max(0, regime.gpu - (2 * shape.parameters if regime.weights == "gpu" else 0))
 
 
-def _state_in_ram(regime: Regime, parameters: int) -> float:
-    """What RAM has left beside the weights that pass through it."""
+def _state_in_ram(regime: Regime, parameters: int, *, clipped: bool) -> float:
+    """What RAM has left beside the weights that pass through it, and the gradients that wait for a clipped update and not on the device."""
     if not regime.nvme:
         return 1.0
     if regime.weights == "nvme":
         return 0.0
     left = regime.ram - (2 * parameters if regime.weights == "ram" else 0)
+    if clipped:
+        left -= max(0, 2 * parameters - _room(regime))
     return max(0.0, min(1.0, left / (12 * parameters)))
 
 

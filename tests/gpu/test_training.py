@@ -17,12 +17,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-# Read when CUDA makes its first handle: without it products of matrices differ from one run to the next.
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
 import pytest
 import torch
 
+from tests.deterministic import deterministic
 from tests.training.harness import Case, Outcome, assert_same, assert_streamed, run_resident, run_streamed
 from tests.training.test_exact import BASE, OPTIONS, cases
 
@@ -39,16 +37,9 @@ REPEATS = int(os.environ.get("TIERSTORE_REPEATS") or 3)
 
 
 @pytest.fixture(autouse=True)
-def deterministic() -> Iterator[None]:
-    """The same bits each time: whatever differs then is ours."""
-    cudnn = torch.backends.cudnn
-    before = cudnn.deterministic, cudnn.benchmark
-    torch.use_deterministic_algorithms(True)
-    cudnn.deterministic, cudnn.benchmark = True, False
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+def same_bits() -> Iterator[None]:
+    with deterministic():
         yield
-    cudnn.deterministic, cudnn.benchmark = before
-    torch.use_deterministic_algorithms(False)
 
 
 @contextlib.contextmanager

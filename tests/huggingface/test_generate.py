@@ -188,18 +188,19 @@ def test_help_needs_neither_torch_nor_transformers() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"do_sample": True}], ids=["greedy", "beams", "drawn"])
-def test_generating_knows_ahead_what_comes(options: dict[str, Any], tmp_path: Path) -> None:
+def test_generating_knows_ahead_what_comes(options: dict[str, Any], device: str, tmp_path: Path) -> None:
     """Layers come in the same order for each token: what is loaded is on its way before it is asked for, many times over."""
     folder = save("llama", tmp_path / "model", num_hidden_layers=12)
     total = weight_bytes(folder)
-    plain = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder).to(device)
+    batch = tokens().to(device)
     settings = {"max_new_tokens": 30, "min_new_tokens": 30, "do_sample": False, **options}
-    with TierStore(gpu=total // 2, ram=ram_for(total // 2), nvme=tmp_path / "store", device="cpu") as store:
+    with TierStore(gpu=total // 2, ram=ram_for(total // 2), nvme=tmp_path / "store", device=device) as store:
         model, _ = from_pretrained(folder, store)
         torch.manual_seed(0)
-        ours = model.generate(tokens(), **settings)
+        ours = model.generate(batch, **settings)
         torch.manual_seed(0)
-        assert torch.equal(ours, plain.generate(tokens(), **settings))
+        assert torch.equal(ours, plain.generate(batch, **settings))
         stats = store.stats()
         assert stats.tiers["gpu"].evictions
         assert stats.links["nvme_read"].bytes
