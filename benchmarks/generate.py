@@ -5,7 +5,8 @@ python benchmarks/generate.py [--only NAME ...] [--device DEVICE] [--dir DIRECTO
 A Llama with random weights in 16 bits, saved as a model folder, generates tokens one by one: by tierstore with its layers in RAM, and with
 most of them on the drive, read from the model's own files; by accelerate's `cpu_offload` and `disk_offload`; and all resident. The links
 are probed in the same run by loops that only move bytes. Of a token the median is told, after a warm-up; bytes are counted over the same
-tokens. Results go to `benchmarks/results/generate-DEVICE.json`.
+tokens. Attention is computed without cuDNN, which plans anew for each length of a sequence (60 ms a token, only once in a process: what
+runs first would look slow). Results go to `benchmarks/results/generate-DEVICE.json`.
 """
 
 from __future__ import annotations
@@ -54,6 +55,9 @@ PROMPT_TOKENS = 16
 DEVICE_SHARE, RAM_SHARE = 0.25, 0.35
 """Budgets, as shares of the model: of the device in both regimes, and of RAM where the rest stays on the drive."""
 
+WARM_UP = 2
+"""Tokens that are not measured, of contenders that plan nothing."""
+
 WANTED = 0.9
 """Of the link's rate."""
 
@@ -65,11 +69,13 @@ class Row:
     Attributes:
         tokens_s: Seconds of each token after the warm-up.
         link: The one that counts, with its bytes per token, and its probed rate.
+        warm_up: Tokens before those.
         first_tokens: Of what was generated: all contenders' are equal.
     """
 
     name: str
     tokens_s: list[float] = field(default_factory=list)
+    warm_up: int = WARM_UP
     link: str | None = None
     bytes_per_token: float = 0.0
     link_bytes_per_s: float = 0.0
@@ -95,7 +101,7 @@ class Setting:
     folder: Path
     scratch: Path
     device: torch.device
-    warm_up: int
+    warm_up: int  # of contenders that plan
     tokens: int
 
     @property
@@ -155,19 +161,19 @@ def generate(
     with torch.no_grad():
         output = model.generate(
             prompt,
-            max_new_tokens=setting.warm_up + setting.tokens + 1,
+            max_new_tokens=row.warm_up + setting.tokens + 1,
             do_sample=False,
             logits_processor=transformers.LogitsProcessorList([clock]),
         )
-    times = clock.times[setting.warm_up :]
+    times = clock.times[row.warm_up :]
     row.tokens_s = [after - before for before, after in itertools.pairwise(times)]
-    row.bytes_per_token = (counts[-1] - counts[setting.warm_up]) / len(row.tokens_s)
+    row.bytes_per_token = (counts[-1] - counts[row.warm_up]) / len(row.tokens_s)
     row.first_tokens = output[0, PROMPT_TOKENS:].tolist()
     return row
 
 
 def streamed(setting: Setting, row: Row, ram: int, link: str) -> Row:
-    row.link = link
+    row.link, row.warm_up = link, setting.warm_up
     with TierStore(int(setting.nbytes * DEVICE_SHARE), ram, device=setting.device) as store:
         model, _ = from_pretrained(setting.folder, store)
         generate(model, setting, row, lambda: store.stats().links[link].bytes)
@@ -289,7 +295,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", action="append", choices=CONTENDERS, help="only this one; may be given several times")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dir", type=Path, help="on the drive to be measured (default: the system's temporary directory)")
-    parser.add_argument("--warm-up", type=int, default=20, help="tokens that are not measured (default: 20)")
+    parser.add_argument(
+        "--warm-up", type=int, default=48, help="tokens of tierstore that are not measured (default: 48: a plan takes about thirty)"
+    )
     parser.add_argument("--tokens", type=int, default=16, help="tokens that are (default: 16)")
     parser.add_argument("--quick", action="store_true", help="a small scale, to see that it works")
     parser.add_argument("--output", type=Path, help="the JSON file (default: benchmarks/results/generate-DEVICE.json)")
@@ -299,6 +307,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.getLogger("tierstore").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    torch.backends.cuda.enable_cudnn_sdp(False)
     device = torch.device("cuda", torch.cuda.current_device()) if options.device == "cuda" else torch.device("cpu")
     output = options.output or ROOT / "benchmarks" / "results" / f"generate-{options.device}.json"
     shape = "quick" if options.quick else options.device

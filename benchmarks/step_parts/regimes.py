@@ -144,6 +144,7 @@ def measure(
     when: Literal["deferred", "backward"] = "deferred" if clipped else "backward"
     begun = time.perf_counter()
     process = psutil.Process()
+    probe.forget_drive()
     with opened(regime, directory, device) as (store, model, tiered):
         optimizer: Any = None
         if regime.trains:
