@@ -58,7 +58,7 @@ class Activations:
     def __init__(self, buffers: Buffers, tier: str) -> None:
         self._buffers = buffers
         self._tier = tier
-        self._piece_bytes = max(PAGE, chunk_bytes(buffers.device_bytes) // PAGE * PAGE)
+        self._piece_bytes = max(PAGE, chunk_bytes(buffers.device_bytes, buffers.ram_bytes) // PAGE * PAGE)
         self._free: dict[Key, list[str]] = {}
         self._count = 0
         self._here: dict[Place, Kept] = {}

@@ -24,13 +24,13 @@ SHARE = 8
 """On a small device, a chunk takes at most one part in so many of it."""
 
 LARGE_CHUNK_BYTES = 128_000_000
-LARGE_SHARE = 32
-"""On a large one chunks may be larger, if they take no more than one part in so many of it: each costs the host as much as any other."""
+RAM_SHARE = 32
+"""Chunks may be larger, each costs the host as much as any other, if RAM holds so many of them: a few are always passing through."""
 
 
-def chunk_bytes(device_bytes: int) -> int:
-    """The most that a chunk takes, on a device with so much room."""
-    return max(min(CHUNK_BYTES, device_bytes // SHARE), min(LARGE_CHUNK_BYTES, device_bytes // LARGE_SHARE))
+def chunk_bytes(device_bytes: int, ram_bytes: int) -> int:
+    """The most that a chunk takes, with so much room on the device and in RAM."""
+    return min(device_bytes // SHARE, max(CHUNK_BYTES, min(LARGE_CHUNK_BYTES, ram_bytes // RAM_SHARE)))
 
 
 class _Lease(Use):
@@ -78,6 +78,11 @@ class Buffers:
     def device_bytes(self) -> int:
         """Room for blocks on the device."""
         return self.store.engine.placement.arenas[Tier.GPU].capacity_bytes
+
+    @property
+    def ram_bytes(self) -> int:
+        """Room for blocks in RAM."""
+        return self.store.engine.placement.arenas[Tier.RAM].capacity_bytes
 
     @property
     def owner(self) -> int:

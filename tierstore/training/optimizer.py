@@ -256,8 +256,12 @@ class TieredOptimizer(torch.optim.Optimizer):
         self._check_fit(blocks, device_bytes)
         share = self._share(blocks, device_bytes)
         for block in blocks:
-            self._chunks[block] = chunks = self._cut_block(block, chunk_bytes(device_bytes), share)
+            self._chunks[block] = chunks = self._cut_block(block, self._limit(device_bytes), share)
             self.tiered.cut_gradients(block, self, [chunk.pieces for chunk in chunks])
+
+    def _limit(self, device_bytes: int) -> int:
+        """The most that a chunk is to take."""
+        return chunk_bytes(device_bytes, self.tiered.buffers.ram_bytes)
 
     def _share(self, blocks: Collection[WeightBlock], device_bytes: int) -> float:
         """What a chunk is to take."""
@@ -265,7 +269,7 @@ class TieredOptimizer(torch.optim.Optimizer):
         each = {weight: self._bytes_per_element(weight) for weight in self._weights}
         for weight in self._weights:
             sizes[weight.block] += weight.numel * each[weight]
-        return even_share(sizes.values(), chunk_bytes(device_bytes), ALIGN * max(each.values()))
+        return even_share(sizes.values(), self._limit(device_bytes), ALIGN * max(each.values()))
 
     def _cut_block(self, block: WeightBlock, limit: int, share: float) -> list[Chunk]:
         chunks: list[Chunk] = []
@@ -294,7 +298,7 @@ class TieredOptimizer(torch.optim.Optimizer):
         """
 
         def largest(device_bytes: int) -> Chunk:
-            limit, share = chunk_bytes(device_bytes), self._share(blocks, device_bytes)
+            limit, share = self._limit(device_bytes), self._share(blocks, device_bytes)
             return max((chunk for block in blocks for chunk in self._cut_block(block, limit, share)), key=self._need)
 
         chunk = largest(device_bytes)
