@@ -23,7 +23,7 @@ from tierstore.extents import Extents
 from tierstore.placement import AHEAD_BLOCKS
 from tierstore.policies import GROUP, Lookahead, Lru, Policy, PolicyBase, Static, available, resolve
 from tierstore.policies import lookahead as lookahead_module
-from tierstore.policies.plan import LIGHT, Costs, Cycle, choose, keep, run
+from tierstore.policies.plan import LIGHT, Costs, Cycle, Outcome, choose, keep, run
 from tierstore.requests import Action, Order, Record
 from tierstore.residency import Tier
 
@@ -384,3 +384,70 @@ def test_of_rules_that_are_as_fast_one_that_is_fast_where_little_is_computed_is_
     hurried = dataclasses.replace(costs, compute_s=LIGHT * 6.0)
     *_, outcome = (found for found in run(cycle, hurried, choice.rule, 0, bytes(16)) if found is not None)
     assert outcome.seconds < 14, "fewest bytes would take 17.9, and the links alone 8"
+
+
+def gradients_between(count: int) -> Cycle:
+    """As training with deferred updates has it: state and gradient of each part are used, and later the gradients written whole again."""
+    state, gradients = list(range(count)), list(range(count, 2 * count))
+    accesses = [block for pair in zip(state, gradients, strict=True) for block in pair] + gradients[::-1]
+    writes = [1, 0] * count + [1] * count
+    whole = [0, 0] * count + [1] * count
+    return Cycle(list(map(BlockId, accesses)), bytes(writes), bytes(whole))
+
+
+def played(cycle: Cycle, costs: Costs, rule: Any, above: bytes = b"") -> Outcome:
+    *_, outcome = (found for found in run(cycle, costs, rule, 0, above or bytes(len(cycle.accesses))) if found is not None)
+    return outcome
+
+
+@given(st.integers(2, 8), st.integers(1, 3))
+def test_what_is_written_whole_next_is_neither_kept_nor_loaded_nor_saved(count: int, slots: int) -> None:
+    cycle = gradients_between(count)
+    period, each = len(cycle.accesses), dict.fromkeys(cycle.uses, 1.0)
+    assert cycle.spent == bytes([0, 1] * count + [0] * count)
+    costs = Costs(count + slots, dict.fromkeys(cycle.uses, 1), each, each, 1.0)
+    *_, kept = keep(cycle, costs, slots, bytes(period))
+    assert kept is not None
+    assert not any(one and spent for one, spent in zip(kept, cycle.spent, strict=True))
+    assert all(kept[2 * count :]), "gradients save most for the time they wait, and all of them have room"
+    fixed = choose(cycle, costs, 0, fixed=True)
+    *_, choice = (found for found in fixed if found is not None)
+    assert played(cycle, costs, choice.rule).moved <= 2 * count, "each piece of state comes and goes once, and gradients never"
+
+
+@given(st.integers(3, 10), st.integers(1, 4), st.data())
+def test_what_is_held_takes_room_and_is_not_planned_for(count: int, room: int, data: st.DataObject) -> None:
+    blocks = list(map(BlockId, range(count)))
+    accesses = data.draw(st.permutations(blocks)) + data.draw(st.permutations(blocks))
+    fixed = data.draw(st.sets(st.sampled_from(blocks), min_size=1, max_size=count - 2))
+    held = bytes(block in fixed for block in accesses)
+    cycle, each = Cycle(accesses, bytes([1] * len(accesses))), dict.fromkeys(blocks, 1.0)
+    costs = Costs(room, dict.fromkeys(blocks, 1), each, each, 1.0)
+    *_, choice = (found for found in choose(cycle, costs, 0, fixed=True, held=held) if found is not None)
+    assert choice.kept is not None
+    assert all(kept for kept, one in zip(choice.kept, held, strict=True) if one)
+    for position in range(len(accesses)):  # of the others, so many wait at a time
+        waiting = sum(
+            1
+            for use, block in enumerate(accesses)
+            if choice.kept[use] and not held[use] and 0 < (position - use) % len(accesses) < cycle.next_use(block, use + 1) - use
+        )
+        assert waiting < room
+
+
+def test_a_plan_is_made_anew_for_what_is_held() -> None:
+    """The room that held blocks take is not planned with; and which are held may change."""
+    policy = Lookahead()
+    sim, records = open_sim(policy, 12, 8)
+    for count in (0, 3, 5):
+        for record in records[:count]:
+            sim.use(record)
+            sim.scheduler.set_hold(record, Tier.GPU)
+        before = sim.loads
+        for lap in range(80):
+            if lap == 60:
+                before = sim.loads
+            for record in records:
+                sim.use(record, write=True)
+        assert policy._planned_held[Tier.GPU] == sum(record.nbytes for record in records[:count])
+        assert sim.loads - before <= 20 * (12 - 6), "of 8 places two rotate"

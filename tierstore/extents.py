@@ -83,6 +83,12 @@ class Extents:
     def capacity_bytes(self, tier: Tier) -> int:
         return self.arenas[tier].capacity_bytes
 
+    def is_held(self, block: BlockId, tier: Tier) -> bool:
+        return block in self.held and self.held[block].hold is tier
+
+    def held_bytes(self, tier: Tier) -> int:
+        return sum(record.nbytes for record in self.held.values() if record.hold is tier)
+
     def load_cost(self, block: BlockId, tier: Tier) -> float:
         record = self.records[block]
         if record.blank or (tier is Tier.GPU and self.written_whole_next(record)):
@@ -96,6 +102,9 @@ class Extents:
 
     def save_cost(self, block: BlockId, tier: Tier) -> float:
         return self.records[block].nbytes * self._seconds_per_byte[Link.D2H if tier is Tier.GPU else Link.NVME_WRITE]
+
+    def wrote_whole(self, position: int) -> bool:
+        return position in self._fresh_at
 
     @property
     def seconds_between(self) -> float:

@@ -237,7 +237,7 @@ class Scheduler(Leases):
             )
             raise BlockExistsError(f"block {block.name!r} is already in the store", remedy=remedy, block=block.name)
         for tier, arena in self.placement.arenas.items():
-            held = sum(record.nbytes for record in self.placement.held.values() if record.hold is tier) if tier is Tier.RAM else 0
+            held = self.placement.held_bytes(tier) if tier is Tier.RAM else 0
             if block.nbytes + held > arena.capacity_bytes:
                 raise CapacityError(
                     f"block {block.name!r} is larger than tier {tier.value!r}",

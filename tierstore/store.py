@@ -186,7 +186,7 @@ class StoreBase:
                     used_bytes=arena.used_bytes + extra,
                     peak_bytes=arena.peak_bytes + extra,
                     num_blocks=sum(record.copy(tier).valid for record in records),
-                    held_bytes=sum(record.nbytes for record in placement.held.values() if record.hold is tier),
+                    held_bytes=placement.held_bytes(tier),
                     hits=hits,
                     misses=misses,
                     evictions=placement.evictions[tier],
@@ -198,7 +198,7 @@ class StoreBase:
                     used_bytes=directory.used_bytes,
                     peak_bytes=directory.peak_bytes,
                     num_blocks=sum(record.nvme_version == record.version for record in records),
-                    held_bytes=sum(record.nbytes for record in placement.held.values() if record.hold is Tier.NVME),
+                    held_bytes=placement.held_bytes(Tier.NVME),
                 )
             return Stats(
                 tiers=tiers,

@@ -39,6 +39,14 @@ class View(Protocol):
         """Bytes of blocks the tier can hold."""
         ...
 
+    def is_held(self, block: BlockId, tier: Tier) -> bool:
+        """Whether the block stays on that tier, however it is ranked."""
+        ...
+
+    def held_bytes(self, tier: Tier) -> int:
+        """Of all blocks that stay on that tier."""
+        ...
+
     def load_cost(self, block: BlockId, tier: Tier) -> float:
         """Seconds of link time to bring the block back to `tier` from the tier below."""
         ...
@@ -49,6 +57,10 @@ class View(Protocol):
 
     def seconds_on(self, link: Link, block: BlockId) -> float:
         """Seconds the block takes to cross a link."""
+        ...
+
+    def wrote_whole(self, position: int) -> bool:
+        """Whether the access at a past position of the trace wrote all of its block: what this had held before was of no use."""
         ...
 
     @property

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import replace
 
 from tierstore.catalog import BlockId
 from tierstore.policies.base import PolicyBase
@@ -72,6 +73,7 @@ class Lookahead(PolicyBase):
         self._planned_epoch = -1
         self._planned_seconds = 0.0
         self._planned_at = 0
+        self._planned_held: dict[Tier, int] = {}
         self._pace = Mean()
         self._thought = 0  # steps that the last plan took
         self._num_plans = 0  # since the period was recognised
@@ -191,6 +193,7 @@ class Lookahead(PolicyBase):
         if self._thinking is None:
             self._planned_epoch = self.epoch
             self._planned_seconds = self._seconds_between
+            self._planned_held = self._held_bytes()
             self._thought = 0
             self._num_plans += 1
             self._thinking = self._plan()
@@ -210,8 +213,16 @@ class Lookahead(PolicyBase):
         """On average over a period: forward and backward passes compute for different times between two accesses."""
         return self.view.seconds_between if self._pace.last is None else self._pace.last
 
+    def _held_bytes(self) -> dict[Tier, int]:
+        return {tier: self.view.held_bytes(tier) for tier in self._recent}
+
     def _outdated(self) -> bool:
-        """Whether computing takes another time than was planned with. Each plan is to last longer, until one costs a step per access."""
+        """Whether other blocks are held, or computing takes another time than was planned with.
+
+        Of the latter each plan is to last longer, until one costs a step per access.
+        """
+        if self.forecast.now % (self.forecast.period or 1) == 0 and self._planned_held != self._held_bytes():
+            return True
         seconds, planned = max(self._seconds_between, 1e-9), max(self._planned_seconds, 1e-9)
         rest = self._thought if self._num_plans >= RESTLESS else self._thought >> (RESTLESS - self._num_plans)
         return not planned / CHANGE <= seconds <= CHANGE * planned and self.forecast.now - self._planned_at >= rest
@@ -224,33 +235,41 @@ class Lookahead(PolicyBase):
 
     def _plan(self) -> Iterator[dict[Tier, Choice] | None]:
         """Yields None after each small piece of work, and what to go by from then on, the better the later."""
-        cycle = Cycle(list(self.forecast.window()), bytes(self.forecast.written()))
-        phase = self.forecast.now
-        yield None
+        accesses, writes, phase = list(self.forecast.window()), bytes(self.forecast.written()), self.forecast.now
         view = self.view
+        whole = bytearray()
+        held = {tier: bytearray() for tier in self._recent}
+        for position, block in enumerate(accesses, phase - len(accesses)):
+            whole.append(view.wrote_whole(position))
+            for tier, flags in held.items():
+                flags.append(view.is_held(block, tier))
+            yield None
+        cycle = Cycle(accesses, writes, whole)
         nbytes = {block: view.nbytes(block) for block in cycle.uses}
         choices: dict[Tier, Choice] = {}
         total = sum(nbytes.values())
-        if total > view.capacity_bytes(Tier.GPU) and all(nbytes.values()):
-            spills = total > view.capacity_bytes(Tier.RAM)
-            costs = self._costs(Tier.GPU, nbytes, Link.H2D, Link.D2H, self._planned_seconds)
+        room = {tier: view.capacity_bytes(tier) - self._planned_held[tier] for tier in held}
+        if total - self._planned_held[Tier.GPU] > room[Tier.GPU] and all(nbytes.values()):
+            spills = total - self._planned_held[Tier.GPU] > view.capacity_bytes(Tier.RAM)
+            costs = self._costs(room[Tier.GPU], nbytes, Link.H2D, Link.D2H, self._planned_seconds)
+            below = self._costs(room[Tier.RAM], nbytes, Link.NVME_READ, Link.NVME_WRITE, self._planned_seconds)
+            kept_there = {tier: bytes(flags) for tier, flags in held.items()}
             if spills and not self._choices:
-                below = self._costs(Tier.RAM, nbytes, Link.NVME_READ, Link.NVME_WRITE, self._planned_seconds)
-                yield from outline(cycle, costs, below, phase)
-            for found in choose(cycle, costs, phase, fixed=spills):
+                yield from outline(cycle, {Tier.GPU: costs, Tier.RAM: below}, kept_there, phase)
+            for found in choose(cycle, costs, phase, fixed=spills, held=kept_there[Tier.GPU]):
                 yield None
                 if found is not None:
                     choices[Tier.GPU] = found
             above, seconds = choices[Tier.GPU].kept, choices[Tier.GPU].seconds
             if spills and above is not None:
-                costs = self._costs(Tier.RAM, nbytes, Link.NVME_READ, Link.NVME_WRITE, seconds / len(cycle.accesses))
-                for found in choose(cycle, costs, phase, above=above):
+                costs = replace(below, compute_s=seconds / len(accesses))
+                for found in choose(cycle, costs, phase, above=above, held=kept_there[Tier.RAM]):
                     yield None
                     if found is not None:
                         choices[Tier.RAM] = found
         yield choices
 
-    def _costs(self, tier: Tier, nbytes: dict[BlockId, int], load: Link, save: Link, compute_s: float) -> Costs:
+    def _costs(self, capacity_bytes: int, nbytes: dict[BlockId, int], load: Link, save: Link, compute_s: float) -> Costs:
         load_s = {block: self.view.seconds_on(load, block) for block in nbytes}
         save_s = {block: self.view.seconds_on(save, block) for block in nbytes}
-        return Costs(self.view.capacity_bytes(tier), nbytes, load_s, save_s, compute_s)
+        return Costs(capacity_bytes, nbytes, load_s, save_s, compute_s)

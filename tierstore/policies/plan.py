@@ -43,7 +43,7 @@ class Costs:
     """What the model knows of one tier.
 
     Attributes:
-        capacity_bytes: Of the tier.
+        capacity_bytes: Of the tier, without what is held there.
         nbytes: By block.
         load_s, save_s: Seconds to fetch a block, and to write it back.
         compute_s: Seconds between accesses.
@@ -57,15 +57,29 @@ class Costs:
 
 
 class Cycle:
-    """A period that repeats for ever, from position 0 on. A `Future`."""
+    """A period that repeats for ever, from position 0 on. A `Future`.
 
-    def __init__(self, accesses: Sequence[BlockId], writes: Sequence[int]) -> None:
+    Args:
+        accesses: The blocks.
+        writes: By access, whether it may write.
+        whole: By access, whether it writes all of the block. Empty: none does.
+
+    Attributes:
+        spent: By access, whether nobody wants what the block holds afterwards, as its next use writes all of it.
+    """
+
+    def __init__(self, accesses: Sequence[BlockId], writes: Sequence[int], whole: Sequence[int] = b"") -> None:
         self.accesses = accesses
         self.writes = writes
+        self.whole = whole or bytes(len(accesses))
         self.uses: dict[BlockId, list[int]] = {}
         for position, block in enumerate(accesses):
             self.uses.setdefault(block, []).append(position)
         self.written = {block for block, write in zip(accesses, writes, strict=True) if write}
+        self.spent = bytearray(len(accesses))
+        for uses in self.uses.values():
+            for use, following in zip(uses, [*uses[1:], uses[0]], strict=True):
+                self.spent[use] = self.whole[following]
 
     def at(self, position: int) -> BlockId:
         return self.accesses[position % len(self.accesses)]
@@ -114,7 +128,9 @@ class Choice:
     seconds: float
 
 
-def choose(cycle: Cycle, costs: Costs, phase: int, *, fixed: bool = False, above: bytes = b"") -> Iterator[Choice | None]:
+def choose(
+    cycle: Cycle, costs: Costs, phase: int, *, fixed: bool = False, above: bytes = b"", held: bytes = b""
+) -> Iterator[Choice | None]:
     """Find the rule to evict by. Yields None after each small piece of work, and the choice at last.
 
     Args:
@@ -123,16 +139,18 @@ def choose(cycle: Cycle, costs: Costs, phase: int, *, fixed: bool = False, above
         phase: Position of the trace, modulo the period, at which the cycle's position 0 lies.
         fixed: Only what is the same in every period.
         above: `Choice.kept` of the tier above: what stays there needs no extent here. Empty where there is none.
+        held: By access of the cycle, whether its block is held here. Empty: none is.
     """
     period = len(cycle.accesses)
-    inside = _turned(above, phase) if above else bytes(period)
+    held = held or bytes(period)
+    inside = _either(_turned(above, phase), held) if above else held
     candidates: list[tuple[Rule, bytes | None]] = [(_belady(lag), None) for lag in LAGS if not fixed]
     for slots in MORE_SLOTS if above else SLOTS:
         for kept in keep(cycle, costs, slots, inside):
             if kept is None:
                 yield None
             else:
-                there = _turned(kept, -phase)
+                there = _turned(_either(kept, held), -phase)
                 candidates.append((_fixed(there, period), there))
     outcomes: list[tuple[Outcome, bytes | None]] = []
     for rule, there_or_none in candidates:
@@ -163,18 +181,18 @@ def choose(cycle: Cycle, costs: Costs, phase: int, *, fixed: bool = False, above
     yield Choice(best.rule, best_kept, best.seconds)
 
 
-def outline(cycle: Cycle, gpu: Costs, ram: Costs, phase: int) -> Iterator[dict[Tier, Choice] | None]:
+def outline(cycle: Cycle, costs: Mapping[Tier, Costs], held: Mapping[Tier, bytes], phase: int) -> Iterator[dict[Tier, Choice] | None]:
     """A plan for two tiers that is soon made and seldom bad, to go by until a better one is found: `OUTLINED` slots rotate."""
     period = len(cycle.accesses)
-    inside, choices = bytes(period), {}
-    for tier, costs in ((Tier.GPU, gpu), (Tier.RAM, ram)):
-        for kept in keep(cycle, costs, OUTLINED, inside):
+    above, choices = bytes(period), {}
+    for tier in (Tier.GPU, Tier.RAM):
+        for kept in keep(cycle, costs[tier], OUTLINED, _either(above, held[tier])):
             if kept is None:
                 yield None
             else:
-                there = _turned(kept, -phase)
+                above = _either(kept, held[tier])
+                there = _turned(above, -phase)
                 choices[tier] = Choice(_fixed(there, period), there, 0.0)
-                inside = kept
     yield choices
 
 
@@ -198,6 +216,10 @@ def _refine(
                 elif outcome.score < best.score * (1 - 1e-6):
                     best, kept, changed = outcome, bytes(there), True
     yield best, kept
+
+
+def _either(some: bytes, others: bytes) -> bytes:
+    return bytes(one | other for one, other in zip(some, others, strict=True))
 
 
 def _turned(flags: bytes, by: int) -> bytes:
@@ -259,7 +281,8 @@ class _Model:
         self._ranking = rule(_Shifted(cycle, phase), phase, [], self._weigh)
         self._position = 0
         self._above = above
-        self._up: set[BlockId] = set()  # kept on the tier above
+        # Kept on the tier above, or held.
+        self._up = {block for block, uses in cycle.uses.items() if all(above[use] for use in uses)}
         self._free = costs.capacity_bytes
         self._dirty: set[BlockId] = set()
         self._ready: dict[BlockId, float] = {}  # resident, and since when
@@ -278,16 +301,17 @@ class _Model:
         block = self._cycle.accesses[place]
         was_up = block in self._up
         if not was_up and block not in self._ready:
-            self._load(block)
+            self._load(block, whole=bool(self._cycle.whole[place]))
         self._used[block] = self.now_s = max(self.now_s, self._ready.get(block, 0.0)) + self._costs.compute_s
         if self._cycle.writes[place]:
             self._dirty.add(block)
-        if self._above[place]:
+        if self._cycle.spent[place]:
+            self._up.discard(block)
+            self._dirty.discard(block)
+            self._forget(block)
+        elif self._above[place]:
             self._up.add(block)
-            if block in self._ready:
-                self._ranking.remove(block)
-                del self._ready[block]
-                self._free += self._costs.nbytes[block]
+            self._forget(block)
         elif was_up:
             self._up.remove(block)
             if block in self._dirty:  # it comes down
@@ -297,11 +321,22 @@ class _Model:
         self._position += 1
         self._ranking.move(True)
 
-    def _load(self, block: BlockId) -> None:
-        self._ordered = free_s = self._make_room(self._costs.nbytes[block])
-        self._load_free = self._ready[block] = max(free_s, self._load_free) + self._costs.load_s[block]
-        self.moved += self._costs.load_s[block]
+    def _load(self, block: BlockId, *, whole: bool) -> None:
+        free_s = self._make_room(self._costs.nbytes[block])
+        if whole:
+            self._ready[block] = free_s
+        else:
+            self._ordered = free_s
+            self._load_free = self._ready[block] = max(free_s, self._load_free) + self._costs.load_s[block]
+            self.moved += self._costs.load_s[block]
         self._ranking.add(block)
+
+    def _forget(self, block: BlockId) -> None:
+        """It needs no extent any more."""
+        if block in self._ready:
+            self._ranking.remove(block)
+            del self._ready[block]
+            self._free += self._costs.nbytes[block]
 
     def _make_room(self, nbytes: int) -> float:
         """Returns when there is room."""
@@ -343,7 +378,7 @@ def keep(cycle: Cycle, costs: Costs, slots: int, above: bytes) -> Iterator[bytes
     bits = max(1, (period - 1).bit_length())
     ranked: list[tuple[float, int, int]] = []  # a heap, as sorting a long period at once would take milliseconds under the lock
     for position, block in enumerate(cycle.accesses):
-        if not above[position]:
+        if not above[position] and not cycle.spent[position]:
             saved = costs.load_s[block] + (costs.save_s[block] if block in cycle.written else 0.0)
             worth = saved / (costs.nbytes[block] * (cycle.next_use(block, position + 1) - position))
             heappush(ranked, (-worth, int(f"{position:0{bits}b}"[::-1], 2), position))

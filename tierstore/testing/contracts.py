@@ -58,6 +58,12 @@ class FakeView:
     def capacity_bytes(self, tier: Tier) -> int:
         return self.capacity if tier is Tier.GPU else 2 * self.capacity
 
+    def is_held(self, block: BlockId, tier: Tier) -> bool:
+        return False
+
+    def held_bytes(self, tier: Tier) -> int:
+        return 0
+
     def load_cost(self, block: BlockId, tier: Tier) -> float:
         return self.sizes[block] * (1e-10 if tier is Tier.GPU else 2e-10)
 
@@ -66,6 +72,9 @@ class FakeView:
 
     def seconds_on(self, link: Link, block: BlockId) -> float:
         return self.sizes[self._known(block)] * 1e-10
+
+    def wrote_whole(self, position: int) -> bool:
+        return False
 
     @property
     def seconds_between(self) -> float:
