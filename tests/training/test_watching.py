@@ -88,6 +88,29 @@ def test_a_pipe_gets_a_line_now_and_then(slow: SlowStore) -> None:
     assert "h2d 0 B/s" in shown[-1]
 
 
+@pytest.mark.parametrize("total", [3, None])
+def test_a_pipe_gets_the_last_step_once(slow: SlowStore, total: int | None) -> None:
+    """Where steps take longer than `plain_every_s` each has a line, and the end has nothing to add to that of the last."""
+    console = pipe()
+    for number in (bar := progress(slow.store, iter(range(3)), total=total, console=console, plain_every_s=4.0)):
+        slow.use("b0")
+        slow.clock.advance(5000 * MS)
+        bar.update(loss=float(number))
+    of = "" if total is None else "/3"
+    shown = lines(console)
+    assert [line.split("  ")[0] for line in shown] == [f"step {step}{of}" for step in (1, 2, 3)]
+    assert "loss 2.000" in shown[-1]
+
+
+def test_a_pipe_gets_the_last_step_of_each_loop(slow: SlowStore) -> None:
+    console = pipe()
+    bar = progress(slow.store, range(1), console=console, plain_every_s=4.0)
+    for _ in range(2):
+        for _ in bar:
+            slow.clock.advance(1000 * MS)
+    assert [line.split("  ")[0] for line in lines(console)] == ["step 1/1", "step 1/1"], "both loops ended, with the same words"
+
+
 def test_it_redraws_four_times_a_second_at_most(slow: SlowStore, monkeypatch: pytest.MonkeyPatch) -> None:
     looks: list[None] = []
     real = TierStore.stats

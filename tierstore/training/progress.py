@@ -156,6 +156,7 @@ class Progress(Generic[T]):
         self._items: list[float | None] = []  # of the batches of the step under way
         self._recent: deque[Step] = deque(maxlen=RATE_STEPS)
         self._rows: dict[str, None] = {}  # what steps were seen to spend time on: a row once shown stays
+        self._said = ""  # the last plain line of this iteration, without tiers and links
         self._open = False
         self._blind = False  # the store is closed: the loop may go on, but there is nothing to watch
 
@@ -203,7 +204,7 @@ class Progress(Generic[T]):
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:
         """From the first request for a batch until the loop ends, however it does: the display is closed then."""
-        self._step, self._blind = 0, False
+        self._step, self._said, self._blind = 0, "", False
         open_here: list[Progress[Any]] = _NESTED.__dict__.setdefault("open", [])
         process = os.getpid()
         if open_here:
@@ -266,7 +267,7 @@ class Progress(Generic[T]):
         try:
             if show and not self._blind and self._step:
                 with contextlib.suppress(TierstoreError):  # what ended the loop may have ended the store
-                    self._draw(wait=True)
+                    self._draw(last=True)
         finally:
             display.__exit__(None, None, None)
 
@@ -277,7 +278,12 @@ class Progress(Generic[T]):
 
     # -- what is shown -------------------------------------------------------------------------------------------------------
 
-    def _draw(self, *, wait: bool = False) -> None:
+    def _draw(self, *, last: bool = False) -> None:
+        """Show the present state.
+
+        Args:
+            last: Nothing follows: wait for values that the device has yet to compute, and print no line twice.
+        """
         assert self._display is not None
         spent = _shares(self._recent)
         whole = math.fsum(step.seconds for step in self._recent) / max(1, len(self._recent))
@@ -287,8 +293,11 @@ class Progress(Generic[T]):
         names = list(dict.fromkeys(names))
         waits = [f"{LABELS.get(name, name)} {shares[name]:.0%}" for name in names if shares.get(name, 0.0) >= WORTH_SHOWING]
         rows = [(LABELS.get(name, name), spent.get(name, 0.0), shares.get(name, 0.0)) for name in (*names, Wait.COMPUTING)]
-        words = self._words(whole, wait=wait)
+        words = self._words(whole, wait=last)
         plain = "  ".join([*(f"{word} {value}".strip() for word, value in words), f"waits: {', '.join(waits) or 'none'}"])
+        if last and self._display.plain and plain == self._said:
+            return
+        self._said = plain
         self._display.update(self._headline(words), plain=plain, below=self._below(rows), force=True)
 
     def _words(self, whole: float, *, wait: bool) -> list[tuple[str, str]]:
