@@ -67,6 +67,7 @@ def progress(
     *,
     tokens: float | Callable[[T], float] | None = None,
     total: int | None = None,
+    first: int = 0,
     accumulate: int = 1,
     expected: Expected | None = None,
     show: bool = True,
@@ -85,6 +86,7 @@ def progress(
         tokens: Tokens of a batch, or a function of the batch that tells them as a number on the host. None: samples are
             counted where the tensors of a batch agree on their first dimension, else steps.
         total: Batches to expect, where the loader has no length.
+        first: Steps that were done before, as by a process that this one goes on after: what is told counts from there.
         accumulate: Batches to one step of the optimizer: a step is measured over so many.
         expected: Rates of this machine's links, if they were measured.
         show: Draw or print; False: only the lines in the log.
@@ -94,15 +96,16 @@ def progress(
         transient: Take the display off the terminal at the end.
 
     Raises:
-        OptionError: `tokens`, `total` or `accumulate` that make no sense.
+        OptionError: `tokens`, `total`, `first` or `accumulate` that make no sense.
     """
     return Progress(
         store,
         loader,
         tokens=tokens,
         total=_length(loader) if total is None else total,
+        first=first,
         accumulate=accumulate,
-        adviser=Adviser(expected if expected is not None else Expected()),
+        adviser=Adviser(expected if expected is not None else Expected(), first=first),
         display=TierDisplay(
             store,
             console=console,
@@ -131,6 +134,7 @@ class Progress(Generic[T]):
         *,
         tokens: float | Callable[[T], float] | None,
         total: int | None,
+        first: int,
         accumulate: int,
         adviser: Adviser,
         display: TierDisplay | None,
@@ -141,11 +145,14 @@ class Progress(Generic[T]):
         for option, value in (("accumulate", accumulate), ("total", total)):
             if value is not None and (type(value) is not int or value < (option == "accumulate")):
                 raise OptionError(f"{option}= is not understood", need="a whole number of batches", have=repr(value))
+        if type(first) is not int or first < 0:
+            raise OptionError("first= is not understood", need="a whole number of steps", have=repr(first))
         self.diagnosis: Diagnosis | None = None
         self._store = store
         self._loader = loader
         self._tokens = tokens
         self._num_steps = None if total is None else -(-total // accumulate)
+        self._first = first
         self._accumulate = accumulate
         self._adviser = adviser
         self._display = display
@@ -307,7 +314,9 @@ class Progress(Generic[T]):
             whole: Seconds of a step.
             wait: For values that the device has yet to compute.
         """
-        step = f"{self._step:,}" if self._num_steps is None else f"{self._step:,}/{self._num_steps:,}"
+        step = f"{self._first + self._step:,}"
+        if self._num_steps is not None:
+            step += f"/{self._first + self._num_steps:,}"
         words = [("step", step), *((name, _number(value)) for name, value in self._values.read(wait=wait).items())]
         if whole > 0:
             counts = [step.items for step in self._recent if step.items is not None]
@@ -328,7 +337,7 @@ class Progress(Generic[T]):
         line.rstrip()
         if not self._num_steps:
             return line
-        return Group(line, ProgressBar(total=self._num_steps, completed=self._step, width=WIDTH))
+        return Group(line, ProgressBar(total=self._first + self._num_steps, completed=self._first + self._step, width=WIDTH))
 
     def _below(self, rows: list[tuple[str, float, float]]) -> RenderableType:
         parts: list[RenderableType] = [Text(), share_table("a step", rows)]
