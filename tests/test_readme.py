@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,16 @@ def test_the_first_two_bash_blocks_are_the_two_commands() -> None:
     assert "tierstore demo" in demo
     assert 'pip install ".[test]"' in test
     assert "pytest" in test
+
+
+def test_what_it_says_to_install_is_there_and_is_enough() -> None:
+    assert not re.findall(r"pip install \"?tierstore", README), "it is not in any index yet: `.` is the clone"
+    section = README.partition("## Models from the Hugging Face Hub")[2].partition("\n## ")[0]
+    found = re.search(r'pip install "\.\[([\w,]+)\]"', section)
+    assert found
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    brought = {re.split(r"[>=<]", requirement)[0] for extra in found[1].split(",") for requirement in extras[extra]}
+    assert brought >= {"transformers", "tokenizers", "peft", "matplotlib"}, "`finetune` draws the losses unless told not to"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -105,7 +105,10 @@ def test_killed_and_gone_on_with(kind: str, folder: Path, text: Path, tmp_path: 
     assert not (broken / "out" / "config.json").exists()
     result = finetune(folder, text, broken, *more)
     assert result.exit_code == 0, result.output
-    assert "Going on from the commit of step" in result.output
+    gone_on = re.search(r"Going on from the commit of step (\d+)", result.output)
+    assert gone_on
+    shown = [int(step) for step in re.findall(r"^step (\d+)/10  loss", result.output, re.MULTILINE)]
+    assert (shown[0], shown[-1]) == (int(gone_on[1]) + 1, 10), "as in what else is said of steps"
     assert re.search(r"nvme_read [1-9]", result.output), "RAM was not too small"
     assert log_of(broken) == log_of(whole)
     assert [entry["step"] for entry in log_of(whole) if "loss" in entry] == list(range(1, 11))

@@ -50,6 +50,25 @@ def finetune(folder: Path, **options: object) -> Result:
     return run("finetune", folder, *budgets(folder), *more)
 
 
+@pytest.mark.parametrize("command", ["generate", "finetune"])
+def test_a_folder_that_is_no_model(command: str, folder: Path, tmp_path: Path) -> None:
+    """What is missing first is the model: its tokenizer alone would not help."""
+    other = tmp_path / "other"
+    other.mkdir()
+    extra = ["--data", tmp_path / "text.txt", "--nvme", tmp_path / "store", "--output", tmp_path / "out"]
+    more = ["text"] if command == "generate" else extra
+    result = run(command, other, *more, *budgets(folder))
+    check_one_line(result, "other has no config.json", "safetensors")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_folder_without_a_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    result = run("generate", folder, "text", *budgets(folder))
+    check_one_line(result, "no tokenizer that can be used", "tokenizer.json there")
+    assert len(result.stderr.splitlines()) == 1
+
+
 def check_one_line(result: Result, *words: str, code: int = 1) -> None:
     assert result.exit_code == code, result.output
     assert isinstance(result.exception, SystemExit), "a traceback"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -86,6 +87,39 @@ def test_a_pipe_gets_a_line_now_and_then(slow: SlowStore) -> None:
     assert "loss 9.000  6.000 samples/s  1.00 s/step  waits: none  [gpu " in shown[-1]
     assert "7.00 s left" in shown[1]
     assert "h2d 0 B/s" in shown[-1]
+
+
+@pytest.mark.parametrize("total", [3, None])
+def test_a_pipe_gets_the_last_step_once(slow: SlowStore, total: int | None) -> None:
+    """Where steps take longer than `plain_every_s` each has a line, and the end has nothing to add to that of the last."""
+    console = pipe()
+    for number in (bar := progress(slow.store, iter(range(3)), total=total, console=console, plain_every_s=4.0)):
+        slow.use("b0")
+        slow.clock.advance(5000 * MS)
+        bar.update(loss=float(number))
+    of = "" if total is None else "/3"
+    shown = lines(console)
+    assert [line.split("  ")[0] for line in shown] == [f"step {step}{of}" for step in (1, 2, 3)]
+    assert "loss 2.000" in shown[-1]
+
+
+def test_a_pipe_gets_the_last_step_of_each_loop(slow: SlowStore) -> None:
+    console = pipe()
+    bar = progress(slow.store, range(1), console=console, plain_every_s=4.0)
+    for _ in range(2):
+        for _ in bar:
+            slow.clock.advance(1000 * MS)
+    assert [line.split("  ")[0] for line in lines(console)] == ["step 1/1", "step 1/1"], "both loops ended, with the same words"
+
+
+def test_a_loop_that_goes_on_counts_from_where_it_was(slow: SlowStore, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="tierstore")
+    console = pipe()
+    for _ in progress(slow.store, range(4), first=10, console=console, plain_every_s=0.5):
+        slow.clock.advance(1000 * MS)
+    assert [line.split("  ")[0] for line in lines(console)] == ["step 11/14", "step 12/14", "step 13/14", "step 14/14"]
+    assert "3.00 s left" in lines(console)[0]
+    assert [record.getMessage().split(" took")[0] for record in caplog.records] == ["step 13"], "the third, as ever"
 
 
 def test_it_redraws_four_times_a_second_at_most(slow: SlowStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,7 +270,9 @@ def test_tokens_by_a_function_and_steps_where_nothing_can_be_counted(slow: SlowS
         assert shown in lines(console)[-1]
 
 
-@pytest.mark.parametrize("options", [{"tokens": 0}, {"tokens": "many"}, {"accumulate": 0}, {"accumulate": 1.5}, {"total": -1}])
+@pytest.mark.parametrize(
+    "options", [{"tokens": 0}, {"tokens": "many"}, {"accumulate": 0}, {"accumulate": 1.5}, {"total": -1}, {"first": -1}]
+)
 def test_senseless_options_are_refused(slow: SlowStore, options: dict[str, Any]) -> None:
     with pytest.raises(OptionError):
         progress(slow.store, range(3), **options)

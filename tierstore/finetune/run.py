@@ -169,7 +169,7 @@ class Run:
             self._samples, batch=recipe.batch, seed=recipe.seed, first=record.step, steps=self._steps, padding=self._padding
         )
         bar: Progress[datas.Batch] = progress(
-            self._store, batches, tokens=lambda batch: float(batch.mask.sum()), total=left, console=self._console
+            self._store, batches, tokens=lambda batch: float(batch.mask.sum()), total=left, first=record.step, console=self._console
         )
         for batch in bar:
             started_s = time.monotonic()

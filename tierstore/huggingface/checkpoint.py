@@ -157,6 +157,9 @@ def check_folder(path: Path) -> None:
             need="a folder with config.json and safetensors files",
             remedy=f"download the model first: hf download {path.as_posix()} --local-dir FOLDER",
         )
+    if not (path / CONFIG).is_file():
+        remedy = "give the folder of a model of transformers"
+        raise OptionError(f"{path} has no {CONFIG}", need=f"{CONFIG} and safetensors files", remedy=remedy)
 
 
 def check_links(path: Path, names: Iterable[str]) -> None:

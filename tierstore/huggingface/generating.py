@@ -152,7 +152,8 @@ def load_tokenizer(folder: Path) -> Any:
             return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise OptionError(f"{folder} has no tokenizer that can be used: {error}", remedy="put the model's tokenizer.json there") from error
+        said = " ".join(str(error).split()).rstrip(".")  # transformers tells in several lines what it has tried
+        raise OptionError(f"{folder} has no tokenizer that can be used: {said}", remedy="put the model's tokenizer.json there") from error
 
 
 def encode(tokenizer: Any, prompt: str, *, chat: bool) -> torch.Tensor:

@@ -87,6 +87,11 @@ class TierDisplay:
         """Whether `update` would show anything: worth asking before making a headline that costs something."""
         return self._clock.now_ns() / 1e9 - self._drawn_s >= self._every_s
 
+    @property
+    def plain(self) -> bool:
+        """Whether lines are printed, instead of a terminal redrawn in place."""
+        return not self._console.is_terminal
+
     def pause(self) -> None:
         """Take the display off the terminal, so that something else can draw there; until `resume`, do not update."""
         live, self._live = self._live, None

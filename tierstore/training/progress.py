@@ -67,6 +67,7 @@ def progress(
     *,
     tokens: float | Callable[[T], float] | None = None,
     total: int | None = None,
+    first: int = 0,
     accumulate: int = 1,
     expected: Expected | None = None,
     show: bool = True,
@@ -85,6 +86,7 @@ def progress(
         tokens: Tokens of a batch, or a function of the batch that tells them as a number on the host. None: samples are
             counted where the tensors of a batch agree on their first dimension, else steps.
         total: Batches to expect, where the loader has no length.
+        first: Steps that were done before, as by a process that this one goes on after: what is told counts from there.
         accumulate: Batches to one step of the optimizer: a step is measured over so many.
         expected: Rates of this machine's links, if they were measured.
         show: Draw or print; False: only the lines in the log.
@@ -94,15 +96,16 @@ def progress(
         transient: Take the display off the terminal at the end.
 
     Raises:
-        OptionError: `tokens`, `total` or `accumulate` that make no sense.
+        OptionError: `tokens`, `total`, `first` or `accumulate` that make no sense.
     """
     return Progress(
         store,
         loader,
         tokens=tokens,
         total=_length(loader) if total is None else total,
+        first=first,
         accumulate=accumulate,
-        adviser=Adviser(expected if expected is not None else Expected()),
+        adviser=Adviser(expected if expected is not None else Expected(), first=first),
         display=TierDisplay(
             store,
             console=console,
@@ -131,6 +134,7 @@ class Progress(Generic[T]):
         *,
         tokens: float | Callable[[T], float] | None,
         total: int | None,
+        first: int,
         accumulate: int,
         adviser: Adviser,
         display: TierDisplay | None,
@@ -141,11 +145,14 @@ class Progress(Generic[T]):
         for option, value in (("accumulate", accumulate), ("total", total)):
             if value is not None and (type(value) is not int or value < (option == "accumulate")):
                 raise OptionError(f"{option}= is not understood", need="a whole number of batches", have=repr(value))
+        if type(first) is not int or first < 0:
+            raise OptionError("first= is not understood", need="a whole number of steps", have=repr(first))
         self.diagnosis: Diagnosis | None = None
         self._store = store
         self._loader = loader
         self._tokens = tokens
         self._num_steps = None if total is None else -(-total // accumulate)
+        self._first = first
         self._accumulate = accumulate
         self._adviser = adviser
         self._display = display
@@ -156,6 +163,7 @@ class Progress(Generic[T]):
         self._items: list[float | None] = []  # of the batches of the step under way
         self._recent: deque[Step] = deque(maxlen=RATE_STEPS)
         self._rows: dict[str, None] = {}  # what steps were seen to spend time on: a row once shown stays
+        self._said = ""  # the last plain line of this iteration, without tiers and links
         self._open = False
         self._blind = False  # the store is closed: the loop may go on, but there is nothing to watch
 
@@ -203,7 +211,7 @@ class Progress(Generic[T]):
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:
         """From the first request for a batch until the loop ends, however it does: the display is closed then."""
-        self._step, self._blind = 0, False
+        self._step, self._said, self._blind = 0, "", False
         open_here: list[Progress[Any]] = _NESTED.__dict__.setdefault("open", [])
         process = os.getpid()
         if open_here:
@@ -266,7 +274,7 @@ class Progress(Generic[T]):
         try:
             if show and not self._blind and self._step:
                 with contextlib.suppress(TierstoreError):  # what ended the loop may have ended the store
-                    self._draw(wait=True)
+                    self._draw(last=True)
         finally:
             display.__exit__(None, None, None)
 
@@ -277,7 +285,12 @@ class Progress(Generic[T]):
 
     # -- what is shown -------------------------------------------------------------------------------------------------------
 
-    def _draw(self, *, wait: bool = False) -> None:
+    def _draw(self, *, last: bool = False) -> None:
+        """Show the present state.
+
+        Args:
+            last: Nothing follows: wait for values that the device has yet to compute, and print no line twice.
+        """
         assert self._display is not None
         spent = _shares(self._recent)
         whole = math.fsum(step.seconds for step in self._recent) / max(1, len(self._recent))
@@ -287,8 +300,11 @@ class Progress(Generic[T]):
         names = list(dict.fromkeys(names))
         waits = [f"{LABELS.get(name, name)} {shares[name]:.0%}" for name in names if shares.get(name, 0.0) >= WORTH_SHOWING]
         rows = [(LABELS.get(name, name), spent.get(name, 0.0), shares.get(name, 0.0)) for name in (*names, Wait.COMPUTING)]
-        words = self._words(whole, wait=wait)
+        words = self._words(whole, wait=last)
         plain = "  ".join([*(f"{word} {value}".strip() for word, value in words), f"waits: {', '.join(waits) or 'none'}"])
+        if last and self._display.plain and plain == self._said:
+            return
+        self._said = plain
         self._display.update(self._headline(words), plain=plain, below=self._below(rows), force=True)
 
     def _words(self, whole: float, *, wait: bool) -> list[tuple[str, str]]:
@@ -298,7 +314,9 @@ class Progress(Generic[T]):
             whole: Seconds of a step.
             wait: For values that the device has yet to compute.
         """
-        step = f"{self._step:,}" if self._num_steps is None else f"{self._step:,}/{self._num_steps:,}"
+        step = f"{self._first + self._step:,}"
+        if self._num_steps is not None:
+            step += f"/{self._first + self._num_steps:,}"
         words = [("step", step), *((name, _number(value)) for name, value in self._values.read(wait=wait).items())]
         if whole > 0:
             counts = [step.items for step in self._recent if step.items is not None]
@@ -319,7 +337,7 @@ class Progress(Generic[T]):
         line.rstrip()
         if not self._num_steps:
             return line
-        return Group(line, ProgressBar(total=self._num_steps, completed=self._step, width=WIDTH))
+        return Group(line, ProgressBar(total=self._first + self._num_steps, completed=self._first + self._step, width=WIDTH))
 
     def _below(self, rows: list[tuple[str, float, float]]) -> RenderableType:
         parts: list[RenderableType] = [Text(), share_table("a step", rows)]

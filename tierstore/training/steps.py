@@ -155,6 +155,7 @@ class Adviser:
     """Decides which steps are diagnosed, and which diagnoses are told: all that name a new cause, and repetitions now and then."""
 
     expected: Expected = field(default_factory=Expected)
+    first: int = 0  # steps before the meter's first one, in what is told
     _told: dict[Cause, tuple[int, int]] = field(default_factory=dict)  # the step at which, and for how many it is quiet
 
     def look(self, meter: StepMeter, step: Step) -> Diagnosis | None:
@@ -169,7 +170,7 @@ class Adviser:
         if not self._worth_telling(diagnosis.cause, step.number):
             return None
         beside = f", {step.seconds / usual_s:.1f} times the median" if slow else ""
-        log.log(diagnosis.level, "step %d took %s%s: %s", step.number, format_duration(step.seconds), beside, diagnosis)
+        log.log(diagnosis.level, "step %d took %s%s: %s", self.first + step.number, format_duration(step.seconds), beside, diagnosis)
         return diagnosis
 
     def _worth_telling(self, cause: Cause, number: int) -> bool:
