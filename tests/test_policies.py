@@ -374,6 +374,11 @@ def test_a_period_is_planned_for_once_unless_its_mean_pace_changes(monkeypatch: 
     assert plans[0] == (1 if faster == 1 else 2)
 
 
+def played(cycle: Cycle, costs: Costs, rule: Any) -> Outcome:
+    *_, outcome = (found for found in run(cycle, costs, rule, 0, bytes(len(cycle.accesses))) if found is not None)
+    return outcome
+
+
 def test_of_rules_that_are_as_fast_one_that_is_fast_where_little_is_computed_is_chosen() -> None:
     blocks = list(map(BlockId, range(16)))
     cycle = Cycle(blocks, bytes([1] * 16))
@@ -382,7 +387,7 @@ def test_of_rules_that_are_as_fast_one_that_is_fast_where_little_is_computed_is_
     *_, choice = (found for found in choose(cycle, costs, 0) if found is not None)
     assert choice.seconds == 16 * 6.0, "all copies hide behind so much computing"
     hurried = dataclasses.replace(costs, compute_s=LIGHT * 6.0)
-    *_, outcome = (found for found in run(cycle, hurried, choice.rule, 0, bytes(16)) if found is not None)
+    outcome = played(cycle, hurried, choice.rule)
     assert outcome.seconds < 14, "fewest bytes would take 17.9, and the links alone 8"
 
 
@@ -393,11 +398,6 @@ def gradients_between(count: int) -> Cycle:
     writes = [1, 0] * count + [1] * count
     whole = [0, 0] * count + [1] * count
     return Cycle(list(map(BlockId, accesses)), bytes(writes), bytes(whole))
-
-
-def played(cycle: Cycle, costs: Costs, rule: Any, above: bytes = b"") -> Outcome:
-    *_, outcome = (found for found in run(cycle, costs, rule, 0, above or bytes(len(cycle.accesses))) if found is not None)
-    return outcome
 
 
 @given(st.integers(2, 8), st.integers(1, 3))

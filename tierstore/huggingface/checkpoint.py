@@ -86,9 +86,6 @@ class Checkpoint:
 
     def _read_json(self, name: str) -> dict[str, Any]:
         file = self._file(name)
-        if not file.is_file():
-            remedy = "give the folder of a model of transformers"
-            raise OptionError(f"{self.path} has no {name}", need=f"{CONFIG} and safetensors files", remedy=remedy)
         try:
             read = json.loads(file.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
@@ -146,10 +143,10 @@ class Checkpoint:
 
 
 def check_folder(path: Path) -> None:
-    """Refuse what is no folder.
+    """Refuse what is no folder, or has no configuration of a model.
 
     Raises:
-        OptionError: It is none.
+        OptionError: It is none, or has none.
     """
     if not path.is_dir():
         raise OptionError(

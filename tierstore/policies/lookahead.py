@@ -238,32 +238,32 @@ class Lookahead(PolicyBase):
         accesses, writes, phase = list(self.forecast.window()), bytes(self.forecast.written()), self.forecast.now
         view = self.view
         whole = bytearray()
-        held = {tier: bytearray() for tier in self._recent}
+        flags = {tier: bytearray() for tier in self._recent}
         for position, block in enumerate(accesses, phase - len(accesses)):
             whole.append(view.wrote_whole(position))
-            for tier, flags in held.items():
-                flags.append(view.is_held(block, tier))
+            for tier, of_tier in flags.items():
+                of_tier.append(view.is_held(block, tier))
             yield None
+        held = {tier: bytes(of_tier) for tier, of_tier in flags.items()}
         cycle = Cycle(accesses, writes, whole)
         nbytes = {block: view.nbytes(block) for block in cycle.uses}
         choices: dict[Tier, Choice] = {}
         total = sum(nbytes.values())
         room = {tier: view.capacity_bytes(tier) - self._planned_held[tier] for tier in held}
-        if total - self._planned_held[Tier.GPU] > room[Tier.GPU] and all(nbytes.values()):
+        if total > view.capacity_bytes(Tier.GPU) and all(nbytes.values()):
             spills = total - self._planned_held[Tier.GPU] > view.capacity_bytes(Tier.RAM)
             costs = self._costs(room[Tier.GPU], nbytes, Link.H2D, Link.D2H, self._planned_seconds)
             below = self._costs(room[Tier.RAM], nbytes, Link.NVME_READ, Link.NVME_WRITE, self._planned_seconds)
-            kept_there = {tier: bytes(flags) for tier, flags in held.items()}
             if spills and not self._choices:
-                yield from outline(cycle, {Tier.GPU: costs, Tier.RAM: below}, kept_there, phase)
-            for found in choose(cycle, costs, phase, fixed=spills, held=kept_there[Tier.GPU]):
+                yield from outline(cycle, {Tier.GPU: costs, Tier.RAM: below}, held, phase)
+            for found in choose(cycle, costs, phase, fixed=spills, held=held[Tier.GPU]):
                 yield None
                 if found is not None:
                     choices[Tier.GPU] = found
             above, seconds = choices[Tier.GPU].kept, choices[Tier.GPU].seconds
             if spills and above is not None:
                 costs = replace(below, compute_s=seconds / len(accesses))
-                for found in choose(cycle, costs, phase, above=above, held=kept_there[Tier.RAM]):
+                for found in choose(cycle, costs, phase, above=above, held=held[Tier.RAM]):
                     yield None
                     if found is not None:
                         choices[Tier.RAM] = found
