@@ -96,6 +96,9 @@ class Hostile(PolicyBase):
             return None
         return self.random.choice([*self.known, BlockId(10**9)])
 
+    def stays(self, block: BlockId, tier: Tier, position: int) -> bool | None:
+        return self.random.choice([True, False, None])
+
     @property
     def epoch(self) -> int:
         return self.random.randrange(3)

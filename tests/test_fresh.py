@@ -11,6 +11,7 @@ from tierstore.catalog import PAGE
 from tierstore.policies import Lookahead
 from tierstore.policies.plan import OUTLINED
 from tierstore.requests import Action, Order
+from tierstore.residency import Tier
 
 BLOCKS = 12
 
@@ -101,3 +102,49 @@ def test_the_extent_of_what_is_being_written_is_not_given_to_what_comes() -> Non
     streamed = len(states) - (BLOCKS - OUTLINED)
     assert sim.moved[Action.READ, "s"] <= 5 * streamed
     assert sim.moved[Action.WRITE, "s"] <= 5 * streamed
+
+
+def test_what_stays_on_the_device_is_promised_no_room_in_ram() -> None:
+    """Gradients that wait on the device for their update: RAM is not to be emptied for them."""
+    sim = Training(gpu=BLOCKS + 6, ram=BLOCKS + 6)
+    gradients = [sim.declare(f"g{number}", 1) for number in range(BLOCKS)]
+    states = [sim.put(f"s{number}", 1) for number in range(BLOCKS + 8)]
+    for period in range(12):
+        if period == 7:
+            sim.moved.clear()
+        for gradient in reversed(gradients):
+            sim.use(gradient, fresh=True)
+        for number, state in enumerate(states):
+            if number < BLOCKS:
+                sim.use(gradients[number], spent=True)
+            sim.use(state, write=True)
+    streamed = len(states) - (sim.placement.arenas[Tier.RAM].capacity_bytes // PAGE - OUTLINED)
+    assert sim.moved[Action.D2H, "g"] == 0, "they were to stay"
+    assert sim.moved[Action.READ, "s"] <= 5 * streamed
+    assert sim.moved[Action.WRITE, "s"] <= 5 * streamed
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_ram_keeps_room_for_what_will_come_down(deferred: bool) -> None:
+    """Some weights stay on the device from one pass to the next, and then come down changed; RAM is full of the others and of state."""
+    gpu, ram = 10, 2 * BLOCKS
+    sim = Training(gpu=gpu, ram=ram)
+    weights = [sim.put(f"w{number}", 1) for number in range(BLOCKS)]
+    states = [sim.put(f"s{number}", 1) for number in range(2 * BLOCKS)]
+    for period in range(14):
+        if period == 9:
+            sim.moved.clear()
+        for number, weight in enumerate(weights):
+            if deferred:
+                lease = sim.leased(sim.ask("main", (weight,), (weight,)))
+                for state in states[2 * number : 2 * number + 2]:
+                    sim.use(state, write=True)
+                sim.release(lease)
+            sim.use(weight)
+        for number, weight in reversed(list(enumerate(weights))):
+            for state in states[2 * number : 2 * number + 2] if not deferred else ():
+                sim.use(state, write=True)
+            sim.use(weight, write=not deferred)
+    streamed = len(weights) + len(states) - (gpu - OUTLINED) - (ram - OUTLINED)
+    assert sim.moved[Action.READ, "w"] + sim.moved[Action.READ, "s"] <= 5 * (streamed + 2)
+    assert sim.moved[Action.WRITE, "w"] + sim.moved[Action.WRITE, "s"] <= 5 * (streamed + 2)

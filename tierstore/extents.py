@@ -26,8 +26,8 @@ from tierstore.trace import Link
 
 MEMORY_TIERS = (Tier.GPU, Tier.RAM)
 
-FRESH_KEPT = 1 << 16
-"""Positions remembered at which a block was written whole: as many as a forecast remembers accesses."""
+REMEMBERED = 1 << 16
+"""Positions remembered at which a block was written whole, or used up: as many as a forecast remembers accesses."""
 
 
 class Extents:
@@ -49,6 +49,7 @@ class Extents:
         self.promised_bytes = {Tier.GPU: 0, Tier.RAM: 0}
         self._whole_next: dict[BlockId, tuple[int, bool]] = {}  # what `written_whole_next` has found, and the policy's epoch then
         self._fresh_at: dict[int, None] = {}  # positions of the trace at which a block was written whole, the oldest first
+        self._spent_at: dict[int, None] = {}  # and after which it had no content
         self.save_failed: dict[BlockId, Record] = {}
         self.arenas = {Tier.GPU: Arena(gpu_bytes), Tier.RAM: Arena(ram_bytes)}
         self.has_nvme = has_nvme
@@ -105,6 +106,9 @@ class Extents:
 
     def wrote_whole(self, position: int) -> bool:
         return position in self._fresh_at
+
+    def used_up(self, position: int) -> bool:
+        return position in self._spent_at
 
     @property
     def seconds_between(self) -> float:
@@ -240,18 +244,23 @@ class Extents:
             self._promise_again(record)
 
     def _promise_again(self, record: Record) -> None:
-        """A block has lost its content behind the cursor, which will not come by again before the next use."""
+        """A block has lost its content behind the cursor, which will not come by again before the next use.
+
+        Where the policy has not yet been told of its last use, this comes again when it has (`learned`).
+        """
         next_use = self.policy.next_use(record.id)
         for tier in MEMORY_TIERS:
             self.take_back(record, tier)
-            if next_use < self._cursor[tier]:
-                self.promise(record, tier)
+            if record.used_at < next_use < self._cursor[tier]:
+                self.promise(record, tier, int(next_use))
 
     def note_fresh(self, position: int) -> None:
         """The access at a position of the trace wrote all of its block."""
-        self._fresh_at[position] = None
-        if len(self._fresh_at) > FRESH_KEPT:
-            del self._fresh_at[next(iter(self._fresh_at))]
+        _remember(self._fresh_at, position)
+
+    def note_spent(self, position: int) -> None:
+        """The access at a position of the trace left its block without content."""
+        _remember(self._spent_at, position)
 
     def written_whole_next(self, record: Record) -> bool:
         """Whether the block's next use is expected to write all of it, so that nobody wants what it holds until then."""
@@ -268,13 +277,15 @@ class Extents:
     def learned(self, record: Record) -> None:
         """The policy was told of an access to the block: what is expected of it is what comes behind that."""
         self._whole_next.pop(record.id, None)
+        if record.blank and not self.wrote_whole(record.used_at):
+            self._promise_again(record)
 
-    def promise(self, record: Record, tier: Tier) -> None:
-        """A block is to be written whole before what is fetched from here on is used: the tier will have to take it."""
+    def promise(self, record: Record, tier: Tier, position: int) -> None:
+        """A block is to be written whole at `position`, before what is fetched from here on is used: the tier will have to take it."""
         promised = self.promised[tier]
         if record.id in promised or record.copy(tier).state is not State.ABSENT:
             return
-        if tier is Tier.RAM and (not self.has_nvme or record.hold is Tier.GPU or self.policy.stays(record.id)):
+        if tier is Tier.RAM and (not self.has_nvme or record.hold is Tier.GPU or self.policy.stays(record.id, Tier.GPU, position)):
             return  # it has its home there, or does not come there
         promised[record.id] = record.nbytes
         self.promised_bytes[tier] += record.nbytes
@@ -355,3 +366,9 @@ class Extents:
         self.arrived(record, tier)
         self._ahead[tier][record.id] = record.nbytes
         self._ahead_bytes[tier] += record.nbytes
+
+
+def _remember(positions: dict[int, None], position: int) -> None:
+    positions[position] = None
+    if len(positions) > REMEMBERED:
+        del positions[next(iter(positions))]

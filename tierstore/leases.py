@@ -8,7 +8,7 @@ from tierstore.catalog import BlockId
 from tierstore.errors import FrozenError, LeaseError
 from tierstore.placement import Placement
 from tierstore.requests import Lease, Owner, Record
-from tierstore.residency import Event
+from tierstore.residency import Event, Tier
 
 
 class Leases:
@@ -74,7 +74,10 @@ class Leases:
                 del self.placement.leased[record.id]
                 free.append(record)
                 if record.id in lease.spent:
+                    self.placement.note_spent(record.used_at)
                     self.placement.make_blank(record)
+                else:
+                    self.placement.over(record, Tier.GPU)
             owned[record] -= 1
             if owned[record] == 0:
                 del owned[record]

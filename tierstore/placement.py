@@ -27,7 +27,15 @@ for, though what it holds is about to be of no use: the block comes back changed
 A block without content (a gradient between two backward passes) has no extent, and the room that it left looks free. It is not:
 to fetch a block into it that is used only after the gradient is there would have that block leave again, and come a second time.
 So what the cursor passes that is to be written whole is promised room, until it has an extent, and a fetch for a later position
-takes only what is free beside that.
+takes only what is free beside that. So it is in RAM with a changed block on the device that has no extent below, and comes down after
+the use that the cursor passes. What is to stay on the device is promised nothing, and an extent that waits in RAM for such a block
+serves others, unless RAM has been filled for positions behind which the block does come down.
+
+[Note: Writing behind]
+What a plan has leave a tier before its next use is written back as soon as its use is over, when fewer than `AT_LEAST` orders are under
+way on that link. Written when its place is needed it would keep the next block waiting; and on the device, where room that comes free
+may not be needed for long, it would go on taking two extents: its own, and the one in RAM that waits for it. That is as many bytes: it is
+written back once either way. What may stay is left alone, as it may be written again before it leaves.
 """
 
 from __future__ import annotations
@@ -113,6 +121,7 @@ class Placement(Extents):
         self.last_used = -1  # position of the last access
         self._num_orders = 0
         self._asked = 0  # orders that were given before somebody last asked for anything
+        self._behind: dict[Tier, dict[BlockId, None]] = {Tier.GPU: {}, Tier.RAM: {}}  # see [Note: Writing behind]
 
     # -- room ------------------------------------------------------------------------------------------------------------
 
@@ -271,10 +280,16 @@ class Placement(Extents):
             for record in itertools.islice(self._stale.values(), SCAN):
                 if missing <= 0:
                     break
-                if record.ram.settled and record not in protect and record.gpu.valid and self.policy.stays(record.id):
+                if not record.ram.settled or record in protect or not record.gpu.valid or not self._stays(record, Tier.GPU):
+                    continue
+                if not self._comes_down(record, self.policy.next_use(record.id)):
                     found.append(record)
                     missing -= record.nbytes
         return found
+
+    def _comes_down(self, record: Record, position: float) -> bool:
+        """Whether RAM, as it is filled by now, has to take the block after its use at `position`."""
+        return 0 <= position < self._cursor[Tier.RAM] and self.policy.stays(record.id, Tier.GPU, int(position)) is False
 
     def _just_used(self, record: Record, protect: Collection[Record]) -> bool:
         """Whether what keeps the block may be over as soon as the last few accesses are."""
@@ -438,6 +453,39 @@ class Placement(Extents):
         self._order(Action.WRITE, kind, record.nbytes, record=record)
         return True
 
+    # -- behind a use ----------------------------------------------------------------------------------------------------
+
+    def over(self, record: Record, tier: Tier) -> None:
+        """A copy's use is over for now: on the device nobody leases it any more, in RAM it has come back. See [Note: Writing behind]."""
+        if self._leaves(record, tier):
+            self._behind[tier][record.id] = None
+
+    def write_behind(self) -> None:
+        """Order written back what is to leave anyway, as long as the links have nothing better to do."""
+        for tier, link in ((Tier.GPU, Link.D2H), (Tier.RAM, Link.NVME_WRITE)):
+            behind = self._behind[tier]
+            while behind and self._flying_orders[link] < AT_LEAST:
+                number = next(iter(behind))
+                del behind[number]
+                record = self.records.get(number)
+                if record is None or not self._leaves(record, tier):
+                    continue
+                if tier is Tier.RAM or record.ram.state is not State.ABSENT or self.arenas[Tier.RAM].free_bytes >= record.nbytes:
+                    self.save(record, tier, Kind.WRITE_BACK)
+
+    def _leaves(self, record: Record, tier: Tier) -> bool:
+        """Whether a dirty copy that nobody uses is to leave the tier before the block's next use, by a plan."""
+        copy = record.copy(tier)
+        if copy.state is not State.DIRTY or record.leased or record.locked or record.hold is tier or record.save_error is not None:
+            return False
+        if self._stays(record, Tier.GPU) is not False or (tier is Tier.RAM and self._stays(record, Tier.RAM) is not False):
+            return False
+        return not self.written_whole_next(record)
+
+    def _stays(self, record: Record, tier: Tier) -> bool | None:
+        """Whether the block is to stay on the tier until its next use; None when the policy cannot say."""
+        return self.policy.stays(record.id, tier, record.used_at)
+
     def give_home(self, record: Record, *, protect: Collection[Record] = ()) -> bool:
         """Do what can be done now to give an adopted block its home in RAM, without NVMe. Returns whether it has one.
 
@@ -517,6 +565,7 @@ class Placement(Extents):
                 self._outdated(record)
             else:
                 record.ram.apply(Event.CREATED if self.has_nvme and record.nvme_version != record.version else Event.LOADED)
+                self.over(record, Tier.RAM)
         elif order.action is Action.READ:
             assert record is not None
             if order.version != record.version:  # it was read to be held in RAM, and written on the device meanwhile
@@ -658,10 +707,12 @@ class Placement(Extents):
 
     def _prefetch(self, record: Record, tier: Tier, position: int, protect: Collection[Record]) -> bool:
         """Bring what is missing on `tier`; False: not now."""
+        if tier is Tier.RAM and record.gpu.state is State.DIRTY and self.policy.stays(record.id, Tier.GPU, position) is False:
+            self.promise(record, tier, position)
         if record.gpu.valid or record.gpu.loading or record.locked or record.vacating:
             return True
         if record.blank or self.written_whole_next(record):
-            self.promise(record, tier)
+            self.promise(record, tier, position)
             return True
         if record.load_error is not None:
             return True

@@ -19,16 +19,18 @@ from tierstore import TierStore
 from tierstore.mover.budget import NUM_SLOTS, slot_bytes
 from tierstore.residency import Tier
 from tierstore.training import TieredOptimizer, attach
-from tierstore.training.traffic import Settings, Traffic, share_in_ram, traffic
+from tierstore.training.traffic import SLOTS, Settings, Traffic, share_in_ram, traffic, turns
 
 LAYERS = 24
 DEVICE = 6
 """Layers' weights that fit the device."""
-LEARNT = 4
+LEARNT = 6
 """Steps after which the policy knows the period."""
 COUNTED = 3
-MORE = 1.5
+MORE = 1.25
 """The drive moves at most so many times what is said: where the policy's orders come late, what is at hand is evicted in their stead."""
+BLOCKS_ACROSS = 1
+"""Blocks of state that the drive may move before the steps that are counted, in place of them."""
 PAGE = 4096
 LINKS = ("h2d", "d2h", "nvme_read", "nvme_write")
 
@@ -92,7 +94,15 @@ class Count:
 
     @property
     def median(self) -> Traffic:
-        return Traffic(**{link: statistics.median(step[link] for step in self.steps) for link in LINKS})
+        return self._per_step(statistics.median)
+
+    @property
+    def mean(self) -> Traffic:
+        """What one step leaves to the next counts once."""
+        return self._per_step(statistics.fmean)
+
+    def _per_step(self, average: Callable[[list[int]], float]) -> Traffic:
+        return Traffic(**{link: average([step[link] for step in self.steps]) for link in LINKS})
 
 
 def budgets(case: Case, width: int) -> tuple[int, int]:
@@ -187,15 +197,19 @@ def cases() -> Iterator[Case]:
 @pytest.mark.parametrize("case", list(cases()), ids=str)
 def test_a_step_moves_what_the_function_says(case: Case, counts: Counts) -> None:
     counted = counts(case)
-    said, found = traffic(counted.settings), counted.median
-    assert_near(found.h2d, said.h2d, 0.02)
-    assert_near(found.d2h, said.d2h, 0.02)
+    said, found, settings = traffic(counted.settings), counted.median, counted.settings
+    largest = max(settings.layer, settings.state_chunk, settings.gradient_chunk)
+    slack = largest * sum(1 for _ in turns(settings)) if case.third else 0  # a plan may leave a slot fewer, or more, to what passes
+    assert abs(found.h2d - said.h2d) <= 0.02 * said.h2d + slack
+    assert abs(found.d2h - said.d2h) <= 0.02 * said.d2h + slack
     if not case.third:
         assert found.nvme_read == found.nvme_write == 0 == said.nvme_read == said.nvme_write
         return
-    assert 0.3 < counted.settings.state_in_ram < 0.4
-    for link in ("nvme_read", "nvme_write"):  # never less; and how much more depends on when copies end
-        assert 0.96 * getattr(said, link) <= getattr(found, link) <= MORE * getattr(said, link)
+    assert 0.3 < settings.state_in_ram < 0.4
+    # Never less than if RAM were full of state, with no room for what passes; and how much more than said depends on when copies end.
+    across = BLOCKS_ACROSS * settings.state_chunk / COUNTED
+    for link in ("nvme_read", "nvme_write"):
+        assert getattr(said, link) - SLOTS * largest - across <= getattr(counted.mean, link) <= MORE * getattr(said, link)
 
 
 def test_the_function_is_the_sum_of_what_the_leases_need() -> None:

@@ -63,6 +63,10 @@ class View(Protocol):
         """Whether the access at a past position of the trace wrote all of its block: what this had held before was of no use."""
         ...
 
+    def used_up(self, position: int) -> bool:
+        """Whether the access at a past position of the trace left its block without content."""
+        ...
+
     @property
     def seconds_between(self) -> float:
         """Seconds of computing from one access to the next, waits left out, on average of late."""
@@ -74,9 +78,9 @@ class Policy(Protocol):
     """The protocol. `PolicyBase` has a do-nothing answer for everything but `victims`.
 
     Three questions are asked only of policies that have them. `victims_for(tier, position)`: as `victims`, for a block needed at a
-    position up to which all else has been seen to; a prefetch then waits for the first of these. `stays(block)`: whether a block on
-    the device is to stay there until its next use. `repeats(position)`: the position already past of which an expected one is the
-    repetition; None when the policy cannot say.
+    position up to which all else has been seen to; a prefetch then waits for the first of these. `stays(block, tier, position)`:
+    whether a block is to stay on a tier from its use at a position, past or to come, until its next use; None when that depends.
+    `repeats(position)`: the position already past of which an expected one is the repetition; None when the policy cannot say.
     """
 
     def bind(self, view: View) -> None:

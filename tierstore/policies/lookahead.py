@@ -136,14 +136,15 @@ class Lookahead(PolicyBase):
         awaited.sort()
         yield from (block for _, block in awaited)
 
-    def stays(self, block: BlockId) -> bool:
-        """Whether a block on the device is to stay there until its next use, and so needs no extent in RAM to be written back to."""
-        choice = self._choices.get(Tier.GPU) if self._choices and self._planned_epoch == self.epoch else None
+    def stays(self, block: BlockId, tier: Tier, position: int) -> bool | None:
+        """Whether a block is to stay on a tier from its use at `position`, past or to come, until its next use; None without a plan
+        that is the same in every period.
+        """
+        choice = self._choices.get(tier) if self._choices and self._planned_epoch == self.epoch else None
         period = self.forecast.period
-        if choice is None or choice.kept is None or period is None:
-            return False
-        used = self.forecast.last_use(block, self.forecast.now)
-        return used >= 0 and choice.kept[int(used) % period] == 1
+        if choice is None or choice.kept is None or period is None or position < 0:
+            return None
+        return choice.kept[position % period] == 1
 
     def victims_for(self, tier: Tier, position: int) -> Iterator[BlockId]:
         """As `victims`, for a block that is needed at `position`, before which nothing more is to be fetched."""
@@ -237,15 +238,16 @@ class Lookahead(PolicyBase):
         """Yields None after each small piece of work, and what to go by from then on, the better the later."""
         accesses, writes, phase = list(self.forecast.window()), bytes(self.forecast.written()), self.forecast.now
         view = self.view
-        whole = bytearray()
+        whole, spent = bytearray(), bytearray()
         flags = {tier: bytearray() for tier in self._recent}
         for position, block in enumerate(accesses, phase - len(accesses)):
             whole.append(view.wrote_whole(position))
+            spent.append(view.used_up(position) or view.used_up(position - len(accesses)))  # the last lease may not have ended yet
             for tier, of_tier in flags.items():
                 of_tier.append(view.is_held(block, tier))
             yield None
         held = {tier: bytes(of_tier) for tier, of_tier in flags.items()}
-        cycle = Cycle(accesses, writes, whole)
+        cycle = Cycle(accesses, writes, whole, spent)
         nbytes = {block: view.nbytes(block) for block in cycle.uses}
         choices: dict[Tier, Choice] = {}
         total = sum(nbytes.values())
@@ -263,7 +265,7 @@ class Lookahead(PolicyBase):
             above, seconds = choices[Tier.GPU].kept, choices[Tier.GPU].seconds
             if spills and above is not None:
                 costs = replace(below, compute_s=seconds / len(accesses))
-                for found in choose(cycle, costs, phase, above=above, held=held[Tier.RAM]):
+                for found in choose(cycle, costs, phase, fixed=True, above=above, held=held[Tier.RAM]):
                     yield None
                     if found is not None:
                         choices[Tier.RAM] = found

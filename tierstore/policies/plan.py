@@ -9,6 +9,11 @@ rates planned with, evictions as the placement carries them out. `TOLERANCE` ove
 The pace is an average: a backward pass computes long between two accesses, the updates behind it next to nothing. A rule that hides
 latency behind the average pace may hide nothing where it is needed. So of the fastest rules, those that are slow at a small share of the
 pace (`LIGHT`) are left out.
+
+[Note: What is used up, and what is overwritten]
+A block that a lease has used up takes no room until it is written whole again, and leaves nothing to write back. One that is only going
+to be overwritten need not be loaded again; but its content is somebody's until then, and leaves by being written back. Keeping it saves
+that much, and no more: where RAM is fullest, state that would cross the drive both ways is worth twice as much a byte (`by_worth`).
 """
 
 from __future__ import annotations
@@ -24,8 +29,8 @@ from tierstore.residency import Tier
 
 TOLERANCE = 0.01
 LAGS = (0, 1, 2, 4)
-SLOTS = (1, 2, 3, 4)
-MORE_SLOTS = (2, 3, 4, 6, 8)
+SLOTS = (2, 3, 4)
+MORE_SLOTS = (2, 3, 4, 6)
 OUTLINED = 3
 REFINED = 12
 """Longest period for which a plan is refined use by use."""
@@ -63,23 +68,25 @@ class Cycle:
         accesses: The blocks.
         writes: By access, whether it may write.
         whole: By access, whether it writes all of the block. Empty: none does.
+        spent: By access, whether the block has no content afterwards. Empty: it always has.
 
     Attributes:
-        spent: By access, whether nobody wants what the block holds afterwards, as its next use writes all of it.
+        unread: By access, whether nobody will load what the block holds afterwards, as its next use writes all of it.
     """
 
-    def __init__(self, accesses: Sequence[BlockId], writes: Sequence[int], whole: Sequence[int] = b"") -> None:
+    def __init__(self, accesses: Sequence[BlockId], writes: Sequence[int], whole: Sequence[int] = b"", spent: Sequence[int] = b"") -> None:
         self.accesses = accesses
         self.writes = writes
         self.whole = whole or bytes(len(accesses))
+        self.spent = spent or bytes(len(accesses))
         self.uses: dict[BlockId, list[int]] = {}
         for position, block in enumerate(accesses):
             self.uses.setdefault(block, []).append(position)
         self.written = {block for block, write in zip(accesses, writes, strict=True) if write}
-        self.spent = bytearray(len(accesses))
+        self.unread = bytearray(len(accesses))
         for uses in self.uses.values() if any(self.whole) else ():
             for use, following in zip(uses, [*uses[1:], uses[0]], strict=True):
-                self.spent[use] = self.whole[following]
+                self.unread[use] = self.whole[following]
 
     def at(self, position: int) -> BlockId:
         return self.accesses[position % len(self.accesses)]
@@ -145,8 +152,11 @@ def choose(
     held = held or bytes(period)
     inside = _either(_turned(above, phase), held) if above else held
     candidates: list[tuple[Rule, bytes | None]] = [(_belady(lag), None) for lag in LAGS if not fixed]
-    for slots in MORE_SLOTS if above else SLOTS:
-        for kept in keep(cycle, costs, slots, inside):
+    variants = [(slots, False) for slots in (MORE_SLOTS if above else SLOTS)]
+    if any(cycle.unread):
+        variants.append((OUTLINED, True))
+    for slots, by_worth in variants:
+        for kept in keep(cycle, costs, slots, inside, by_worth=by_worth):
             if kept is None:
                 yield None
             else:
@@ -154,7 +164,7 @@ def choose(
                 candidates.append((_fixed(there, period), there))
     outcomes: list[tuple[Outcome, bytes | None]] = []
     for rule, there_or_none in candidates:
-        for outcome in run(cycle, costs, rule, phase, inside):
+        for outcome in run(cycle, costs, rule, phase, inside, there_or_none):
             if outcome is None:
                 yield None
             else:
@@ -168,8 +178,8 @@ def choose(
     least = min(outcome.seconds for outcome, _ in outcomes)
     quick = [found for found in outcomes if found[0].seconds <= least * (1 + TOLERANCE)]
     light: list[Outcome] = []
-    for outcome, _ in quick if len(quick) > 1 else ():
-        for hurried in run(cycle, replace(costs, compute_s=LIGHT * costs.compute_s), outcome.rule, phase, inside):
+    for outcome, there_or_none in quick if len(quick) > 1 else ():
+        for hurried in run(cycle, replace(costs, compute_s=LIGHT * costs.compute_s), outcome.rule, phase, inside, there_or_none):
             if hurried is None:
                 yield None
             else:
@@ -186,7 +196,7 @@ def outline(cycle: Cycle, costs: Mapping[Tier, Costs], held: Mapping[Tier, bytes
     period = len(cycle.accesses)
     above, choices = bytes(period), {}
     for tier in (Tier.GPU, Tier.RAM):
-        for kept in keep(cycle, costs[tier], OUTLINED, _either(above, held[tier])):
+        for kept in keep(cycle, costs[tier], OUTLINED, _either(above, held[tier]), by_worth=any(cycle.unread)):
             if kept is None:
                 yield None
             else:
@@ -210,7 +220,7 @@ def _refine(
             there[position] ^= 1
             if inside[(position - phase) % period]:
                 continue
-            for outcome in run(cycle, costs, _fixed(bytes(there), period), phase, inside):
+            for outcome in run(cycle, costs, _fixed(bytes(there), period), phase, inside, bytes(there)):
                 if outcome is None:
                     yield None
                 elif outcome.score < best.score * (1 - 1e-6):
@@ -237,18 +247,19 @@ def _fixed(kept: bytes, period: int) -> Rule:
     return lambda future, cursor, blocks, weigh: Fixed(future, cursor, blocks, weigh, kept, period)
 
 
-def run(cycle: Cycle, costs: Costs, rule: Rule, phase: int, above: bytes) -> Iterator[Outcome | None]:
-    """Play the periods. Yields None between steps, and the outcome at last."""
-    model = _Model(cycle, costs, rule, phase, above)
+def run(cycle: Cycle, costs: Costs, rule: Rule, phase: int, above: bytes, kept: bytes | None) -> Iterator[Outcome | None]:
+    """Play the periods. Yields None between steps, and the outcome at last. `kept`: as in `Choice`."""
+    model = _Model(cycle, costs, rule, phase, above, kept)
     period = len(cycle.accesses)
     for _ in range(WARM_UP * period):
         model.step()
         yield None
     before = model.now_s, model.moved
-    for _ in range(MEASURED * period):
+    measured = MEASURED if kept is None else 1  # what is kept is the same in every period
+    for _ in range(measured * period):
         model.step()
         yield None
-    yield Outcome((model.now_s - before[0]) / MEASURED, (model.moved - before[1]) / MEASURED, rule)
+    yield Outcome((model.now_s - before[0]) / measured, (model.moved - before[1]) / measured, rule)
 
 
 class _Shifted:
@@ -276,8 +287,9 @@ class _Shifted:
 class _Model:
     """One tier, its two links, and computing, in seconds."""
 
-    def __init__(self, cycle: Cycle, costs: Costs, rule: Rule, phase: int, above: bytes) -> None:
+    def __init__(self, cycle: Cycle, costs: Costs, rule: Rule, phase: int, above: bytes, kept: bytes | None) -> None:
         self._cycle = cycle
+        self._kept = None if kept is None else _turned(kept, phase)
         self._costs = costs
         self._ranking = rule(_Shifted(cycle, phase), phase, [], self._weigh)
         self._position = 0
@@ -313,12 +325,15 @@ class _Model:
         elif self._above[place]:
             self._up.add(block)
             self._forget(block)
-        elif was_up:
-            self._up.remove(block)
-            if block in self._dirty:  # it comes down
-                self._ready[block] = self.now_s
-                self._make_room(self._costs.nbytes[block])
-                self._ranking.add(block)
+        else:
+            if was_up:
+                self._up.remove(block)
+                if block in self._dirty:  # it comes down
+                    self._ready[block] = self.now_s
+                    self._make_room(self._costs.nbytes[block])
+                    self._ranking.add(block)
+            if self._kept is not None and not self._kept[place] and not self._cycle.unread[place] and block in self._dirty:
+                self._used[block] = self._save(block, self.now_s)
         self._position += 1
         self._ranking.move(True)
 
@@ -328,8 +343,9 @@ class _Model:
             self._ready[block] = free_s
         else:
             self._ordered = free_s
-            self._load_free = self._ready[block] = max(free_s, self._load_free) + self._costs.load_s[block]
-            self.moved += self._costs.load_s[block]
+            load_s = self._costs.load_s[block]
+            self._load_free = self._ready[block] = max(free_s, self._load_free) + load_s
+            self.moved += load_s
         self._ranking.add(block)
 
     def _forget(self, block: BlockId) -> None:
@@ -359,34 +375,44 @@ class _Model:
         self._ranking.remove(victim)
         del self._ready[victim]
         over = self._used[victim]
-        if victim in self._dirty:
-            self._dirty.remove(victim)
-            over = self._save_free = max(over, self._save_free, self._ordered) + self._costs.save_s[victim]
-            self.moved += self._costs.save_s[victim]
-        return over
+        return self._save(victim, max(over, self._ordered)) if victim in self._dirty else over
+
+    def _save(self, block: BlockId, begin_s: float) -> float:
+        """Returns when the block is written back."""
+        self._dirty.remove(block)
+        save_s = self._costs.save_s[block]
+        self._save_free = max(begin_s, self._save_free) + save_s
+        self.moved += save_s
+        return self._save_free
 
 
-def keep(cycle: Cycle, costs: Costs, slots: int, above: bytes) -> Iterator[bytes | None]:
+def keep(cycle: Cycle, costs: Costs, slots: int, above: bytes, *, by_worth: bool = False) -> Iterator[bytes | None]:
     """Choose the uses behind which to keep the block, so that room for `slots` of the largest blocks stays. Yields as `choose`.
 
     Keeping a block from one use to the next saves its return and takes its bytes in between: what saves most per byte and
     position comes first. Where that is the same, as on a cycle, they are spread over the period, so that the link is
     needed evenly.
+
+    Args:
+        by_worth: What saves most per byte comes first, for however long: better where all that competes does so at the same few
+            positions, as at the turn from one pass to the next.
     """
     period = len(cycle.accesses)
     largest = max(costs.nbytes.values())
     room = _Room(period, costs.capacity_bytes - slots * largest)
     bits = max(1, (period - 1).bit_length())
-    ranked: list[tuple[float, int, int]] = []  # a heap, as sorting a long period at once would take milliseconds under the lock
+    ranked: list[tuple[float, float, int, int]] = []  # a heap, as sorting a long period at once would take milliseconds under the lock
     for position, block in enumerate(cycle.accesses):
         if not above[position] and not cycle.spent[position]:
-            saved = costs.load_s[block] + (costs.save_s[block] if block in cycle.written else 0.0)
-            worth = saved / (costs.nbytes[block] * (cycle.next_use(block, position + 1) - position))
-            heappush(ranked, (-worth, int(f"{position:0{bits}b}"[::-1], 2), position))
+            saved = (0.0 if cycle.unread[position] else costs.load_s[block]) + (costs.save_s[block] if block in cycle.written else 0.0)
+            worth = saved / costs.nbytes[block]
+            lasts = cycle.next_use(block, position + 1) - position
+            key = (-float(f"{worth:.6e}"), lasts) if by_worth else (-worth / lasts, 0.0)  # quotients that should be equal differ a little
+            heappush(ranked, (*key, int(f"{position:0{bits}b}"[::-1], 2), position))
             yield None
     kept = bytearray(period)
     while ranked:
-        _, _, position = heappop(ranked)
+        *_, position = heappop(ranked)
         block = cycle.accesses[position]
         if room.take(position, int(cycle.next_use(block, position + 1)) - position, costs.nbytes[block]):
             kept[position] = 1

@@ -73,6 +73,9 @@ class FakeView:
     def seconds_on(self, link: Link, block: BlockId) -> float:
         return self.sizes[self._known(block)] * 1e-10
 
+    def used_up(self, position: int) -> bool:
+        return False
+
     def wrote_whole(self, position: int) -> bool:
         return False
 

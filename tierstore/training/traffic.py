@@ -23,6 +23,11 @@ the policy goes by a plan for both tiers, which leaves `SLOTS` of the largest bl
 This is what `lookahead` reaches from the fourth step on ([Note: How far ahead] and [Note: Patience] in `placement`). It is within a
 block or two of it: which ones are on the device when the turn comes depends on when copies end.
 
+[Note: Weights that make way for state]
+RAM is fullest at the end of backward, when all gradients wait. What updates from masters are to overwrite is not wanted back until then:
+written to NVMe, such weights give their room to as much state, which is neither written nor read. With several backward calls it is at
+the end of the others that RAM is fullest, where the weights are wanted again.
+
 [Note: Why not all that turns keep counts]
 A gradient that is still on the device when its update comes need not have been written back. But only "deferred" can know that it is
 used up by then: after `step()` gradients are the user's until `zero_grad()`, so "step" has to write it back when its place is needed.
@@ -128,13 +133,15 @@ def traffic(settings: Settings) -> Traffic:
         h2d -= turn.saved
         d2h -= turn.unwritten
     nvme = (1 - settings.state_in_ram) * settings.state
+    # [Note: Weights that make way for state]
+    spared = min(streamed, nvme) if settings.masters and stored and backward_calls == 1 else 0.0
     waiting = backward_calls * settings.inputs
     if settings.activations != "device":
         h2d += waiting
         d2h += waiting
     if settings.activations == "nvme":
         nvme += waiting
-    return Traffic(h2d, d2h, nvme, nvme)
+    return Traffic(h2d, d2h, nvme - spared, nvme)
 
 
 def turns(settings: Settings) -> Iterator[Turn]:
