@@ -492,3 +492,49 @@ def test_what_may_stay_is_not_written_back_before_it_leaves() -> None:
             for record in records:
                 sim.use(record, write=True)
         assert sim.saves == 0
+
+
+@pytest.mark.parametrize("ram", [10**6, 16])
+def test_a_plan_made_at_another_time_keeps_the_same(ram: int) -> None:
+    """A change of plan moves about as much as a period does: there has to be a reason for it."""
+    policy = Lookahead()
+    sim, records = open_sim(policy, 24, 9, ram=ram if ram < 100 else None)
+    for _ in range(12):
+        for record in records:
+            sim.use(record, write=True)
+    found = []
+    for record in records:
+        sim.use(record, write=True)
+        *_, choices = (choices for choices in policy._plan() if choices is not None)
+        found.append({tier: choice.kept for tier, choice in choices.items()})
+    assert all(kept == found[0] for kept in found)
+
+
+def test_a_plan_hardly_better_than_the_one_gone_by_is_not_taken() -> None:
+    blocks = list(map(BlockId, range(16)))
+    cycle, each = Cycle(blocks, bytes([1] * 16)), dict.fromkeys(blocks, 1.0)
+    costs = Costs(9, dict.fromkeys(blocks, 1), each, each, 6.0)
+    *_, other = keep(cycle, costs, 2, bytes(16))
+    assert other is not None
+    turned_on = bytes([*other[1:], other[0]])  # the same one position earlier
+    for present in (other, turned_on):
+        *_, choice = (found for found in choose(cycle, costs, 0, fixed=True, present=present) if found is not None)
+        assert choice.kept == other, "what is stayed with must be among those that were found fast"
+    *_, worse = keep(cycle, costs, 4, bytes(16))
+    *_, choice = (found for found in choose(cycle, costs, 0, fixed=True, present=worse) if found is not None)
+    assert choice.kept == other, "it moves a fifth less"
+
+
+def test_an_extent_waits_for_a_block_that_is_away() -> None:
+    """What is read from the drive goes to the device and back before it can be written: more of RAM has to rotate."""
+    blocks = list(map(BlockId, range(16)))
+    cycle, each = Cycle(blocks, bytes([1] * 16)), dict.fromkeys(blocks, 1.0)
+    costs = Costs(8, dict.fromkeys(blocks, 1), each, each, 0.01)
+    away = dataclasses.replace(costs, away_s=dict.fromkeys(blocks, 0.5))
+    streamed = []
+    for case in (costs, away):
+        *_, choice = (found for found in choose(cycle, case, 0, fixed=True) if found is not None)
+        assert choice.kept is not None
+        streamed.append(16 - sum(choice.kept))
+        assert choice.seconds < 1.05 * streamed[-1], "the links rest hardly ever"
+    assert streamed[0] < streamed[1]

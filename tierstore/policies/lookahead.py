@@ -16,7 +16,7 @@ from dataclasses import replace
 from tierstore.catalog import BlockId
 from tierstore.policies.base import PolicyBase
 from tierstore.policies.forecast import Forecast
-from tierstore.policies.plan import Choice, Costs, Cycle, choose, outline
+from tierstore.policies.plan import Choice, Costs, Cycle, choose, outline, turned
 from tierstore.policies.ranking import Belady, Ranking
 from tierstore.residency import Tier
 from tierstore.trace import Link
@@ -235,14 +235,21 @@ class Lookahead(PolicyBase):
                 self._rank(tier, self._ranking[tier].cursor)
 
     def _plan(self) -> Iterator[dict[Tier, Choice] | None]:
-        """Yields None after each small piece of work, and what to go by from then on, the better the later."""
-        accesses, writes, phase = list(self.forecast.window()), bytes(self.forecast.written()), self.forecast.now
+        """Yields None after each small piece of work, and what to go by from then on, the better the later.
+
+        A period begins at a multiple of its length, whenever it is planned for: the same plan is then found again.
+        """
+        now, period = self.forecast.now, len(self.forecast.window())
+        phase = now - now % period
+        accesses = turned(list(self.forecast.window()), phase - now)
+        writes = turned(bytes(self.forecast.written()), phase - now)
         view = self.view
         whole, spent = bytearray(), bytearray()
         flags = {tier: bytearray() for tier in self._recent}
-        for position, block in enumerate(accesses, phase - len(accesses)):
+        for place, block in enumerate(accesses):
+            position = phase + place - (period if phase + place >= now else 0)  # the last time that it was
             whole.append(view.wrote_whole(position))
-            spent.append(view.used_up(position) or view.used_up(position - len(accesses)))  # the last lease may not have ended yet
+            spent.append(view.used_up(position) or view.used_up(position - period))  # the last lease may not have ended yet
             for tier, of_tier in flags.items():
                 of_tier.append(view.is_held(block, tier))
             yield None
@@ -258,18 +265,23 @@ class Lookahead(PolicyBase):
             below = self._costs(room[Tier.RAM], nbytes, Link.NVME_READ, Link.NVME_WRITE, self._planned_seconds)
             if spills and not self._choices:
                 yield from outline(cycle, {Tier.GPU: costs, Tier.RAM: below}, held, phase)
-            for found in choose(cycle, costs, phase, fixed=spills, held=held[Tier.GPU]):
+            for found in choose(cycle, costs, phase, fixed=spills, held=held[Tier.GPU], present=self._kept(Tier.GPU)):
                 yield None
                 if found is not None:
                     choices[Tier.GPU] = found
             above, seconds = choices[Tier.GPU].kept, choices[Tier.GPU].seconds
             if spills and above is not None:
-                costs = replace(below, compute_s=seconds / len(accesses))
-                for found in choose(cycle, costs, phase, fixed=True, above=above, held=held[Tier.RAM]):
+                away = {block: view.seconds_on(Link.H2D, block) + view.seconds_on(Link.D2H, block) for block in nbytes}
+                costs = replace(below, compute_s=seconds / period, away_s=away)
+                for found in choose(cycle, costs, phase, fixed=True, above=above, held=held[Tier.RAM], present=self._kept(Tier.RAM)):
                     yield None
                     if found is not None:
                         choices[Tier.RAM] = found
         yield choices
+
+    def _kept(self, tier: Tier) -> bytes | None:
+        """As in `Choice`, of the plan gone by until now; None where that is the outline."""
+        return self._choices[tier].kept if tier in self._choices and self._num_plans > 1 else None
 
     def _costs(self, capacity_bytes: int, nbytes: dict[BlockId, int], load: Link, save: Link, compute_s: float) -> Costs:
         load_s = {block: self.view.seconds_on(load, block) for block in nbytes}

@@ -10,6 +10,11 @@ The pace is an average: a backward pass computes long between two accesses, the 
 latency behind the average pace may hide nothing where it is needed. So of the fastest rules, those that are slow at a small share of the
 pace (`LIGHT`) are left out.
 
+[Note: Staying with a plan]
+The time between accesses is known badly where links or the drive hide it, and plans are made anew when it seems to change. To go over to
+another one moves about as much as a period does. So a period is planned for from the same position on, whenever that is done, and the
+present plan is stayed with unless another is faster or saves `CHANGED` of the bytes.
+
 [Note: What is used up, and what is overwritten]
 A block that a lease has used up takes no room until it is written whole again, and leaves nothing to write back. One that is only going
 to be overwritten need not be loaded again; but its content is somebody's until then, and leaves by being written back. Keeping it saves
@@ -20,8 +25,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
+from typing import TypeVar
 
 from tierstore.catalog import BlockId
 from tierstore.policies.ranking import Belady, Fixed, Future, Ranking
@@ -34,6 +40,9 @@ MORE_SLOTS = (2, 3, 4, 6)
 OUTLINED = 3
 REFINED = 12
 """Longest period for which a plan is refined use by use."""
+
+CHANGED = 0.02
+"""Of the bytes, what another plan must save: to change over moves about as much, once, as a period does."""
 
 LIGHT, LIGHT_TOLERANCE = 1 / 8, 0.15
 """Of the time between accesses, what is computed where little is, and how much longer than the least a period may take then. See
@@ -52,6 +61,7 @@ class Costs:
         nbytes: By block.
         load_s, save_s: Seconds to fetch a block, and to write it back.
         compute_s: Seconds between accesses.
+        away_s: By block, seconds for which a use takes it from this tier to the device and back. Its extent waits for it.
     """
 
     capacity_bytes: int
@@ -59,6 +69,7 @@ class Costs:
     load_s: Mapping[BlockId, float]
     save_s: Mapping[BlockId, float]
     compute_s: float
+    away_s: Mapping[BlockId, float] = field(default_factory=dict)
 
 
 class Cycle:
@@ -101,6 +112,7 @@ class Cycle:
 
 
 Weigh = Callable[[BlockId], float]
+Values = TypeVar("Values", bytes, list[BlockId])
 Rule = Callable[[Future, int, list[BlockId], Weigh], Ranking]
 """Makes a ranking for (future, cursor, blocks on the tier, weights)."""
 
@@ -136,7 +148,14 @@ class Choice:
 
 
 def choose(
-    cycle: Cycle, costs: Costs, phase: int, *, fixed: bool = False, above: bytes = b"", held: bytes = b""
+    cycle: Cycle,
+    costs: Costs,
+    phase: int,
+    *,
+    fixed: bool = False,
+    above: bytes = b"",
+    held: bytes = b"",
+    present: bytes | None = None,
 ) -> Iterator[Choice | None]:
     """Find the rule to evict by. Yields None after each small piece of work, and the choice at last.
 
@@ -147,10 +166,11 @@ def choose(
         fixed: Only what is the same in every period.
         above: `Choice.kept` of the tier above: what stays there needs no extent here. Empty where there is none.
         held: By access of the cycle, whether its block is held here. Empty: none is.
+        present: `Choice.kept` of the plan gone by until now, which is stayed with where it is hardly worse (`CHANGED`).
     """
     period = len(cycle.accesses)
     held = held or bytes(period)
-    inside = _either(_turned(above, phase), held) if above else held
+    inside = _either(turned(above, phase), held) if above else held
     candidates: list[tuple[Rule, bytes | None]] = [(_belady(lag), None) for lag in LAGS if not fixed]
     variants = [(slots, False) for slots in (MORE_SLOTS if above else SLOTS)]
     if any(cycle.unread):
@@ -160,7 +180,7 @@ def choose(
             if kept is None:
                 yield None
             else:
-                there = _turned(_either(kept, held), -phase)
+                there = turned(_either(kept, held), -phase)
                 candidates.append((_fixed(there, period), there))
     outcomes: list[tuple[Outcome, bytes | None]] = []
     for rule, there_or_none in candidates:
@@ -188,6 +208,9 @@ def choose(
         soon = min(hurried.seconds for hurried in light) * (1 + LIGHT_TOLERANCE)
         quick = [found for found, hurried in zip(quick, light, strict=True) if hurried.seconds <= soon]
     best, best_kept = min(quick, key=lambda found: found[0].moved)
+    for outcome, there_or_none in quick:
+        if present is not None and there_or_none == present and outcome.moved <= best.moved * (1 + CHANGED):
+            best, best_kept = outcome, there_or_none
     yield Choice(best.rule, best_kept, best.seconds)
 
 
@@ -201,7 +224,7 @@ def outline(cycle: Cycle, costs: Mapping[Tier, Costs], held: Mapping[Tier, bytes
                 yield None
             else:
                 above = _either(kept, held[tier])
-                there = _turned(above, -phase)
+                there = turned(above, -phase)
                 choices[tier] = Choice(_fixed(there, period), there, 0.0)
     yield choices
 
@@ -233,10 +256,10 @@ def _either(some: bytes, others: bytes) -> bytes:
     return (int.from_bytes(some) | int.from_bytes(others)).to_bytes(len(some))
 
 
-def _turned(flags: bytes, by: int) -> bytes:
+def turned(values: Values, by: int) -> Values:
     """As if the period began `by` positions later."""
-    by %= len(flags)
-    return flags[by:] + flags[:by]
+    by %= len(values)
+    return values[by:] + values[:by]
 
 
 def _belady(lag: int) -> Rule:
@@ -289,7 +312,7 @@ class _Model:
 
     def __init__(self, cycle: Cycle, costs: Costs, rule: Rule, phase: int, above: bytes, kept: bytes | None) -> None:
         self._cycle = cycle
-        self._kept = None if kept is None else _turned(kept, phase)
+        self._kept = None if kept is None else turned(kept, phase)
         self._costs = costs
         self._ranking = rule(_Shifted(cycle, phase), phase, [], self._weigh)
         self._position = 0
@@ -315,7 +338,8 @@ class _Model:
         was_up = block in self._up
         if not was_up and block not in self._ready:
             self._load(block, whole=bool(self._cycle.whole[place]))
-        self._used[block] = self.now_s = max(self.now_s, self._ready.get(block, 0.0)) + self._costs.compute_s
+        self.now_s = max(self.now_s, self._ready.get(block, 0.0)) + self._costs.compute_s
+        self._used[block] = self.now_s + self._costs.away_s.get(block, 0.0)
         if self._cycle.writes[place]:
             self._dirty.add(block)
         if self._cycle.spent[place]:
@@ -333,7 +357,7 @@ class _Model:
                     self._make_room(self._costs.nbytes[block])
                     self._ranking.add(block)
             if self._kept is not None and not self._kept[place] and not self._cycle.unread[place] and block in self._dirty:
-                self._used[block] = self._save(block, self.now_s)
+                self._used[block] = self._save(block, self._used[block])
         self._position += 1
         self._ranking.move(True)
 

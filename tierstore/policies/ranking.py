@@ -99,6 +99,10 @@ class Belady:
             self.remove(block)
             self.add(block)
 
+    def furthest_first(self) -> Iterator[BlockId]:
+        """By next use alone: in a tenth of the time, for blocks of which hardly any is to leave."""
+        return (BlockId(number) for _, number in reversed(self._sorted))
+
     def order(self, late: int = 0) -> Iterator[BlockId]:
         recent = {self._future.at(self.cursor - late - back - 1) for back in range(self._lag)}
         last: list[BlockId] = []
@@ -186,4 +190,4 @@ class Fixed:
 
     def order(self, late: int = 0) -> Iterator[BlockId]:
         yield from self._order.values()
-        yield from self._stays.order()
+        yield from self._stays.furthest_first()
