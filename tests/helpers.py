@@ -75,6 +75,7 @@ class Hostile(PolicyBase):
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
+        self.moods = random.Random(seed)
         self.known: list[BlockId] = []
 
     def admitted(self, block: BlockId, tier: Tier) -> None:
@@ -96,8 +97,8 @@ class Hostile(PolicyBase):
             return None
         return self.random.choice([*self.known, BlockId(10**9)])
 
-    def stays(self, block: BlockId, tier: Tier, position: int) -> bool | None:
-        return self.random.choice([True, False, None])
+    def stays(self, block: BlockId, tier: Tier, position: int, until: float) -> object:
+        return self.moods.choice([True, False, None, 0, "for a while"])
 
     @property
     def epoch(self) -> int:

@@ -41,14 +41,15 @@ class OnDemand(Lookahead):
 
 
 class Counting(Sim):
-    """Counts what is loaded to the device, read from NVMe and written back."""
+    """Counts what is loaded to the device, read from NVMe, written back and written to NVMe."""
 
-    loads = reads = saves = 0
+    loads = reads = saves = writes = 0
 
     def _start(self, order: Order) -> None:
         self.loads += order.action is Action.H2D
         self.reads += order.action is Action.READ
         self.saves += order.action is Action.D2H
+        self.writes += order.action is Action.WRITE
         super()._start(order)
 
     def resident(self) -> list[str]:
@@ -538,3 +539,60 @@ def test_an_extent_waits_for_a_block_that_is_away() -> None:
         streamed.append(16 - sum(choice.kept))
         assert choice.seconds < 1.05 * streamed[-1], "the links rest hardly ever"
     assert streamed[0] < streamed[1]
+
+
+def test_what_fits_ram_is_not_written_to_the_drive_though_the_plan_leaves_room_for_the_largest() -> None:
+    """A large block among small ones: the plan's slots are as large, and many small ones would fit them."""
+    sim = Counting(gpu=20, ram=60, policy=Lookahead())
+    records = [sim.put("large", 6), *(sim.put(f"{number:03}", 1) for number in range(56))]
+    for lap in range(30):
+        if lap == 20:
+            before = sim.writes
+        for record in records:
+            sim.use(record, write=True)
+    assert sim.writes == before
+
+
+def test_a_block_used_twice_in_succession_is_written_back_behind_the_second_use() -> None:
+    sim = Counting(gpu=8, ram=40, policy=Lookahead())
+    records = [sim.put("large", 4), *(sim.put(f"{number:03}", 2) for number in range(12))]
+    for lap in range(30):
+        if lap == 20:
+            before = sim.saves
+        for record in records:
+            sim.use(record, write=True)
+            sim.use(record, write=True)
+    assert sim.saves - before <= 10 * len(records)
+
+
+@pytest.mark.parametrize("answer", ["yes", 1, 0, [], [1]])
+def test_a_policy_may_say_what_stays_in_other_words(answer: object) -> None:
+    class Wordy(Lru):
+        def stays(self, block: BlockId, tier: Tier, position: int, until: float) -> object:
+            return answer
+
+    sim, records = open_sim(Wordy(), 8, 4)
+    for _ in range(6):
+        for record in records:
+            sim.use(record, write=True)
+    stays = sim.placement.policy.stays(records[0].id, Tier.GPU, 3)
+    assert stays is bool(answer)
+
+
+def test_promises_end_where_another_plan_has_the_block_stay() -> None:
+    """Plans for one period follow one another: the outline, the plan, one for another pace. What the last has stay is promised nothing."""
+    policy = Lookahead()
+    sim = Counting(gpu=12, ram=26, policy=policy)
+    weights = [sim.put(f"w{number}", 1) for number in range(12)]
+    states = [sim.put(f"s{number}", 1) for number in range(24)]
+    for _ in range(16):
+        for weight in weights:
+            sim.use(weight)
+        for number, weight in reversed(list(enumerate(weights))):
+            for state in states[2 * number : 2 * number + 2]:
+                sim.use(state, write=True)
+            sim.use(weight, write=True)
+    for record in [*weights, *states]:
+        if record.id in sim.placement.promised[Tier.RAM]:
+            uses = [use for use in range(policy.forecast.now - 60, policy.forecast.now) if policy.forecast.at(use) == record.id]
+            assert any(policy.stays(record.id, Tier.GPU, use) is False for use in uses)

@@ -252,7 +252,7 @@ class Extents:
         for tier in MEMORY_TIERS:
             self.take_back(record, tier)
             if record.used_at < next_use < self._cursor[tier]:
-                self.promise(record, tier, int(next_use))
+                self.promise(record, tier, int(next_use), self._cursor[tier])
 
     def note_fresh(self, position: int) -> None:
         """The access at a position of the trace wrote all of its block."""
@@ -280,12 +280,15 @@ class Extents:
         if record.blank and not self.wrote_whole(record.used_at):
             self._promise_again(record)
 
-    def promise(self, record: Record, tier: Tier, position: int) -> None:
-        """A block is to be written whole at `position`, before what is fetched from here on is used: the tier will have to take it."""
+    def promise(self, record: Record, tier: Tier, position: int, until: float = 0.0) -> None:
+        """A block is to be written whole at `position`, before what is fetched from here on is used: the tier will have to take it.
+
+        In RAM, unless it stays on the device behind this use and those that follow before `until`.
+        """
         promised = self.promised[tier]
         if record.id in promised or record.copy(tier).state is not State.ABSENT:
             return
-        if tier is Tier.RAM and (not self.has_nvme or record.hold is Tier.GPU or self.policy.stays(record.id, Tier.GPU, position)):
+        if tier is Tier.RAM and (not self.has_nvme or record.hold is Tier.GPU or self.policy.stays(record.id, Tier.GPU, position, until)):
             return  # it has its home there, or does not come there
         promised[record.id] = record.nbytes
         self.promised_bytes[tier] += record.nbytes

@@ -35,7 +35,9 @@ serves others, unless RAM has been filled for positions behind which the block d
 What a plan has leave a tier before its next use is written back as soon as its use is over, when fewer than `AT_LEAST` orders are under
 way on that link. Written when its place is needed it would keep the next block waiting; and on the device, where room that comes free
 may not be needed for long, it would go on taking two extents: its own, and the one in RAM that waits for it. That is as many bytes: it is
-written back once either way. What may stay is left alone, as it may be written again before it leaves.
+written back once either way. What may stay is left alone, as it may be written again before it leaves. And nothing is written to the
+drive unless something has left RAM since the block was used the time before: the plan leaves room for the largest blocks, and others
+may all fit there.
 """
 
 from __future__ import annotations
@@ -121,6 +123,7 @@ class Placement(Extents):
         self.last_used = -1  # position of the last access
         self._num_orders = 0
         self._asked = 0  # orders that were given before somebody last asked for anything
+        self._left_ram_at = -1  # position at which something last left RAM that is nowhere above
         self._behind: dict[Tier, dict[BlockId, None]] = {Tier.GPU: {}, Tier.RAM: {}}  # see [Note: Writing behind]
 
     # -- room ------------------------------------------------------------------------------------------------------------
@@ -224,6 +227,8 @@ class Placement(Extents):
     def _let_go(self, tier: Tier, drops: Collection[Record], saves: Collection[Record], protect: Collection[Record]) -> bool:
         """Drop clean copies and order dirty ones written back. Returns whether room is on its way."""
         coming = False
+        if tier is Tier.RAM and (saves or any(record.ram.state is State.CLEAN and not record.gpu.valid for record in drops)):
+            self._left_ram_at = self.last_used
         for record in drops:
             self.drop(record, tier)
             self.evictions[tier] += 1
@@ -289,7 +294,21 @@ class Placement(Extents):
 
     def _comes_down(self, record: Record, position: float) -> bool:
         """Whether RAM, as it is filled by now, has to take the block after its use at `position`."""
-        return 0 <= position < self._cursor[Tier.RAM] and self.policy.stays(record.id, Tier.GPU, int(position)) is False
+        cursor = self._cursor[Tier.RAM]
+        return 0 <= position < cursor and self.policy.stays(record.id, Tier.GPU, int(position), cursor) is False
+
+    def _is_to_come(self, record: Record, position: int, *, whole: bool) -> bool:
+        """Whether a block that RAM may have no extent of comes down behind its expected use at `position`. See [Note: Room for ...].
+
+        Args:
+            record, position: The block, and the use.
+            whole: It has no content now, or none that is wanted.
+        """
+        if not (whole or record.gpu.state is State.DIRTY) or self.used_up(self.policy.repeats(position) or -1):
+            return False
+        if whole and self.policy.next_use(record.id) == position:
+            return True
+        return self.policy.stays(record.id, Tier.GPU, position) is False
 
     def _just_used(self, record: Record, protect: Collection[Record]) -> bool:
         """Whether what keeps the block may be over as soon as the last few accesses are."""
@@ -459,28 +478,44 @@ class Placement(Extents):
         """A copy's use is over for now: on the device nobody leases it any more, in RAM it has come back. See [Note: Writing behind]."""
         if self._leaves(record, tier):
             self._behind[tier][record.id] = None
+        elif record.id in self.promised[Tier.RAM] and self.policy.stays(record.id, Tier.GPU, record.used_at, self._cursor[Tier.RAM]):
+            self.take_back(record, Tier.RAM)  # another plan has it stay
 
-    def write_behind(self) -> None:
-        """Order written back what is to leave anyway, as long as the links have nothing better to do."""
+    def write_behind(self, protect: Collection[Record]) -> None:
+        """Order written back what is to leave anyway, as long as the links have nothing better to do.
+
+        Args:
+            protect: Records that somebody waits for.
+        """
         for tier, link in ((Tier.GPU, Link.D2H), (Tier.RAM, Link.NVME_WRITE)):
             behind = self._behind[tier]
-            while behind and self._flying_orders[link] < AT_LEAST:
-                number = next(iter(behind))
-                del behind[number]
+            for number in list(itertools.islice(behind, SCAN)):
+                if self._flying_orders[link] >= AT_LEAST:
+                    break
                 record = self.records.get(number)
-                if record is None or not self._leaves(record, tier):
-                    continue
-                if tier is Tier.RAM or record.ram.state is not State.ABSENT or self.arenas[Tier.RAM].free_bytes >= record.nbytes:
-                    self.save(record, tier, Kind.WRITE_BACK)
+                if record is not None and record not in protect and not self._write_behind(record, tier):
+                    break
+                del behind[number]
+
+    def _write_behind(self, record: Record, tier: Tier) -> bool:
+        """Order a copy written back, if it is to leave. False: neither it nor one that was used later, for now."""
+        if not self._leaves(record, tier):
+            return True
+        waits = self.policy.next_use(record.id) - record.used_at
+        if waits <= 0:
+            return False  # the policy has not been told of the use
+        if self.written_whole_next(record) or (tier is Tier.RAM and self._left_ram_at < record.used_at - waits):
+            return True
+        if tier is Tier.GPU and record.ram.state is State.ABSENT and self.arenas[Tier.RAM].free_bytes < record.nbytes:
+            return True  # nothing is to make room for it
+        return self.save(record, tier, Kind.WRITE_BACK)
 
     def _leaves(self, record: Record, tier: Tier) -> bool:
         """Whether a dirty copy that nobody uses is to leave the tier before the block's next use, by a plan."""
         copy = record.copy(tier)
         if copy.state is not State.DIRTY or record.leased or record.locked or record.hold is tier or record.save_error is not None:
             return False
-        if self._stays(record, Tier.GPU) is not False or (tier is Tier.RAM and self._stays(record, Tier.RAM) is not False):
-            return False
-        return not self.written_whole_next(record)
+        return self._stays(record, Tier.GPU) is False and (tier is Tier.GPU or self._stays(record, Tier.RAM) is False)
 
     def _stays(self, record: Record, tier: Tier) -> bool | None:
         """Whether the block is to stay on the tier until its next use; None when the policy cannot say."""
@@ -707,14 +742,14 @@ class Placement(Extents):
 
     def _prefetch(self, record: Record, tier: Tier, position: int, protect: Collection[Record]) -> bool:
         """Bring what is missing on `tier`; False: not now."""
-        if tier is Tier.RAM and record.gpu.state is State.DIRTY and self.policy.stays(record.id, Tier.GPU, position) is False:
+        whole = record.blank or self.written_whole_next(record)
+        if tier is Tier.RAM and self._is_to_come(record, position, whole=whole):
             self.promise(record, tier, position)
         if record.gpu.valid or record.gpu.loading or record.locked or record.vacating:
             return True
-        if record.blank or self.written_whole_next(record):
+        if whole and tier is Tier.GPU:
             self.promise(record, tier, position)
-            return True
-        if record.load_error is not None:
+        if whole or record.load_error is not None:
             return True
         if self.policy.ranks_ahead:
             before: float = position

@@ -338,7 +338,7 @@ class Scheduler(Leases):
         again = self._serve_hints(protect, claimed) if not self.closing else False
         if not self._starved and not self.closing:
             again |= self.placement.look_ahead(self._now, protect, claimed)
-            self.placement.write_behind()
+            self.placement.write_behind(protect)
         orders, self.placement.orders = self.placement.orders, []
         return orders, again or bool(self._accesses)
 

@@ -78,8 +78,9 @@ class Policy(Protocol):
     """The protocol. `PolicyBase` has a do-nothing answer for everything but `victims`.
 
     Three questions are asked only of policies that have them. `victims_for(tier, position)`: as `victims`, for a block needed at a
-    position up to which all else has been seen to; a prefetch then waits for the first of these. `stays(block, tier, position)`:
-    whether a block is to stay on a tier from its use at a position, past or to come, until its next use; None when that depends.
+    position up to which all else has been seen to; a prefetch then waits for the first of these. `stays(block, tier, position, until)`:
+    whether a block is to stay on a tier behind its use at a position, past or to come, and behind all that follow before `until`, each
+    time until the next; None when that depends.
     `repeats(position)`: the position already past of which an expected one is the repetition; None when the policy cannot say.
     """
 

@@ -37,7 +37,7 @@ class Guard:
         """Which optional questions the policy answers; `ranks_ahead`: whether `victims_for`."""
         self.ranks_ahead = callable(getattr_static(self._policy, "victims_for", None))
         stays = callable(getattr_static(self._policy, "stays", None))
-        self._stays: Callable[[BlockId, Tier, int], bool | None] | None = self._policy.stays if stays else None  # type: ignore[attr-defined]
+        self._stays: Callable[[BlockId, Tier, int, float], bool | None] | None = self._policy.stays if stays else None  # type: ignore[attr-defined]
         repeats = callable(getattr_static(self._policy, "repeats", None))
         self._repeats: Callable[[int], int | None] | None = self._policy.repeats if repeats else None  # type: ignore[attr-defined]
 
@@ -86,10 +86,11 @@ class Guard:
             self._give_up(error)
             yield from self._policy.victims(tier)
 
-    def stays(self, block: BlockId, tier: Tier, position: int) -> bool | None:
+    def stays(self, block: BlockId, tier: Tier, position: int, until: float = 0.0) -> bool | None:
         """As `Lookahead.stays`; None for a policy without it."""
         try:
-            return self._stays(block, tier, position) if self._stays is not None else None
+            answer = self._stays(block, tier, position, until) if self._stays is not None else None
+            return None if answer is None else bool(answer)
         except Exception as error:
             self._give_up(error)
             return None

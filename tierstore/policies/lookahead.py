@@ -33,6 +33,10 @@ SETTLED = 32
 RESTLESS = 8
 """Plans for one period after which the next is not made before one step per access has been paid for the last."""
 
+WRITTEN = 0.5
+"""Of the bytes of a period, the share that is written from which on RAM goes by a plan that is the same in every period. Without one
+nobody can say what will come down changed, and keep room for it: Belady's rule moved a quarter more than on the model."""
+
 CHANGE = 1.5
 """The time between accesses must change by this factor to be planned for anew."""
 
@@ -136,15 +140,21 @@ class Lookahead(PolicyBase):
         awaited.sort()
         yield from (block for _, block in awaited)
 
-    def stays(self, block: BlockId, tier: Tier, position: int) -> bool | None:
-        """Whether a block is to stay on a tier from its use at `position`, past or to come, until its next use; None without a plan
-        that is the same in every period.
+    def stays(self, block: BlockId, tier: Tier, position: int, until: float = 0.0) -> bool | None:
+        """Whether a block is to stay on a tier behind its use at `position`, past or to come, and behind all that follow before `until`,
+        each time until its next use; None without a plan that is the same in every period, and where the block is not used.
         """
         choice = self._choices.get(tier) if self._choices and self._planned_epoch == self.epoch else None
         period = self.forecast.period
-        if choice is None or choice.kept is None or period is None or position < 0:
+        if choice is None or choice.kept is None or period is None or self.forecast.at(position) != block:
             return None
-        return choice.kept[position % period] == 1
+        use: float = position
+        until = min(until, use + period)
+        while choice.kept[int(use) % period]:
+            use = self.forecast.next_use(block, int(use) + 1)
+            if use >= until:
+                return True
+        return False
 
     def victims_for(self, tier: Tier, position: int) -> Iterator[BlockId]:
         """As `victims`, for a block that is needed at `position`, before which nothing more is to be fetched."""
@@ -271,9 +281,10 @@ class Lookahead(PolicyBase):
                     choices[Tier.GPU] = found
             above, seconds = choices[Tier.GPU].kept, choices[Tier.GPU].seconds
             if spills and above is not None:
-                away = {block: view.seconds_on(Link.H2D, block) + view.seconds_on(Link.D2H, block) for block in nbytes}
+                away = {block: costs.load_s[block] + (costs.save_s[block] if block in cycle.written else 0.0) for block in nbytes}
                 costs = replace(below, compute_s=seconds / period, away_s=away)
-                for found in choose(cycle, costs, phase, fixed=True, above=above, held=held[Tier.RAM], present=self._kept(Tier.RAM)):
+                written = sum(nbytes[block] for block in cycle.written) > WRITTEN * total
+                for found in choose(cycle, costs, phase, fixed=written, above=above, held=held[Tier.RAM], present=self._kept(Tier.RAM)):
                     yield None
                     if found is not None:
                         choices[Tier.RAM] = found

@@ -461,7 +461,7 @@ class _Room:
         if end > self._period:
             parts.append((max(0, start - self._period), end - self._period))
         parts = [(low, high) for low, high in parts if low < high]
-        if any(self._peak(1, 0, self._size, low, high) + nbytes > self._capacity for low, high in parts) or nbytes > self._capacity:
+        if any(self._peak(1, 0, self._size, low, high) + nbytes > self._capacity for low, high in parts):
             return False
         for low, high in parts:
             self._add(1, 0, self._size, low, high, nbytes)

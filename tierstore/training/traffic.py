@@ -20,7 +20,7 @@ and between an update and a forward pass in the same direction, a fixed part of 
 loaded: the device's budget, less what the leases around the turn use up themselves (a chunk of state and of gradients, the weights of
 a layer where they are not of those kept) and half as much again, for what is on its way while they compute. Where state does not fit RAM,
 the policy goes by a plan for both tiers, which leaves `SLOTS` of the largest blocks to what passes through: what is kept is the rest.
-This is what `lookahead` reaches from the fourth step on ([Note: How far ahead] and [Note: Patience] in `placement`). It is within a
+This is what `lookahead` reaches from about the sixth step on ([Note: How far ahead] and [Note: Patience] in `placement`). It is within a
 block or two of it: which ones are on the device when the turn comes depends on when copies end.
 
 [Note: Weights that make way for state]
