@@ -298,7 +298,9 @@ class Placement(Extents):
         return 0 <= position < cursor and self.policy.stays(record.id, Tier.GPU, int(position), cursor) is False
 
     def _is_to_come(self, record: Record, position: int, *, whole: bool) -> bool:
-        """Whether a block that RAM may have no extent of comes down behind its expected use at `position`. See [Note: Room for ...].
+        """Whether a block that RAM may have no extent of comes down behind its expected use at `position`.
+
+        See [Note: Room for what is yet to be written].
 
         Args:
             record, position: The block, and the use.
