@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 
@@ -10,7 +11,7 @@ from tests.test_scheduler import Sim
 from tierstore.catalog import PAGE
 from tierstore.policies import Lookahead
 from tierstore.policies.plan import OUTLINED
-from tierstore.requests import Action, Order
+from tierstore.requests import Action, Order, Record
 from tierstore.residency import Tier
 
 BLOCKS = 12
@@ -27,6 +28,19 @@ class Training(Sim):
         if order.record is not None:
             self.moved[order.action, order.record.block.name[0]] += order.nbytes // PAGE
         super()._start(order)
+
+    def train(self, gradients: Sequence[Record], order: Sequence[Record], *, learnt: int) -> None:
+        """Some steps, and five more that alone are counted: gradients written, the last first, then gradients used up and state written."""
+        for period in range(learnt + 5):
+            if period == learnt:
+                self.moved.clear()
+            for gradient in reversed(gradients):
+                self.use(gradient, fresh=True)
+            for record in order:
+                if record in gradients:
+                    self.use(record, spent=True)
+                else:
+                    self.use(record, write=True)
 
 
 def test_what_will_be_written_whole_is_not_loaded() -> None:
@@ -71,15 +85,8 @@ def test_ram_keeps_room_for_what_is_yet_to_be_written(ram: int) -> None:
     sim = Training(gpu=3, ram=ram)
     gradients = [sim.declare(f"g{number}", 1) for number in range(BLOCKS)]
     states = [sim.put(f"s{number}", 1) for number in range(2 * BLOCKS)]
-    for period in range(10):
-        if period == 5:
-            sim.moved.clear()
-        for gradient in reversed(gradients):
-            sim.use(gradient, fresh=True)
-        for number, gradient in enumerate(gradients):
-            sim.use(gradient, spent=True)
-            for state in states[2 * number : 2 * number + 2]:
-                sim.use(state, write=True)
+    order = [record for number, gradient in enumerate(gradients) for record in (gradient, *states[2 * number : 2 * number + 2])]
+    sim.train(gradients, order, learnt=5)
     streamed = len(states) - (ram - len(gradients) - OUTLINED - 1)  # one more than the plan leaves is still on the device
     assert sim.moved[Action.READ, "s"] <= 5 * streamed
     assert sim.moved[Action.WRITE, "s"] <= 5 * streamed
@@ -109,15 +116,8 @@ def test_what_stays_on_the_device_is_promised_no_room_in_ram() -> None:
     sim = Training(gpu=BLOCKS + 6, ram=BLOCKS + 6)
     gradients = [sim.declare(f"g{number}", 1) for number in range(BLOCKS)]
     states = [sim.put(f"s{number}", 1) for number in range(BLOCKS + 8)]
-    for period in range(12):
-        if period == 7:
-            sim.moved.clear()
-        for gradient in reversed(gradients):
-            sim.use(gradient, fresh=True)
-        for number, state in enumerate(states):
-            if number < BLOCKS:
-                sim.use(gradients[number], spent=True)
-            sim.use(state, write=True)
+    order = [record for pair in zip(gradients, states[:BLOCKS], strict=True) for record in pair] + states[BLOCKS:]
+    sim.train(gradients, order, learnt=7)
     streamed = len(states) - (sim.placement.arenas[Tier.RAM].capacity_bytes // PAGE - OUTLINED)
     assert sim.moved[Action.D2H, "g"] == 0, "they were to stay"
     assert sim.moved[Action.READ, "s"] <= 5 * streamed

@@ -6,6 +6,7 @@ import dataclasses
 import random
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,12 @@ def open_sim(policy: Policy, num_blocks: int, room: int, *, ram: int | None = No
     """A device with room for `room` of `num_blocks` equal blocks, which start in RAM."""
     sim = Counting(gpu=room, ram=ram if ram is not None else num_blocks + 4, policy=policy)
     return sim, [sim.put(f"{number:03}", 1) for number in range(num_blocks)]
+
+
+def write_in_laps(sim: Sim, records: Sequence[Record], laps: int) -> None:
+    for _ in range(laps):
+        for record in records:
+            sim.use(record, write=True)
 
 
 def loads_per_period(policy: Policy, period: list[int], room: int, *, periods: int, write: bool = False) -> tuple[list[int], list[int]]:
@@ -459,12 +466,9 @@ def test_a_plan_is_made_anew_for_what_is_held() -> None:
         for record in records[:count]:
             sim.use(record)
             sim.scheduler.set_hold(record, Tier.GPU)
+        write_in_laps(sim, records, 60)
         before = sim.loads
-        for lap in range(80):
-            if lap == 60:
-                before = sim.loads
-            for record in records:
-                sim.use(record, write=True)
+        write_in_laps(sim, records, 20)
         assert policy._planned_held[Tier.GPU] == sum(record.nbytes for record in records[:count])
         assert sim.loads - before <= 20 * (12 - 6), "of 8 places two rotate"
 
@@ -489,9 +493,7 @@ def test_what_may_stay_is_not_written_back_before_it_leaves() -> None:
     """A policy without a plan does not say what leaves, and a block that is written again before it leaves is written back once."""
     for policy in (Lru(), Static(), OnDemand()):
         sim, records = open_sim(policy, 4, 4)
-        for _ in range(50):
-            for record in records:
-                sim.use(record, write=True)
+        write_in_laps(sim, records, 50)
         assert sim.saves == 0
 
 
@@ -500,9 +502,7 @@ def test_a_plan_made_at_another_time_keeps_the_same(ram: int) -> None:
     """A change of plan moves about as much as a period does: there has to be a reason for it."""
     policy = Lookahead()
     sim, records = open_sim(policy, 24, 9, ram=ram if ram < 100 else None)
-    for _ in range(12):
-        for record in records:
-            sim.use(record, write=True)
+    write_in_laps(sim, records, 12)
     found = []
     for record in records:
         sim.use(record, write=True)
@@ -545,23 +545,19 @@ def test_what_fits_ram_is_not_written_to_the_drive_though_the_plan_leaves_room_f
     """A large block among small ones: the plan's slots are as large, and many small ones would fit them."""
     sim = Counting(gpu=20, ram=60, policy=Lookahead())
     records = [sim.put("large", 6), *(sim.put(f"{number:03}", 1) for number in range(56))]
-    for lap in range(30):
-        if lap == 20:
-            before = sim.writes
-        for record in records:
-            sim.use(record, write=True)
+    write_in_laps(sim, records, 20)
+    before = sim.writes
+    write_in_laps(sim, records, 10)
     assert sim.writes == before
 
 
 def test_a_block_used_twice_in_succession_is_written_back_behind_the_second_use() -> None:
     sim = Counting(gpu=8, ram=40, policy=Lookahead())
     records = [sim.put("large", 4), *(sim.put(f"{number:03}", 2) for number in range(12))]
-    for lap in range(30):
-        if lap == 20:
-            before = sim.saves
-        for record in records:
-            sim.use(record, write=True)
-            sim.use(record, write=True)
+    twice = [record for record in records for _ in range(2)]
+    write_in_laps(sim, twice, 20)
+    before = sim.saves
+    write_in_laps(sim, twice, 10)
     assert sim.saves - before <= 10 * len(records)
 
 
@@ -572,9 +568,7 @@ def test_a_policy_may_say_what_stays_in_other_words(answer: object) -> None:
             return answer
 
     sim, records = open_sim(Wordy(), 8, 4)
-    for _ in range(6):
-        for record in records:
-            sim.use(record, write=True)
+    write_in_laps(sim, records, 6)
     stays = sim.placement.policy.stays(records[0].id, Tier.GPU, 3)
     assert stays is bool(answer)
 

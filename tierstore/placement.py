@@ -297,15 +297,14 @@ class Placement(Extents):
         cursor = self._cursor[Tier.RAM]
         return 0 <= position < cursor and self.policy.stays(record.id, Tier.GPU, int(position), cursor) is False
 
-    def _is_to_come(self, record: Record, position: int, *, whole: bool) -> bool:
-        """Whether a block that RAM may have no extent of comes down behind its expected use at `position`.
+    def _is_to_come(self, record: Record, position: int) -> bool:
+        """Whether RAM has no extent of a block that comes down behind its expected use at `position`.
 
         See [Note: Room for what is yet to be written].
-
-        Args:
-            record, position: The block, and the use.
-            whole: It has no content now, or none that is wanted.
         """
+        if not self.has_nvme or record.ram.state is not State.ABSENT:
+            return False
+        whole = record.blank or self.written_whole_next(record)
         if not (whole or record.gpu.state is State.DIRTY) or self.used_up(self.policy.repeats(position) or -1):
             return False
         if whole and self.policy.next_use(record.id) == position:
@@ -744,14 +743,15 @@ class Placement(Extents):
 
     def _prefetch(self, record: Record, tier: Tier, position: int, protect: Collection[Record]) -> bool:
         """Bring what is missing on `tier`; False: not now."""
-        whole = record.blank or self.written_whole_next(record)
-        if tier is Tier.RAM and self._is_to_come(record, position, whole=whole):
+        if tier is Tier.RAM and self._is_to_come(record, position):
             self.promise(record, tier, position)
         if record.gpu.valid or record.gpu.loading or record.locked or record.vacating:
             return True
-        if whole and tier is Tier.GPU:
-            self.promise(record, tier, position)
-        if whole or record.load_error is not None:
+        if record.blank or self.written_whole_next(record):
+            if tier is Tier.GPU:
+                self.promise(record, tier, position)
+            return True
+        if record.load_error is not None:
             return True
         if self.policy.ranks_ahead:
             before: float = position

@@ -249,9 +249,10 @@ class Lookahead(PolicyBase):
 
         A period begins at a multiple of its length, whenever it is planned for: the same plan is then found again.
         """
-        now, period = self.forecast.now, len(self.forecast.window())
+        window, now = list(self.forecast.window()), self.forecast.now
+        period = len(window)
         phase = now - now % period
-        accesses = turned(list(self.forecast.window()), phase - now)
+        accesses = turned(window, phase - now)
         writes = turned(bytes(self.forecast.written()), phase - now)
         view = self.view
         whole, spent = bytearray(), bytearray()

@@ -119,11 +119,12 @@ Rule = Callable[[Future, int, list[BlockId], Weigh], Ranking]
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Of one rule on the model, per period: seconds, and link seconds' worth of bytes moved."""
+    """Of one rule on the model, per period: seconds, and link seconds' worth of bytes moved. `kept` as in `Choice`."""
 
     seconds: float
     moved: float
     rule: Rule
+    kept: bytes | None
 
     @property
     def score(self) -> float:
@@ -182,24 +183,24 @@ def choose(
             else:
                 there = turned(_either(kept, held), -phase)
                 candidates.append((_fixed(there, period), there))
-    outcomes: list[tuple[Outcome, bytes | None]] = []
+    outcomes: list[Outcome] = []
     for rule, there_or_none in candidates:
         for outcome in run(cycle, costs, rule, phase, inside, there_or_none):
             if outcome is None:
                 yield None
             else:
-                outcomes.append((outcome, there_or_none))
+                outcomes.append(outcome)
     if period <= REFINED:
         for better in _refine(cycle, costs, phase, inside, outcomes):
             if better is None:
                 yield None
             else:
                 outcomes.append(better)
-    least = min(outcome.seconds for outcome, _ in outcomes)
-    quick = [found for found in outcomes if found[0].seconds <= least * (1 + TOLERANCE)]
+    least = min(outcome.seconds for outcome in outcomes)
+    quick = [outcome for outcome in outcomes if outcome.seconds <= least * (1 + TOLERANCE)]
     light: list[Outcome] = []
-    for outcome, there_or_none in quick if len(quick) > 1 else ():
-        for hurried in run(cycle, replace(costs, compute_s=LIGHT * costs.compute_s), outcome.rule, phase, inside, there_or_none):
+    for found in quick if len(quick) > 1 else ():
+        for hurried in run(cycle, replace(costs, compute_s=LIGHT * costs.compute_s), found.rule, phase, inside, found.kept):
             if hurried is None:
                 yield None
             else:
@@ -207,11 +208,11 @@ def choose(
     if light:
         soon = min(hurried.seconds for hurried in light) * (1 + LIGHT_TOLERANCE)
         quick = [found for found, hurried in zip(quick, light, strict=True) if hurried.seconds <= soon]
-    best, best_kept = min(quick, key=lambda found: found[0].moved)
-    for outcome, there_or_none in quick:
-        if present is not None and there_or_none == present and outcome.moved <= best.moved * (1 + CHANGED):
-            best, best_kept = outcome, there_or_none
-    yield Choice(best.rule, best_kept, best.seconds)
+    best = min(quick, key=lambda found: found.moved)
+    for found in quick:
+        if present is not None and found.kept == present and found.moved <= best.moved * (1 + CHANGED):
+            best = found
+    yield Choice(best.rule, best.kept, best.seconds)
 
 
 def outline(cycle: Cycle, costs: Mapping[Tier, Costs], held: Mapping[Tier, bytes], phase: int) -> Iterator[dict[Tier, Choice] | None]:
@@ -229,26 +230,26 @@ def outline(cycle: Cycle, costs: Mapping[Tier, Costs], held: Mapping[Tier, bytes
     yield choices
 
 
-def _refine(
-    cycle: Cycle, costs: Costs, phase: int, inside: bytes, outcomes: Sequence[tuple[Outcome, bytes | None]]
-) -> Iterator[tuple[Outcome, bytes] | None]:
+def _refine(cycle: Cycle, costs: Costs, phase: int, inside: bytes, outcomes: Sequence[Outcome]) -> Iterator[Outcome | None]:
     """Change the best plan use by use as long as that makes it better: of few blocks it counts which fit beside one another."""
     period = len(cycle.accesses)
-    best, kept = min(((found, there) for found, there in outcomes if there is not None), key=lambda found: found[0].score)
+    best = min((found for found in outcomes if found.kept is not None), key=lambda found: found.score)
     changed = True
     while changed:
         changed = False
         for position in range(period):
-            there = bytearray(kept)
-            there[position] ^= 1
             if inside[(position - phase) % period]:
                 continue
-            for outcome in run(cycle, costs, _fixed(bytes(there), period), phase, inside, bytes(there)):
+            assert best.kept is not None
+            flags = bytearray(best.kept)
+            flags[position] ^= 1
+            there = bytes(flags)
+            for outcome in run(cycle, costs, _fixed(there, period), phase, inside, there):
                 if outcome is None:
                     yield None
                 elif outcome.score < best.score * (1 - 1e-6):
-                    best, kept, changed = outcome, bytes(there), True
-    yield best, kept
+                    best, changed = outcome, True
+    yield best
 
 
 def _either(some: bytes, others: bytes) -> bytes:
@@ -282,7 +283,7 @@ def run(cycle: Cycle, costs: Costs, rule: Rule, phase: int, above: bytes, kept: 
     for _ in range(measured * period):
         model.step()
         yield None
-    yield Outcome((model.now_s - before[0]) / measured, (model.moved - before[1]) / measured, rule)
+    yield Outcome((model.now_s - before[0]) / measured, (model.moved - before[1]) / measured, rule, kept)
 
 
 class _Shifted:
