@@ -184,6 +184,20 @@ def test_what_was_given_at_once_goes_when_the_rest_comes_too_late() -> None:
     sim.release(lease)
 
 
+def test_what_ram_holds_of_a_block_to_be_written_whole_makes_room_for_the_others() -> None:
+    """RAM is full of it and of a small one, and the third must pass through: nobody will load what is about to be overwritten."""
+    sim = Sim(gpu=6, ram=5)
+    block, small, large = sim.declare("g", 3), sim.put("small", 2), sim.put("large", 3, tier=Tier.NVME)
+    sim.use(block, fresh=True)
+    sim.scheduler.submit(Save("main", ()))
+    sim.settle()
+    sim.placement.drop(block, Tier.GPU)
+    assert (block.ram.state, small.ram.state, large.ram.state) == (State.CLEAN, State.CLEAN, State.ABSENT)
+    lease = sim.leased(sim.ask("main", (large, block), fresh=(block,)))
+    sim.check_lease(lease)
+    sim.release(lease)
+
+
 class Counting(Lookahead):
     """Counts how often it is asked what comes."""
 

@@ -1,47 +1,107 @@
-"""How long callers compute, told from when they ask: with and without waits, on a device that hides it and on one that does not."""
+"""How long callers compute, told from the marks of their leases: on a clock, and on a device that the host runs ahead of."""
 
 from __future__ import annotations
 
 import pytest
 
-from tierstore.pace import WINDOW, Pace
+from tierstore.pace import PAUSE, REMEMBERED, SETTLED_AT_ONCE, UNSETTLED, Pace
+
+
+def lease(pace: Pace, position: int, now: int, *, waits: int = 0, leased: int = 0, count: int = 1) -> int:
+    """Make the marks of a lease, and return when it has ended."""
+    span = pace.asked(position, count, now)
+    span.granted = now + waits
+    span.released = now + waits + leased
+    return now + waits + leased
+
+
+def settled(pace: Pace, position: int, now: int) -> None:
+    for number in range(SETTLED_AT_ONCE + 1):
+        now = lease(pace, position + number, now) + 1
 
 
 def test_waits_are_left_out() -> None:
     pace, now = Pace(), 0
-    for _ in range(50):
-        pace.asked(now, 1)
-        pace.granted(now + 700, 700, "copy")
-        now += 700 + 100
+    for position in range(100):
+        now = lease(pace, position, now, waits=700, leased=60) + 40
+    settled(pace, 100, now)
+    assert pace.computed(50) == (pytest.approx(60e-9), pytest.approx(40e-9))
+
+
+def test_the_average_is_of_all_that_is_computed() -> None:
+    pace, now = Pace(), 0
+    for position in range(200):
+        now = lease(pace, position, now, waits=700, leased=60) + 40
     assert pace.seconds == pytest.approx(100e-9)
 
 
 def test_a_lease_of_several_blocks_counts_for_each() -> None:
-    pace = Pace()
-    for number in range(50):
-        pace.asked(number * 400, 4)
+    pace, now = Pace(), 0
+    for number in range(100):
+        now = lease(pace, 4 * number, now, leased=300, count=4) + 100
     assert pace.seconds == pytest.approx(100e-9)
+    assert [pace.computed(position) for position in range(4, 8)] == [(0.0, 0.0)] * 3 + [(pytest.approx(300e-9), pytest.approx(100e-9))]
 
 
-def test_what_a_device_hides_shows_in_time_that_links_do_not_account_for() -> None:
-    """One access in two takes a copy of 100 ns, and then 50 ns of computing that the host does not see but waits for."""
+def test_a_lease_inside_of_another_ends_what_is_known_of_the_outer_one() -> None:
+    pace = Pace()
+    outer = pace.asked(0, 1, 0)
+    outer.granted = 10
+    now = lease(pace, 1, 50, leased=5)
+    outer.released = now + 100
+    settled(pace, 2, now + 100)
+    assert pace.computed(0) == (pytest.approx(40e-9), 0.0)
+
+
+def test_what_the_device_has_not_come_to_is_told_later() -> None:
+    pace, come_to = Pace(), 0
+    pace.between = lambda first, second: (second - first) / 1e9 if second <= come_to else None
+    now = 0
+    for position in range(100):
+        now = lease(pace, position, now, leased=10) + 10
+    assert pace.computed(0) is None
+    come_to = now
+    settled(pace, 100, now)
+    assert pace.computed(0) == (pytest.approx(10e-9), pytest.approx(10e-9))
+    assert pace.computed(90) is not None
+
+
+def test_marks_that_never_come_are_not_kept_for_ever() -> None:
+    pace = Pace()
+    pace.between = lambda first, second: None
+    for position in range(UNSETTLED + 1000):
+        lease(pace, position, position)
+    assert len(pace._spans) <= UNSETTLED + SETTLED_AT_ONCE
+    assert pace.seconds == 0.0
+
+
+def test_who_was_never_granted_a_lease_has_not_computed() -> None:
+    pace = Pace()
+    pace.asked(0, 1, 0)
+    settled(pace, 1, 100)
+    assert pace.computed(0) is None
+
+
+def test_a_pause_hardly_moves_the_average() -> None:
     pace, now = Pace(), 0
-    pace.runs_ahead = True
-    for _ in range(4 * WINDOW):
-        pace.asked(now, 2)
-        pace.granted(now + 200, 200, "copy")
-        pace.busy_s += 100e-9
-        now += 200
-    assert pace.seconds == pytest.approx(50e-9, rel=0.05)
+    for position in range(600):
+        now = lease(pace, position, now, leased=100) + (10**9 if position == 300 else 0)
+    assert pace.seconds < (1 + PAUSE / 100) * 100e-9
 
 
-def test_nobody_computes_longer_than_passes() -> None:
-    """A pause is not taken for computing once accesses come quickly again; nor is the drive's time."""
+def test_what_was_not_measured_belongs_to_no_lease() -> None:
+    pace = Pace()
+    now = lease(pace, 0, 0, leased=10) + 10
+    settled(pace, 5, now + 10**9)
+    assert pace.computed(0) is None
+    assert pace.seconds < 1e-6
+    assert pace.computed(5) is not None
+
+
+def test_positions_long_past_are_forgotten() -> None:
     pace, now = Pace(), 0
-    pace.runs_ahead = True
-    for number in range(8 * WINDOW):
-        pace.asked(now, 1)
-        pace.granted(now + 90, 90, "nvme")
-        now += 100 + 10**9 * (number == 2 * WINDOW)
-        if number > 4 * WINDOW:
-            assert pace.seconds <= 50e-9
+    for position in range(REMEMBERED + 100):
+        now = lease(pace, position, now, leased=1) + 1
+    assert pace.computed(50) is None
+    assert pace.computed(150) is not None
+    assert pace.computed(-1) is None

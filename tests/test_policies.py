@@ -24,7 +24,7 @@ from tierstore.extents import Extents
 from tierstore.placement import AHEAD_BLOCKS
 from tierstore.policies import GROUP, Lookahead, Lru, Policy, PolicyBase, Static, available, resolve
 from tierstore.policies import lookahead as lookahead_module
-from tierstore.policies.plan import LIGHT, Choice, Costs, Cycle, Outcome, choose, keep, run
+from tierstore.policies.plan import TOLERANCE, Choice, Costs, Cycle, Outcome, choose, keep, run
 from tierstore.requests import Action, Order, Record
 from tierstore.residency import State, Tier
 
@@ -347,12 +347,18 @@ class Counted(bytes):
         return super().__getitem__(key)
 
 
+def even_costs(cycle: Cycle, capacity: int, seconds: dict[BlockId, float], compute_s: float) -> Costs:
+    """Of blocks of one byte that take as long either way, with as much computing under each lease."""
+    period = len(cycle.accesses)
+    return Costs(capacity, dict.fromkeys(cycle.uses, 1), seconds, seconds, [compute_s] * period, [0.0] * period)
+
+
 def test_a_plan_of_a_long_period_is_made_in_small_pieces() -> None:
     """It is made under the store's lock, and every `use()` waits for that."""
     period = 1000
     blocks = [BlockId(number) for number in range(period)]
     seconds = dict.fromkeys(blocks, 1.0)
-    costs = Costs(100, dict.fromkeys(blocks, 1), seconds, seconds, 0.1)
+    costs = even_costs(Cycle(blocks, [1] * period), 100, seconds, 0.1)
     above, most = Counted(period), 0
     for _ in keep(Cycle(blocks, [1] * period), costs, 1, above):
         most, above.looks = max(most, above.looks), 0
@@ -391,12 +397,51 @@ def test_of_rules_that_are_as_fast_one_that_is_fast_where_little_is_computed_is_
     blocks = list(map(BlockId, range(16)))
     cycle = Cycle(blocks, bytes([1] * 16))
     even = dict.fromkeys(blocks, 1.0)
-    costs = Costs(8, dict.fromkeys(blocks, 1), even, even, 6.0)
+    costs = even_costs(cycle, 8, even, 6.0)
     *_, choice = (found for found in choose(cycle, costs, 0) if found is not None)
     assert choice.seconds == 16 * 6.0, "all copies hide behind so much computing"
-    hurried = dataclasses.replace(costs, compute_s=LIGHT * 6.0)
-    outcome = played(cycle, hurried, choice)
+    outcome = played(cycle, costs.hurried(), choice)
     assert outcome.seconds < 13, "fewest bytes would take 17.9, and the links alone 11"
+
+
+@given(st.integers(2, 4), st.integers(3, 6), st.integers(1, 3))
+def test_where_little_is_computed_between_some_accesses_more_room_is_left_for_what_comes_next(burst: int, layers: int, seed: int) -> None:
+    """As backward passes are: long computing, then the updates of a layer one right behind the other."""
+    blocks = list(map(BlockId, range(burst * layers)))
+    cycle, each = Cycle(blocks, bytes([1] * len(blocks))), dict.fromkeys(blocks, 1.0)
+    room = burst * layers - seed
+    costs = even_costs(cycle, room, each, 1.5)
+    bursts = dataclasses.replace(costs, after_s=([0.0] * (burst - 1) + [1.5 * burst]) * layers, leased_s=[0.0] * len(blocks))
+    outcomes = []
+    for case in (costs, bursts):
+        *_, choice = (found for found in choose(cycle, case, 0) if found is not None)
+        outcomes.append(played(cycle, bursts, choice))
+    assert outcomes[1].seconds <= outcomes[0].seconds * (1 + TOLERANCE), "the plan for what comes is no worse than the one for the average"
+
+
+def test_leaving_room_for_a_burst_is_worth_more_than_the_bytes_it_costs() -> None:
+    """Five updates a layer, four layers, room for ten: with three extents that rotate most of each burst would wait for its copies."""
+    blocks = list(map(BlockId, range(20)))
+    cycle, each = Cycle(blocks, bytes([1] * 20)), dict.fromkeys(blocks, 1.0)
+    costs = even_costs(cycle, 10, each, 1.0)
+    bursts = dataclasses.replace(costs, after_s=[0.0, 0.0, 0.0, 0.0, 5.0] * 4, leased_s=[0.0] * 20)
+    found = []
+    for case in (costs, bursts):
+        *_, choice = (choice for choice in choose(cycle, case, 0) if choice is not None)
+        found.append(played(cycle, bursts, choice).seconds)
+    assert found[1] < 0.9 * found[0]
+
+
+def test_where_what_lies_below_takes_longer_fewer_bytes_are_worth_more_than_time() -> None:
+    blocks = list(map(BlockId, range(20)))
+    cycle, each = Cycle(blocks, bytes([1] * 20)), dict.fromkeys(blocks, 1.0)
+    bursts = dataclasses.replace(even_costs(cycle, 10, each, 0.0), after_s=[0.0, 0.0, 0.0, 0.0, 5.0] * 4)
+    found = []
+    for least_s in (0.0, 100.0):
+        *_, choice = (choice for choice in choose(cycle, bursts, 0, fixed=True, least_s=least_s) if choice is not None)
+        found.append(played(cycle, bursts, choice))
+    assert found[1].moved < found[0].moved
+    assert found[1].seconds > found[0].seconds
 
 
 def gradients_between(count: int) -> Cycle:
@@ -416,7 +461,7 @@ def test_what_is_used_up_is_neither_kept_nor_loaded_nor_saved(count: int, slots:
     cycle = gradients_between(count)
     period, each = len(cycle.accesses), dict.fromkeys(cycle.uses, 1.0)
     assert cycle.unread == cycle.spent
-    costs = Costs(count + slots, dict.fromkeys(cycle.uses, 1), each, each, 1.0)
+    costs = even_costs(cycle, count + slots, each, 1.0)
     *_, kept = keep(cycle, costs, slots, bytes(period))
     assert kept is not None
     assert not any(one and spent for one, spent in zip(kept, cycle.spent, strict=True))
@@ -431,7 +476,7 @@ def test_what_is_only_going_to_be_overwritten_must_be_written_back(more: int, ro
     count = room + more
     blocks, every = list(map(BlockId, range(count))), bytes([1] * count)
     cycle, each = Cycle(blocks, every, every, every if used_up else b""), dict.fromkeys(blocks, 1.0)
-    costs = Costs(room, dict.fromkeys(blocks, 1), each, each, 1.0)
+    costs = even_costs(cycle, room, each, 1.0)
     *_, choice = (found for found in choose(cycle, costs, 0, fixed=True) if found is not None)
     assert choice.kept is not None
     moved = played(cycle, costs, choice).moved
@@ -445,7 +490,7 @@ def test_what_is_held_takes_room_and_is_not_planned_for(count: int, room: int, d
     fixed = data.draw(st.sets(st.sampled_from(blocks), min_size=1, max_size=count - 2))
     held = bytes(block in fixed for block in accesses)
     cycle, each = Cycle(accesses, bytes([1] * len(accesses))), dict.fromkeys(blocks, 1.0)
-    costs = Costs(room, dict.fromkeys(blocks, 1), each, each, 1.0)
+    costs = even_costs(cycle, room, each, 1.0)
     *_, choice = (found for found in choose(cycle, costs, 0, fixed=True, held=held) if found is not None)
     assert choice.kept is not None
     assert all(kept for kept, one in zip(choice.kept, held, strict=True) if one)
@@ -514,7 +559,7 @@ def test_a_plan_made_at_another_time_keeps_the_same(ram: int) -> None:
 def test_a_plan_hardly_better_than_the_one_gone_by_is_not_taken() -> None:
     blocks = list(map(BlockId, range(16)))
     cycle, each = Cycle(blocks, bytes([1] * 16)), dict.fromkeys(blocks, 1.0)
-    costs = Costs(9, dict.fromkeys(blocks, 1), each, each, 6.0)
+    costs = even_costs(cycle, 9, each, 6.0)
     *_, other = keep(cycle, costs, 2, bytes(16))
     assert other is not None
     turned_on = bytes([*other[1:], other[0]])  # the same one position earlier
@@ -530,7 +575,7 @@ def test_an_extent_waits_for_a_block_that_is_away() -> None:
     """What is read from the drive goes to the device and back before it can be written: more of RAM has to rotate."""
     blocks = list(map(BlockId, range(16)))
     cycle, each = Cycle(blocks, bytes([1] * 16)), dict.fromkeys(blocks, 1.0)
-    costs = Costs(8, dict.fromkeys(blocks, 1), each, each, 0.01)
+    costs = even_costs(cycle, 8, each, 0.01)
     away = dataclasses.replace(costs, away_s=dict.fromkeys(blocks, 0.5))
     streamed = []
     for case in (costs, away):

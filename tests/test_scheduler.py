@@ -11,7 +11,7 @@ import pytest
 from hypothesis import settings
 
 from tests.helpers import Hostile, Watched, check_scheduler, describe
-from tierstore.catalog import PAGE, Block
+from tierstore.catalog import PAGE, Block, BlockId
 from tierstore.clock import SimulatedClock
 from tierstore.errors import CapacityError, DeadlockError, FrozenError, LeaseError, TierstoreError
 from tierstore.placement import Limits, Placement
@@ -297,6 +297,43 @@ class Sim:
                     assert self.contents[tier].get(copy.offset) == (record.id, record.version), f"{describe(record)}: other bytes on {tier}"
             assert record.nvme_version < 0 or self.shards[record] == record.nvme_version
             assert not record.blank or record.nvme_version < record.version, f"{describe(record)}: the drive has what nobody has written"
+
+
+def test_small_blocks_lie_in_a_stack_that_leaves_a_whole_extent() -> None:
+    sim = Sim(gpu=12, ram=40)
+    first, second = sim.put("first", 6), sim.put("second", 6)
+    small = [sim.declare(f"small{number}", 1) for number in range(6)]
+    sim.use(small[0], fresh=True)
+    sim.use(first)
+    for record in small[1:]:
+        sim.use(record, fresh=True)
+    assert sorted(record.gpu.offset for record in small) == [number * PAGE for number in range(6)]
+    for record in reversed(small):
+        sim.use(record, spent=True)
+    sim.use(second)
+    assert sim.placement.compactions == 0
+    assert sim.placement.evictions[Tier.GPU] == 0
+
+
+class Leaving(Lru):
+    """Has a plan by which nothing stays."""
+
+    def stays(self, block: BlockId, tier: Tier, position: int, until: float) -> bool:
+        return False
+
+
+@pytest.mark.parametrize(("policy", "moves"), [(Leaving(), 0), (Lru(), 1)])
+def test_what_a_plan_has_leave_anyway_goes_before_anything_is_moved(policy: Lru, moves: int) -> None:
+    sim = Sim(gpu=8, ram=40, policy=policy)
+    records = [sim.put(f"b{number}", 2) for number in range(4)]
+    last = sim.put("last", 3)
+    for record in records:
+        sim.use(record)
+    for record in records[::2]:
+        sim.placement.drop(record, Tier.GPU)
+    sim.use(last)
+    assert sim.placement.compactions == moves
+    assert (records[1].gpu.state is State.ABSENT) == (moves == 0)
 
 
 @dataclass(eq=False)

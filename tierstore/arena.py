@@ -1,8 +1,10 @@
 """The extent allocator of one memory tier. Pure bookkeeping: it never touches the bytes.
 
 [Note: Two ends]
-Held blocks grow from the low end, everything else is placed at the high end of the smallest hole that takes it, so that
-what cannot move gathers on one side. What fragmentation remains is mended by moving unleased extents (`plan_compaction`).
+Held blocks and small ones (`Extents.is_low`) grow from the low end, everything else is placed at the high end of the smallest hole that
+takes it. So what cannot move gathers on one side; and gradients among the state of an optimizer, six times as large, lie in a stack,
+which leaves whole extents of that size as it grows smaller, instead of holes everywhere. What fragmentation remains is mended by moving
+unleased extents (`plan_compaction`).
 """
 
 from __future__ import annotations

@@ -29,6 +29,9 @@ MEMORY_TIERS = (Tier.GPU, Tier.RAM)
 REMEMBERED = 1 << 16
 """Positions remembered at which a block was written whole, or used up: as many as a forecast remembers accesses."""
 
+SMALL = 2
+"""A block is small when the largest is so many times its size."""
+
 
 class Extents:
     """The extents of all blocks.
@@ -44,6 +47,7 @@ class Extents:
         self.records: dict[BlockId, Record] = {}
         self.leased: dict[BlockId, Record] = {}
         self.held: dict[BlockId, Record] = {}
+        self._largest_free: int | None = None  # of what is not held; None: to be looked for
         self.blank_bytes = 0
         self.promised: dict[Tier, dict[BlockId, int]] = {Tier.GPU: {}, Tier.RAM: {}}  # see [Note: Room for what is yet to be written]
         self.promised_bytes = {Tier.GPU: 0, Tier.RAM: 0}
@@ -114,6 +118,12 @@ class Extents:
     def seconds_between(self) -> float:
         return self.pace.seconds
 
+    def measure(self, wanted: bool) -> None:
+        self.pace.measuring = wanted
+
+    def computed(self, position: int) -> tuple[float, float] | None:
+        return self.pace.computed(position)
+
     def seconds_on(self, link: Link, block: BlockId) -> float:
         return self.nbytes(block) * self._seconds_per_byte[link]
 
@@ -143,6 +153,24 @@ class Extents:
 
     def add(self, record: Record) -> None:
         self.records[record.id] = record
+        self._largest_free = None
+
+    def hold(self, record: Record, tier: Tier | None) -> None:
+        """Note where a block is held; None: nowhere."""
+        record.hold = tier
+        self._largest_free = None
+        if tier is None:
+            self.held.pop(record.id, None)
+        else:
+            self.held[record.id] = record
+
+    def is_low(self, record: Record, tier: Tier) -> bool:
+        """From which end of a tier to place a block. See `arena`, [Note: Two ends]."""
+        if record.hold is tier:
+            return True
+        if self._largest_free is None:
+            self._largest_free = max((other.nbytes for other in self.records.values() if other.hold is None), default=0)
+        return SMALL * record.nbytes <= self._largest_free
 
     def remove(self, record: Record) -> None:
         """Forget a block; its copies are discarded. Nothing may be under way for it."""
@@ -155,7 +183,9 @@ class Extents:
         for tier in MEMORY_TIERS:
             self.take_back(record, tier)
         self._whole_next.pop(record.id, None)
+        self.held.pop(record.id, None)
         del self.records[record.id]
+        self._largest_free = None
 
     def reserve(self, record: Record, tier: Tier, offset: int) -> None:
         copy = record.copy(tier)

@@ -149,7 +149,6 @@ def _assemble(
         limits=LIMITS,
         clock=runtime.clock,
     )
-    placement.pace.runs_ahead = cuda
     with contextlib.ExitStack() as undo:
         arena, host, transfer = _reserve(options, device, gpu_bytes, placement.capacity_bytes(Tier.RAM), transfer_bytes, undo)
         copies: Copies = CudaCopies(arena, host, transfer, (slot * NUM_SLOTS, slot), lane) if cuda else ThreadCopies(arena, host)

@@ -1,72 +1,123 @@
-"""How long callers compute from one access to the next, told from when they ask and how long they wait. Pure.
+"""How long callers compute, access by access, told from marks on the time line of the device. Pure.
 
-[Note: Computing that is hidden]
-Where the device is the CPU, callers compute between two calls, and what they wait in between is known. A device that orders
-work by itself lets the host run ahead, until it waits for the links: computing shows only in that time passes which neither the
-links nor the drive account for. That is too little where copies and computing overlap, so the largest share seen
-counts, but never more than all the time that passed.
+[Note: Marks]
+A lease makes three marks: when it is asked for, when its blocks are there, and when it ends. On a device that orders work by itself they
+are events on the caller's stream, and the host may be far ahead of them: from the second to the third, the device computes under the
+lease; from the second to the first of the next lease, it computes, or waits for the host, but never for copies of ours. So computing is
+known apart from what links and the drive take, whether or not it hides them. On the CPU they are readings of the clock.
+
+[Note: What is remembered]
+Plans need more than an average: backward passes compute for long between two accesses, the updates behind them next to nothing. So each
+access is remembered by its position in the trace. A pause (an evaluation, a checkpoint) is in one period and not in another: who asks
+takes the shorter of two.
+
+[Note: Only when it is wanted]
+A mark on a stream gives up the interpreter's lock, which a busy host gets back late: with marks on every lease, a step of 250 leases was
+found to take 50 ms more. So a policy says when it wants to know.
 """
 
 from __future__ import annotations
 
-REMEMBERED = 512
-"""Accesses over which gaps between calls are averaged."""
+from array import array
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+REMEMBERED = 1 << 16
+"""Positions of the trace of which computing is remembered: as many as a forecast remembers accesses."""
+
+AVERAGED = 512
+"""Accesses over which the average runs."""
 
 PAUSE = 10
-"""A gap longer than so many times the average is a pause (an evaluation, a checkpoint), and counts no more than that."""
+"""A time longer than so many times the average is a pause, and counts no more than that in it."""
 
-WINDOW = 64
-"""Accesses over which passing time is compared with the time that transfers took."""
+UNSETTLED = 4096
+"""Leases of which the marks are kept until the device has come to them."""
+
+SETTLED_AT_ONCE = 32
+"""Leases asked for from one look at those marks to the next."""
+
+
+@dataclass(slots=True)
+class Span:
+    """The marks of one lease; None: not made yet, or never.
+
+    Attributes:
+        position, count: Of its first access in the trace, and how many there are.
+    """
+
+    position: int
+    count: int
+    asked: Any
+    granted: Any = None
+    released: Any = None
+
+
+def between_ns(first: Any, second: Any) -> float | None:
+    """Seconds between two readings of a clock in nanoseconds."""
+    return float(second - first) / 1e9
 
 
 class Pace:
-    """Learns from every lease. Times are nanoseconds of the store's clock.
+    """Learns from every lease. Every call but the setting of a span's marks comes from under the store's lock.
 
     Attributes:
-        seconds: Of computing from one access to the next, as far as is known.
-        runs_ahead: The device orders work by itself.
-        busy_s: Seconds of link time of all copies to and from the device so far.
+        measuring: Leases are to make marks. See [Note: Only when it is wanted].
+        seconds: Of computing from one access to the next, on average of what was measured of late.
+        between: Seconds from one mark to another; None: the device has not come there yet, or will never tell.
     """
 
     def __init__(self) -> None:
+        self.measuring = False
         self.seconds = 0.0
-        self.runs_ahead = False
-        self.busy_s = 0.0
-        self._gap_s = 0.0
-        self._hidden_s = 0.0
+        self.between: Callable[[Any, Any], float | None] = between_ns
+        self._spans: deque[Span] = deque()
         self._num_accesses = 0
-        self._granted_ns = 0
-        self._waited_ns = 0
-        self._window = (0, 0, 0.0, 0)  # accesses, time, busy_s and waited time at its start
+        self._since_settled = 0
+        self._at = array("q", [-1]) * REMEMBERED
+        self._leased_s = array("d", [0.0]) * REMEMBERED
+        self._after_s = array("d", [0.0]) * REMEMBERED
 
-    def asked(self, now_ns: int, num_accesses: int) -> None:
-        """A lease of so many blocks is asked for."""
-        if self._num_accesses:
-            gap_s = (now_ns - self._granted_ns) / 1e9 / num_accesses
-            if self._num_accesses > WINDOW:
-                gap_s = min(gap_s, max(PAUSE * self._gap_s, 1e-6))
-            weight = num_accesses / min(self._num_accesses, REMEMBERED)
-            self._gap_s += (gap_s - self._gap_s) * min(1.0, weight)
-            self.seconds = self._gap_s
-        self._num_accesses += num_accesses
-        self._granted_ns = now_ns
-        if self.runs_ahead:
-            if self._num_accesses - self._window[0] >= WINDOW:
-                self._look_back(now_ns)
-            self.seconds = max(self._gap_s, self._hidden_s)
+    def asked(self, position: int, count: int, mark: Any) -> Span:
+        """A lease of so many blocks, at least one, is asked for."""
+        span = Span(position, count, mark)
+        self._spans.append(span)
+        self._since_settled += 1
+        if self._since_settled >= SETTLED_AT_ONCE or len(self._spans) == 2:
+            self._since_settled = 0
+            self._settle()
+        return span
 
-    def granted(self, now_ns: int, waited_ns: int, cause: str) -> None:
-        """A lease is given to somebody who waited, for a cause as in `trace.WaitEvent`."""
-        self._granted_ns = now_ns
-        if cause == "nvme":
-            self._waited_ns += waited_ns
+    def computed(self, position: int) -> tuple[float, float] | None:
+        """Seconds of computing at a past access: under its lease, and from then on to the next. None: not known."""
+        slot = position % REMEMBERED
+        return (self._leased_s[slot], self._after_s[slot]) if position >= 0 and self._at[slot] == position else None
 
-    def _look_back(self, now_ns: int) -> None:
-        """See [Note: Computing that is hidden]."""
-        accesses, start_ns, busy_s, waited_ns = self._window
-        num_accesses = self._num_accesses - accesses
-        passed_s = (now_ns - start_ns - (self._waited_ns - waited_ns)) / 1e9
-        exposed_s = passed_s - (self.busy_s - busy_s)
-        if accesses:
-            self._hidden_s = min(max(self._hidden_s, exposed_s / num_accesses), max(0.0, passed_s) / num_accesses)
-        self._window = (self._num_accesses, now_ns, self.busy_s, self._waited_ns)
+    def _settle(self) -> None:
+        spans = self._spans
+        while len(spans) > 1:
+            span = spans[0]
+            if span.granted is not None and spans[1].position == span.position + span.count:
+                total_s = self.between(span.granted, spans[1].asked)
+                leased_s = total_s if span.released is None or total_s is None else self.between(span.granted, span.released)
+                if total_s is None or leased_s is None:
+                    if len(spans) <= UNSETTLED:
+                        return
+                else:
+                    self._learn(span, max(0.0, total_s), max(0.0, leased_s))
+            spans.popleft()
+
+    def _learn(self, span: Span, total_s: float, leased_s: float) -> None:
+        for position in range(span.position, span.position + span.count):
+            slot = position % REMEMBERED
+            self._at[slot] = position
+            self._leased_s[slot] = self._after_s[slot] = 0.0
+        self._leased_s[slot] = min(leased_s, total_s)  # of several blocks, the last one's
+        self._after_s[slot] = max(0.0, total_s - leased_s)
+        self._num_accesses += span.count
+        each_s = total_s / span.count
+        if self._num_accesses > AVERAGED // 8:
+            each_s = min(each_s, max(PAUSE * self.seconds, 1e-6))
+        self.seconds += (each_s - self.seconds) * min(1.0, span.count / min(self._num_accesses, AVERAGED))

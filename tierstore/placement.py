@@ -66,6 +66,8 @@ HORIZON = 1 << 16
 SCAN = 32
 """Expected accesses looked at per call of `look_ahead`: bounds the time under the lock."""
 
+FIRST = 8
+"""Victims looked at for one that may be dropped before anything is moved."""
 
 AT_LEAST = 2
 
@@ -147,7 +149,7 @@ class Placement(Extents):
             nbytes: Wanted length.
             protect: Records not to evict.
             before: For a prefetch, the position at which the block is needed: nothing needed sooner is evicted for it.
-            low: Place at the low end (held blocks).
+            low: Place at the low end; see `is_low`.
         """
         arena = self.arenas[tier]
         promised = self.promised_bytes[tier] if self._is_ranked_for(before) else 0
@@ -164,6 +166,8 @@ class Placement(Extents):
             if coming:
                 return None
             if arena.free_bytes >= nbytes + promised:
+                if self._drop_early(tier, protect, before):
+                    continue
                 if self._compact(tier, nbytes, nearby=True):
                     return None
                 target = arena.free_bytes + 1  # scattered over many extents, or between what cannot move: evict more
@@ -173,6 +177,29 @@ class Placement(Extents):
                 if not coming:
                     self._compact(tier, nbytes)
             return None
+
+    def _drop_early(self, tier: Tier, protect: Collection[Record], before: float | None) -> bool:
+        """Drop a clean copy that a plan has leave anyway, before anything is moved: a whole extent comes free, and nothing is lost.
+
+        Returns:
+            Whether there was one among the first victims.
+        """
+        if before is not None and self._is_ranked_for(before):
+            victims = self.policy.victims_for(tier, int(before))
+        else:
+            victims = self.policy.victims(tier)
+        seen_to = max(self._cursor[tier], before or 0.0)
+        for number in itertools.islice(victims, FIRST):
+            record = self.records.get(number)
+            if record is None or record.leased or record in protect or not self._evictable(record, tier):
+                continue
+            copy = record.copy(tier)
+            if copy.state is not State.CLEAN or not copy.settled or (tier is Tier.RAM and record.gpu.state is not State.ABSENT):
+                continue  # in RAM its extent is wanted again when it comes back
+            if self.policy.next_use(record.id) > seen_to and self._stays(record, tier) is False:
+                self._let_go(tier, [record], (), ())
+                return True
+        return False
 
     def _is_ranked_for(self, before: float | None) -> bool:
         """Whether room is made for a prefetch at a position that the policy ranks victims for."""
@@ -389,7 +416,7 @@ class Placement(Extents):
                 return False
             # what a prefetch evicts must not in turn push out what is to be prefetched; a demand holds its extent by then
             kept = {record, *protect} if kind is Kind.PREFETCH else protect
-            offset = self.room(Tier.GPU, record.nbytes, protect=kept, before=before, low=record.hold is Tier.GPU)
+            offset = self.room(Tier.GPU, record.nbytes, protect=kept, before=before, low=self.is_low(record, Tier.GPU))
             if offset is not None and kind is Kind.PREFETCH and record.ram.moving:
                 self.arenas[Tier.GPU].release(offset)  # making room has moved the source; expectations may be others once it has arrived
             elif offset is not None:
@@ -405,7 +432,7 @@ class Placement(Extents):
     def make_room(self, record: Record, *, protect: Collection[Record] = ()) -> bool:
         """Reserve an extent on the device for a block that is not loaded, as its content does not matter. False: not yet."""
         if record.gpu.state is State.ABSENT:
-            offset = self.room(Tier.GPU, record.nbytes, protect=protect, low=record.hold is Tier.GPU)
+            offset = self.room(Tier.GPU, record.nbytes, protect=protect, low=self.is_low(record, Tier.GPU))
             if offset is None:
                 return False
             self.reserve(record, Tier.GPU, offset)
@@ -431,7 +458,7 @@ class Placement(Extents):
         if not ram.settled or record.nvme_writing or not self.link_free(Link.NVME_READ):
             return False
         if ram.state is State.ABSENT:
-            offset = self.room(Tier.RAM, record.nbytes, protect=protect, before=before, low=record.hold is Tier.RAM)
+            offset = self.room(Tier.RAM, record.nbytes, protect=protect, before=before, low=self.is_low(record, Tier.RAM))
             if offset is None:
                 return False
             self.reserve(record, Tier.RAM, offset)
@@ -453,7 +480,7 @@ class Placement(Extents):
         if record.gpu.state is State.CLEAN:
             return True
         if ram.state is State.ABSENT:
-            offset = self.room(Tier.RAM, record.nbytes, protect=protect, low=record.hold is Tier.RAM)
+            offset = self.room(Tier.RAM, record.nbytes, protect=protect, low=self.is_low(record, Tier.RAM))
             if offset is None:
                 return False
             self.reserve(record, Tier.RAM, offset)
@@ -532,7 +559,7 @@ class Placement(Extents):
         if self.has_nvme or not self.backed(record):
             return True
         if record.ram.state is State.ABSENT and record.gpu.state is State.CLEAN and not record.gpu.moving and not record.locked:
-            offset = self.room(Tier.RAM, record.nbytes, protect=protect, low=record.hold is Tier.RAM)
+            offset = self.room(Tier.RAM, record.nbytes, protect=protect, low=self.is_low(record, Tier.RAM))
             if offset is None:
                 return False
             if record.gpu.state is not State.CLEAN or record.gpu.moving:
@@ -592,11 +619,9 @@ class Placement(Extents):
         record = order.record
         if order.action is Action.H2D:
             assert record is not None
-            self.pace.busy_s += self.seconds_on(Link.H2D, record.id)
             record.ram.readers -= 1
         elif order.action is Action.D2H:
             assert record is not None
-            self.pace.busy_s += self.seconds_on(Link.D2H, record.id)
             if order.version != record.version:
                 self._outdated(record)
             else:

@@ -35,6 +35,7 @@ from tierstore.errors import BlockExistsError, BlockNotFoundError, CapacityError
 from tierstore.extents import MEMORY_TIERS
 from tierstore.fitness import Prospect, check_fits, deadlock, lacks_room, scattered, takes_passage
 from tierstore.leases import Leases, no_content
+from tierstore.pace import Span
 from tierstore.placement import Placement
 from tierstore.requests import (
     HostAccess,
@@ -291,7 +292,6 @@ class Scheduler(Leases):
         self._hints.pop(record, None)
         self._hinted.pop(record, None)
         self._left.pop(record, None)
-        self.placement.held.pop(record.id, None)
         if record.id in self.placement.records:
             self.placement.remove(record)
         for request in list(self.waiting.wanting(record)):
@@ -316,11 +316,7 @@ class Scheduler(Leases):
     def set_hold(self, record: Record, tier: Tier | None) -> None:
         self._tried.clear()
         self.waiting.doubt()
-        record.hold = tier
-        if tier is None:
-            self.placement.held.pop(record.id, None)
-        else:
-            self.placement.held[record.id] = record
+        self.placement.hold(record, tier)
 
     def vacate_later(self, record: Record) -> None:
         """Empty the upper tiers of a block in the background."""
@@ -394,8 +390,13 @@ class Scheduler(Leases):
             elif self._try_serve(request, protect):
                 self._resolve(request, None)
             else:
-                protect.update(request.records)
+                protect.update(self._needs(request))
         return protect
+
+    def _needs(self, request: Request) -> Iterable[Record]:
+        """The blocks of which a waiting request needs the copies that there are: not those that it has an extent to write anew in."""
+        fresh = request.fresh if isinstance(request, Use) else frozenset()
+        return (record for record in request.records if not self._waits_fresh(record, fresh)) if fresh else request.records
 
     def _blocked(self, request: Request, writes: frozenset[int]) -> bool:
         """Whether a lease, a host access or a commit stands against the request."""
@@ -426,7 +427,7 @@ class Scheduler(Leases):
         if isinstance(request, Use):
             if self._grantable(request):
                 return True
-            protect.update(request.records)  # in place: a copy for each who waits would cost the square of their number
+            protect.update(self._needs(request))  # in place: a copy for each who waits would cost the square of their number
             settled = self._bring_all(request, protect)
             return (settled or bool(request.fresh)) and self._grantable(request)  # room may be all that was missing
         request.cause = "space"  # and no longer a lease
@@ -462,7 +463,8 @@ class Scheduler(Leases):
         settled = False
         nvme = request.cause == "nvme"  # who waited for the drive first did not wait for the last copy only
         space = request.cause == "space"  # likewise: the copy that the room was for is the end of that wait
-        for record in request.records:
+        fresh_first = sorted(request.records, key=lambda record: record.id not in request.fresh) if request.fresh else request.records
+        for record in fresh_first:
             gpu = record.gpu
             if record.id in request.writes and not self._has_home(record):
                 settled |= self._give_home(record, protect)
@@ -474,7 +476,9 @@ class Scheduler(Leases):
             if self._starved and gpu.state is State.ABSENT:
                 space = True
             elif fresh:
-                if not self.placement.make_room(record, protect=protect):
+                if self.placement.make_room(record, protect=protect):
+                    protect.discard(record)  # what RAM holds of it may have to make room for the others
+                else:
                     self._starved = space = True
             elif not self.placement.bring(record, Kind.DEMAND, protect=protect):
                 self._starved = space = True
@@ -690,7 +694,7 @@ class Scheduler(Leases):
         return record.id in fresh and record.gpu.state is State.ABSENT and not record.locked and not self.waiting
 
     def _take_room(self, record: Record) -> bool:
-        offset = self.placement.arenas[_GPU].allocate(record.nbytes, low=record.hold is _GPU)
+        offset = self.placement.arenas[_GPU].allocate(record.nbytes, low=self.placement.is_low(record, _GPU))
         if offset is None:
             return False
         self.placement.reserve(record, _GPU, offset)
@@ -701,10 +705,20 @@ class Scheduler(Leases):
         """Whether the block has the extent that a fresh lease writes."""
         return record.id in fresh and record.gpu.state is State.RESERVED and record.gpu.settled and not record.locked
 
-    def note_use(self, records: tuple[Record, ...], writes: frozenset[int], fresh: frozenset[int] = frozenset()) -> None:
-        """Record the accesses of a lease that is being asked for, and where its blocks were found."""
-        if records:
-            self.placement.pace.asked(self._clock.now_ns(), len(records))
+    def note_use(
+        self, records: tuple[Record, ...], writes: frozenset[int], fresh: frozenset[int] = frozenset(), mark: object = None
+    ) -> Span | None:
+        """Record the accesses of a lease that is being asked for, and where its blocks were found.
+
+        Args:
+            records: At least one.
+            writes, fresh: As in `Use`.
+            mark: See `pace`, [Note: Marks]; None: none was made.
+
+        Returns:
+            Takes the lease's other marks.
+        """
+        span = None if mark is None else self.placement.pace.asked(self.trace.num_accesses, len(records), mark)
         for record in records:
             if record.id in fresh:
                 found = _GPU  # nothing has to be found anywhere: neither a hit nor a miss
@@ -720,6 +734,7 @@ class Scheduler(Leases):
                 self.placement.note_fresh(self.trace.num_accesses)
             self.trace.append(record.block.name, write, found)
             self._accesses.append((record.id, write))
+        return span
 
     # -- the ends of requests --------------------------------------------------------------------------------------------
 
@@ -738,8 +753,6 @@ class Scheduler(Leases):
             if isinstance(request, Make):
                 self.forget(request.records[0])
         elif isinstance(request, Use):
-            now_ns = self._clock.now_ns()
-            self.placement.pace.granted(now_ns, now_ns - request.queued_ns, request.cause)
             request.lease = self._grant(request.owner, request.records, request.writes, request.fresh, request.spent)
         elif isinstance(request, HostAccess) and not request.write:
             request.lease = self._grant(request.owner, request.records, frozenset())

@@ -37,6 +37,7 @@ class Recording:
 
     def __init__(self) -> None:
         self.complete = False
+        self.complete_ns = 0
         self.then: list[Callable[[], None]] = []
 
 
@@ -99,9 +100,17 @@ class Stream:
 class Event:
     """See `torch.cuda.Event`."""
 
-    def __init__(self, *, blocking: bool = False) -> None:
+    def __init__(self, *, blocking: bool = False, enable_timing: bool = False) -> None:
         self.recording: Recording | None = None
         self._machine: Streams | None = None
+        self._timed = enable_timing
+
+    def elapsed_time(self, other: Event) -> float:
+        assert self._timed
+        assert other._timed
+        assert self.recording is not None
+        assert other.recording is not None
+        return (other.recording.complete_ns - self.recording.complete_ns) / 1e6
 
     def record(self, stream: Stream) -> None:
         recording = self.recording = Recording()
@@ -109,6 +118,7 @@ class Event:
 
         def begin() -> bool:
             recording.complete = True
+            recording.complete_ns = stream.machine.world.clock.now_ns()
             for then in recording.then:
                 then()
             stream.machine.stirred()

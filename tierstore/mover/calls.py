@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from tierstore.errors import ClosedError
 from tierstore.mover.failures import engine_failed
 from tierstore.nvme.shards import Shard
+from tierstore.pace import Span
 from tierstore.requests import Lease, Owner, Record, Save, Use
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class Ticket:
         writes, fresh, spent: As in `Use`.
         used: Its tensors were handed out.
         stream: What `Copies.lease` returned then.
+        span: Takes its marks.
     """
 
     owner: Owner
@@ -39,6 +41,7 @@ class Ticket:
     lease: Lease | None = None
     used: bool = False
     stream: object = None
+    span: Span | None = None
 
 
 @dataclass(eq=False)

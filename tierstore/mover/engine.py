@@ -115,6 +115,7 @@ class Engine:
         self._issuing = threading.Lock()  # only ever tried, never waited for; see [Note: Who attends]
         self._issuer = 0
         self._asked = False
+        self.placement.pace.between = copies.between
         copies.hurried = partial(bool, self._futures)  # not a method: the copies would keep the engine alive
         self._reports: deque[tuple[Order, BaseException | None, int]] = deque()  # copies that have ended, and when; not booked yet
         self.tasks: set[asyncio.Task[Any]] = set()
@@ -198,6 +199,7 @@ class Engine:
             self.check_open()
             if not names:
                 return None, False  # nothing to lease
+            mark = self._mark() if self.placement.pace.measuring else None
             scheduler = self.scheduler
             ticket.records = (
                 (scheduler.find(names[0]),) if len(names) == 1 else tuple(dict.fromkeys(scheduler.find(name) for name in names))
@@ -217,9 +219,14 @@ class Engine:
                 ticket.request = request
             elif fresh:  # extents may be in other hands already, which no `_look` has seen
                 self.device.invalidate(self.placement.left_device)
-            scheduler.note_use(ticket.records, ticket.writes, ticket.fresh)
+            ticket.span = scheduler.note_use(ticket.records, ticket.writes, ticket.fresh, mark)
             # While copies are under way, somebody will look when they have landed, or when this lease ends.
             return future, future is not None or (not self.placement.flying and self._has_work())
+
+    def _mark(self) -> object:
+        """See `pace`, [Note: Marks]."""
+        mark = self.copies.mark()
+        return self.clock.now_ns() if mark is None else mark
 
     def finish_wait(self, ticket: Ticket) -> None:
         """The future of `begin_use` has resolved: take the lease over, and note the wait."""
@@ -242,6 +249,8 @@ class Engine:
             self.copies.take([(record.gpu.offset, record.nbytes) for record in records if record.id in ticket.fresh])
         ticket.stream = self.copies.lease([(record.gpu.offset, record.nbytes) for record in records])
         ticket.used = True
+        if ticket.span is not None:
+            ticket.span.granted = self._mark()
         if plain:
             return {record: self.device.plain_tensors(record.block, record.gpu.offset) for record in records}
         return {record: self.device.tensors(record.id, record.block, record.gpu.offset) for record in records}
@@ -256,6 +265,8 @@ class Engine:
             return
         start_ns = self.clock.now_ns()
         waited = self.copies.release([(record.gpu.offset, record.nbytes) for record in ticket.records])
+        if ticket.span is not None:
+            ticket.span.released = self._mark()
         with Uninterrupted():
             with self.lock:
                 lease, ticket.lease = ticket.lease, None

@@ -29,11 +29,13 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from ctypes import memmove
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+from sortedcontainers import SortedDict
 
 from tierstore.catalog import PAGE
+from tierstore.pace import between_ns
 from tierstore.requests import Action, Order
 from tierstore.residency import Tier
 from tierstore.threads import Threads
@@ -98,6 +100,14 @@ class Copies(Protocol):
         """Note that the caller's current stream uses the extents up to here. Returns nanoseconds spent at the run-ahead cap."""
         ...
 
+    def mark(self) -> object | None:
+        """Mark where the caller's current stream is; None: there is none, and the clock will do. See `pace`, [Note: Marks]."""
+        ...
+
+    def between(self, first: Any, second: Any) -> float | None:
+        """Seconds from one mark to another; None: not known yet."""
+        ...
+
     def read(self, offset: int, target: torch.Tensor) -> None:
         """Copy device bytes at `offset` to a host tensor (uint8), and wait for it. Any thread but the training loop's."""
         ...
@@ -132,6 +142,12 @@ class OnCpu:
 
     def release(self, offsets: Iterable[tuple[int, int]]) -> int:
         return 0
+
+    def mark(self) -> object | None:
+        return None
+
+    def between(self, first: Any, second: Any) -> float | None:
+        return between_ns(first, second)
 
     def read(self, offset: int, target: torch.Tensor) -> None:
         target.copy_(self._device.tensor[offset : offset + target.numel()])
@@ -261,7 +277,8 @@ class CudaCopies:
         self._ring = ring
         self._lane = device.tensor[device.nbytes - lane :]
         self._ready: dict[int, tuple[int, torch.cuda.Event]] = {}  # offset -> (end, event)
-        self._uses: dict[int, dict[tuple[int, int], torch.cuda.Event]] = {}  # offset -> (stream, end) -> event
+        self._uses: SortedDict[int, dict[tuple[int, int], torch.cuda.Event]] = SortedDict()  # offset -> (stream, end) -> event
+        self._longest = 0  # bytes of the longest range ever noted in it
         self._pruned_to = 0
         self._lock = threading.Lock()
         self._run_ahead: deque[torch.cuda.Event] = deque()
@@ -345,9 +362,8 @@ class CudaCopies:
             writes: The stream fills the range next, so that whoever waits for it need not wait for these uses again.
         """
         with self._lock:
-            for offset, uses in list(self._uses.items()):
-                if offset >= end:
-                    continue
+            for offset in list(self._uses.irange(start - self._longest, end, inclusive=(False, False))):
+                uses = self._uses[offset]
                 for (key, stop), event in list(uses.items()):
                     if start < stop:
                         over = event.query()
@@ -360,7 +376,8 @@ class CudaCopies:
 
     def _note_use(self, offset: int, nbytes: int, stream: torch.cuda.Stream, event: torch.cuda.Event) -> None:
         """Under `_lock`."""
-        here = self._uses.setdefault(offset, {})
+        here: dict[tuple[int, int], torch.cuda.Event] = self._uses.setdefault(offset, {})
+        self._longest = max(self._longest, nbytes)
         here[stream.cuda_stream, offset + nbytes] = event
         if len(here) > FEW_USES:
             for key in [key for key, other in here.items() if other.query() and other is not event]:
@@ -509,6 +526,17 @@ class CudaCopies:
             oldest.synchronize()
             return time.perf_counter_ns() - start
         return 0
+
+    def mark(self) -> object | None:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(self._callers_stream())
+        return event
+
+    def between(self, first: Any, second: Any) -> float | None:
+        try:
+            return float(first.elapsed_time(second)) / 1e3 if first.query() and second.query() else None
+        except RuntimeError:  # CUDA is lost to this process
+            return None
 
     # -- the host's own reads and writes ---------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from tierstore.catalog import Block
 from tierstore.clock import SimulatedClock
 from tierstore.extents import MEMORY_TIERS
+from tierstore.pace import Span
 from tierstore.placement import LIMITS, Limits, Placement
 from tierstore.policies import Policy, resolve
 from tierstore.requests import LINK_OF, Action, Lease, Make, Order, Use
@@ -167,7 +168,6 @@ def simulate(
         limits=LIMITS if limits is None else dict.fromkeys(Link, limits),
         clock=clock,
     )
-    placement.pace.runs_ahead = device_ordered
     world = _World(Scheduler(placement, clock), clock, links, moving, device_ordered=device_ordered, run_ahead=run_ahead)
     for name, nbytes in blocks.items():
         world.put(Block(name, (), nbytes, False, name in frozen))
@@ -228,6 +228,7 @@ class _Thread:
     number: int
     steps: deque[tuple[int, Step]] = field(default_factory=deque)
     lease: Lease | None = None
+    span: Span | None = None
 
 
 class _Busy:
@@ -359,19 +360,26 @@ class _World:
             request = Use(thread.number, records, writes=writes)
             scheduler.submit(request)
             self.asked[request] = thread
-        scheduler.note_use(records, writes)
+        thread.span = scheduler.note_use(records, writes, mark=self.device_now_ns() if self.placement.pace.measuring else None)
         if thread.lease is None or self.has_work():
             self.pump()
         if thread.lease is not None and (thread.steps and thread.steps[0][0] == number):
             self.compute(thread)
 
+    def device_now_ns(self) -> int:
+        """When the device comes to what is ordered now."""
+        now_ns = self.clock.now_ns()
+        return max(now_ns, self.device_free_ns) if self.device_ordered else now_ns
+
     def compute(self, thread: _Thread) -> None:
         """The lease is there."""
-        lease = thread.lease
+        lease, span = thread.lease, thread.span
         assert lease is not None
         _, step = thread.steps.popleft()
         now_ns = self.clock.now_ns()
         if not self.device_ordered:
+            if span is not None:
+                span.granted, span.released = now_ns, now_ns + step.compute_ns
             self.last_end_ns = max(self.last_end_ns, now_ns + step.compute_ns)
             self.at(now_ns + step.compute_ns, self.release, thread)
             return
@@ -381,6 +389,8 @@ class _World:
             start_ns = max(start_ns, self.busy.free_at(start, end, now_ns))
         self.count.wait("copy", start_ns - ready_ns)
         end_ns = self.device_free_ns = start_ns + step.compute_ns
+        if span is not None:
+            span.granted, span.released = start_ns, end_ns
         for start, end in extents:
             self.busy.use(start, end, end_ns)
         self.last_end_ns = max(self.last_end_ns, end_ns)

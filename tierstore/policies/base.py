@@ -69,7 +69,15 @@ class View(Protocol):
 
     @property
     def seconds_between(self) -> float:
-        """Seconds of computing from one access to the next, waits left out, on average of late."""
+        """Seconds of computing from one access to the next, waits left out, on average of what was measured of late; 0 before."""
+        ...
+
+    def measure(self, wanted: bool) -> None:
+        """Have computing measured from the next access on, or not any more. It costs each lease a little."""
+        ...
+
+    def computed(self, position: int) -> tuple[float, float] | None:
+        """Seconds of computing at a past access: under its lease, and from then on to the next access. None: not measured, or not yet."""
         ...
 
 

@@ -24,11 +24,14 @@ from tierstore.trace import Link
 STRIDE = 256
 """Positions the cursor moves at most per question: bounds the time under the lock."""
 
-THOUGHT = 16
+THOUGHT = 24
 """Steps of planning per access."""
 
 SETTLED = 32
-"""Accesses, and one period, that must have come as expected before a period is planned for."""
+"""Accesses, and `MEASURED` periods, that must have come as expected before a period is planned for."""
+
+MEASURED, REVIEWED = 2, 32
+"""Periods of which computing is measured before they are planned for; and afterwards, out of how many, to see whether it has changed."""
 
 RESTLESS = 8
 """Plans for one period after which the next is not made before one step per access has been paid for the last."""
@@ -79,6 +82,7 @@ class Lookahead(PolicyBase):
         self._planned_at = 0
         self._planned_held: dict[Tier, int] = {}
         self._pace = Mean()
+        self._measuring = False
         self._thought = 0  # steps that the last plan took
         self._num_plans = 0  # since the period was recognised
         self._thinking: Iterator[dict[Tier, Choice] | None] | None = None
@@ -96,6 +100,7 @@ class Lookahead(PolicyBase):
         if self.forecast.known:
             self._pace.add(self.view.seconds_between, self.forecast.period or 1)
             self._think()
+        self._measure()
 
     def touched(self, block: BlockId, tier: Tier) -> None:
         if block in self._recent[tier]:
@@ -197,7 +202,7 @@ class Lookahead(PolicyBase):
             self._choices = {}
             self._thinking = None
             self._num_plans = 0
-            if self.forecast.held < max(SETTLED, self.forecast.period or 0):
+            if self.forecast.held < max(SETTLED, MEASURED * (self.forecast.period or 0)):
                 return
         elif self._thinking is None and not self._outdated():
             return
@@ -218,6 +223,15 @@ class Lookahead(PolicyBase):
             if choices is not None:
                 self._adopt(choices)
                 return
+
+    def _measure(self) -> None:
+        """Have computing measured until it is planned with, and from time to time afterwards."""
+        now, period = self.forecast.now, self.forecast.period or 1
+        unplanned = self._planned_epoch != self.epoch or self._thinking is not None
+        wanted = self.forecast.known and (unplanned or now // period % REVIEWED < MEASURED)
+        if wanted != self._measuring:
+            self._measuring = wanted
+            self.view.measure(wanted)
 
     @property
     def _seconds_between(self) -> float:
@@ -272,18 +286,21 @@ class Lookahead(PolicyBase):
         room = {tier: view.capacity_bytes(tier) - self._planned_held[tier] for tier in held}
         if total > view.capacity_bytes(Tier.GPU) and all(nbytes.values()):
             spills = total - self._planned_held[Tier.GPU] > view.capacity_bytes(Tier.RAM)
-            costs = self._costs(room[Tier.GPU], nbytes, Link.H2D, Link.D2H, self._planned_seconds)
-            below = self._costs(room[Tier.RAM], nbytes, Link.NVME_READ, Link.NVME_WRITE, self._planned_seconds)
+            leased_s, after_s = self._computing(phase, period)
+            costs = self._costs(room[Tier.GPU], nbytes, Link.H2D, Link.D2H, leased_s, after_s)
+            below = self._costs(room[Tier.RAM], nbytes, Link.NVME_READ, Link.NVME_WRITE, leased_s, after_s)
             if spills and not self._choices:
                 yield from outline(cycle, {Tier.GPU: costs, Tier.RAM: below}, held, phase)
-            for found in choose(cycle, costs, phase, fixed=spills, held=held[Tier.GPU], present=self._kept(Tier.GPU)):
+            spilled = max(0, total - self._planned_held[Tier.GPU] - room[Tier.GPU] - room[Tier.RAM]) if spills else 0
+            least_s = spilled / total * sum(below.load_s.values())
+            for found in choose(cycle, costs, phase, fixed=spills, held=held[Tier.GPU], present=self._kept(Tier.GPU), least_s=least_s):
                 yield None
                 if found is not None:
                     choices[Tier.GPU] = found
             above, seconds = choices[Tier.GPU].kept, choices[Tier.GPU].seconds
             if spills and above is not None:
                 away = {block: costs.load_s[block] + (costs.save_s[block] if block in cycle.written else 0.0) for block in nbytes}
-                costs = replace(below, compute_s=seconds / period, away_s=away)
+                costs = replace(below, leased_s=[seconds / period] * period, after_s=[0.0] * period, away_s=away)
                 written = sum(nbytes[block] for block in cycle.written) > WRITTEN * total
                 for found in choose(cycle, costs, phase, fixed=written, above=above, held=held[Tier.RAM], present=self._kept(Tier.RAM)):
                     yield None
@@ -295,7 +312,29 @@ class Lookahead(PolicyBase):
         """As in `Choice`, of the plan gone by until now; None where that is the outline."""
         return self._choices[tier].kept if tier in self._choices and self._num_plans > 1 else None
 
-    def _costs(self, capacity_bytes: int, nbytes: dict[BlockId, int], load: Link, save: Link, compute_s: float) -> Costs:
+    def _computing(self, phase: int, period: int) -> tuple[list[float], list[float]]:
+        """By access of the period from `phase` on, as in `Costs`: of the last two times, the shorter.
+
+        See `pace`, [Note: What is remembered].
+        """
+        leased_s, after_s = [], []
+        for place in range(phase, phase + period):
+            last = place - (period if place >= self.forecast.now else 0)
+            known = [each for each in (self.view.computed(last), self.view.computed(last - period)) if each is not None]
+            leased, after = min(known, key=sum, default=(self._planned_seconds, 0.0))
+            leased_s.append(leased)
+            after_s.append(after)
+        return leased_s, after_s
+
+    def _costs(
+        self,
+        capacity_bytes: int,
+        nbytes: dict[BlockId, int],
+        load: Link,
+        save: Link,
+        leased_s: list[float],
+        after_s: list[float],
+    ) -> Costs:
         load_s = {block: self.view.seconds_on(load, block) for block in nbytes}
         save_s = {block: self.view.seconds_on(save, block) for block in nbytes}
-        return Costs(capacity_bytes, nbytes, load_s, save_s, compute_s)
+        return Costs(capacity_bytes, nbytes, load_s, save_s, leased_s, after_s)

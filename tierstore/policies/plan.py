@@ -2,13 +2,12 @@
 
 [Note: Fewest bytes among the fastest]
 Belady's rule moves least, and hides no latency on a cycle; rules that leave extents to rotate through hide it, and move more. So
-there is no rule that is best in both. The model runs each over a few periods: computing at the rate learnt, links at the
-rates planned with, evictions as the placement carries them out. `TOLERANCE` over the least time is given for fewer bytes.
+there is no rule that is best in both. The model runs each over a few periods: computing at each access for as long as was learnt, links at
+the rates planned with, evictions as the placement carries them out. `TOLERANCE` over the least time is given for fewer bytes.
 
-[Note: Uneven computing]
-The pace is an average: a backward pass computes long between two accesses, the updates behind it next to nothing. A rule that hides
-latency behind the average pace may hide nothing where it is needed. So of the fastest rules, those that are slow at a small share of the
-pace (`LIGHT`) are left out.
+[Note: Less computing]
+What was computed between two accesses is an estimate, too high where the host was behind. A rule that hides latency behind it may hide
+nothing then. So of the fastest rules, those that are slow at a small share of it (`LIGHT`) are left out.
 
 [Note: Staying with a plan]
 The time between accesses is known badly where links or the drive hide it, and plans are made anew when it seems to change. To go over to
@@ -35,8 +34,7 @@ from tierstore.residency import Tier
 
 TOLERANCE = 0.01
 LAGS = (0, 1, 2, 4)
-SLOTS = (2, 3, 4)
-MORE_SLOTS = (2, 3, 4, 6)
+SLOTS = (2, 3, 4, 6, 8, 12)
 OUTLINED = 3
 REFINED = 12
 """Longest period for which a plan is refined use by use."""
@@ -45,8 +43,8 @@ CHANGED = 0.02
 """Of the bytes, what another plan must save: to change over moves about as much, once, as a period does."""
 
 LIGHT, LIGHT_TOLERANCE = 1 / 8, 0.15
-"""Of the time between accesses, what is computed where little is, and how much longer than the least a period may take then. See
-[Note: Uneven computing]."""
+"""Of the computing that was learnt, a small share, and how much longer than the least a period may take then. See
+[Note: Less computing]."""
 
 WARM_UP, MEASURED = 2, 4
 """Periods run by the model before it measures, and measured."""
@@ -60,7 +58,7 @@ class Costs:
         capacity_bytes: Of the tier, without what is held there.
         nbytes: By block.
         load_s, save_s: Seconds to fetch a block, and to write it back.
-        compute_s: Seconds between accesses.
+        leased_s, after_s: By access of the cycle, seconds of computing under its lease, and from then on to the next.
         away_s: By block, seconds for which a use takes it from this tier to the device and back. Its extent waits for it.
     """
 
@@ -68,8 +66,13 @@ class Costs:
     nbytes: Mapping[BlockId, int]
     load_s: Mapping[BlockId, float]
     save_s: Mapping[BlockId, float]
-    compute_s: float
+    leased_s: Sequence[float]
+    after_s: Sequence[float]
     away_s: Mapping[BlockId, float] = field(default_factory=dict)
+
+    def hurried(self) -> Costs:
+        """With less computing than was seen. See [Note: Less computing]."""
+        return replace(self, leased_s=[LIGHT * each for each in self.leased_s], after_s=[LIGHT * each for each in self.after_s])
 
 
 class Cycle:
@@ -157,6 +160,7 @@ def choose(
     above: bytes = b"",
     held: bytes = b"",
     present: bytes | None = None,
+    least_s: float = 0.0,
 ) -> Iterator[Choice | None]:
     """Find the rule to evict by. Yields None after each small piece of work, and the choice at last.
 
@@ -168,12 +172,13 @@ def choose(
         above: `Choice.kept` of the tier above: what stays there needs no extent here. Empty where there is none.
         held: By access of the cycle, whether its block is held here. Empty: none is.
         present: `Choice.kept` of the plan gone by until now, which is stayed with where it is hardly worse (`CHANGED`).
+        least_s: Seconds that a period takes anyway, for what lies below: to be faster than that is worth nothing, fewer bytes are.
     """
     period = len(cycle.accesses)
     held = held or bytes(period)
     inside = _either(turned(above, phase), held) if above else held
     candidates: list[tuple[Rule, bytes | None]] = [(_belady(lag), None) for lag in LAGS if not fixed]
-    variants = [(slots, False) for slots in (MORE_SLOTS if above else SLOTS)]
+    variants = [(slots, False) for slots in SLOTS]
     if any(cycle.unread):
         variants.append((OUTLINED, True))
     for slots, by_worth in variants:
@@ -196,17 +201,17 @@ def choose(
                 yield None
             else:
                 outcomes.append(better)
-    least = min(outcome.seconds for outcome in outcomes)
+    least = max(least_s, min(outcome.seconds for outcome in outcomes))
     quick = [outcome for outcome in outcomes if outcome.seconds <= least * (1 + TOLERANCE)]
     light: list[Outcome] = []
     for found in quick if len(quick) > 1 else ():
-        for hurried in run(cycle, replace(costs, compute_s=LIGHT * costs.compute_s), found.rule, phase, inside, found.kept):
+        for hurried in run(cycle, costs.hurried(), found.rule, phase, inside, found.kept):
             if hurried is None:
                 yield None
             else:
                 light.append(hurried)
     if light:
-        soon = min(hurried.seconds for hurried in light) * (1 + LIGHT_TOLERANCE)
+        soon = max(least_s, min(hurried.seconds for hurried in light)) * (1 + LIGHT_TOLERANCE)
         quick = [found for found, hurried in zip(quick, light, strict=True) if hurried.seconds <= soon]
     best = min(quick, key=lambda found: found.moved)
     for found in quick:
@@ -339,7 +344,7 @@ class _Model:
         was_up = block in self._up
         if not was_up and block not in self._ready:
             self._load(block, whole=bool(self._cycle.whole[place]))
-        self.now_s = max(self.now_s, self._ready.get(block, 0.0)) + self._costs.compute_s
+        self.now_s = max(self.now_s, self._ready.get(block, 0.0)) + self._costs.leased_s[place]
         self._used[block] = self.now_s + self._costs.away_s.get(block, 0.0)
         if self._cycle.writes[place]:
             self._dirty.add(block)
@@ -359,6 +364,7 @@ class _Model:
                     self._ranking.add(block)
             if self._kept is not None and not self._kept[place] and not self._cycle.unread[place] and block in self._dirty:
                 self._used[block] = self._save(block, self._used[block])
+        self.now_s += self._costs.after_s[place]
         self._position += 1
         self._ranking.move(True)
 

@@ -83,6 +83,12 @@ class FakeView:
     def seconds_between(self) -> float:
         return 1e-6
 
+    def measure(self, wanted: bool) -> None:
+        pass
+
+    def computed(self, position: int) -> tuple[float, float] | None:
+        return None
+
     def _known(self, block: BlockId) -> BlockId:
         assert block in self.sizes, f"the policy asks about block {block}, which was deleted"
         return block
