@@ -600,8 +600,8 @@ MUTANTS = (
     Mutant(
         "autograd is told too late that a fresh lease has taken the extent",
         ENGINE,
-        "                self.device.invalidate(self.placement.left_device)\n            scheduler.note_use",
-        "                pass\n            scheduler.note_use",
+        "                self.device.invalidate(self.placement.left_device)\n            ticket.span = scheduler.note_use",
+        "                pass\n            ticket.span = scheduler.note_use",
         suite="tests/test_blank.py",
     ),
     Mutant(
