@@ -14,7 +14,7 @@ gradient would move it by its momentum and decay. Which parameters have one is k
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,6 +27,7 @@ from tierstore.training.structure import Weight, WeightBlock
 PREFIX = "gradients/"
 
 Sums = dict[Weight, Tensor]
+Observe = Callable[[Sums], None]
 
 
 @dataclass(eq=False, slots=True)
@@ -87,37 +88,28 @@ class Sum:
     def present(self) -> set[Weight]:
         return set().union(*(part.present for part in self.parts))
 
-    def add(self, sums: Sums, observe: Callable[[Weight, Tensor], None] | None = None) -> None:
+    def add(self, sums: Sums, observe: Observe | None = None) -> None:
         """Add gradients, on the device.
 
         Args:
             sums: What to add.
-            observe: Is shown each total, whole and on the device.
+            observe: Is shown all totals, whole, row-major and on the device, several or one at a time.
         """
+        present = self.present
         totals: Sums = {}
-        left = Counter(piece.weight for part in self.parts for piece in part.pieces if piece.weight in sums)
+        left = Counter(piece.weight for part in self.parts for piece in part.pieces if piece.weight in sums and piece.weight in present)
         for part in self.parts:
             pieces = [piece for piece in part.pieces if piece.weight in sums]
             if not pieces:
                 continue
             self._declare(part)
             with self._buffers.lease(part.name, write=[part.name], fresh=[] if part.present else [part.name]) as tensors:
-                for piece in pieces:
-                    mine, new = tensors[piece.key], piece.of(sums[piece.weight])
-                    if piece.weight in part.present:
-                        mine.add_(new)
-                    else:
-                        mine.copy_(new)
-                    if observe is None:
-                        continue
-                    if piece.start is None:
-                        observe(piece.weight, mine)
-                        continue
-                    piece.of(_whole(totals, piece.weight, mine)).copy_(mine)
-                    left[piece.weight] -= 1
-                    if not left[piece.weight]:  # one at a time takes room
-                        observe(piece.weight, totals.pop(piece.weight))
+                _write(part, tensors, pieces, sums)
+                if observe is not None:
+                    _show(tensors, [piece for piece in pieces if piece.weight in present], totals, left, observe)
             part.present.update(piece.weight for piece in pieces)
+        if observe is not None:
+            _show_given({weight: grad for weight, grad in sums.items() if weight not in present}, observe)
 
     def take(self) -> Sums:
         """All there is, as tensors on the device, and nothing is left."""
@@ -194,6 +186,48 @@ class Sum:
         if parts:
             rest = [Piece(weight) for weight in self.block.weights if not any(weight is p.weight for part in parts for p in part.pieces)]
             self.parts = [*parts, *([Part(f"{PREFIX}{self.block.name}{self._suffix}/rest", rest)] if rest else [])]
+
+
+def _write(part: Part, tensors: Mapping[str, Tensor], pieces: Sequence[Piece], sums: Sums) -> None:
+    """Add to what the part holds. One call for all: each costs the host as much as a kernel."""
+    held = [piece for piece in pieces if piece.weight in part.present]
+    new = [piece for piece in pieces if piece.weight not in part.present]
+    if held:
+        torch._foreach_add_([tensors[piece.key] for piece in held], [piece.of(sums[piece.weight]) for piece in held])
+    if new:
+        torch._foreach_copy_([tensors[piece.key] for piece in new], [piece.of(sums[piece.weight]) for piece in new])
+
+
+def _show(tensors: Mapping[str, Tensor], pieces: Sequence[Piece], totals: Sums, left: Counter[Weight], observe: Observe) -> None:
+    """Show totals that were added up: inside the lease, as soon as all ranges of a weight are there.
+
+    Args:
+        tensors: Of the part that was written last.
+        pieces: Of these, those to be shown.
+        totals: What comes together of ranges.
+        left: How many ranges of each weight are yet to come.
+        observe: See `Sum.add`.
+    """
+    whole = {piece.weight: tensors[piece.key] for piece in pieces if piece.start is None}
+    if whole:
+        observe(whole)
+    for piece in pieces:
+        if piece.start is None:
+            continue
+        piece.of(_whole(totals, piece.weight, tensors[piece.key])).copy_(tensors[piece.key])
+        left[piece.weight] -= 1
+        if not left[piece.weight]:  # one at a time takes room
+            observe({piece.weight: totals.pop(piece.weight)})
+
+
+def _show_given(sums: Sums, observe: Observe) -> None:
+    """Show totals that are what was given, since nothing was there before: whole already, and the bits that are stored."""
+    plain = {weight: grad for weight, grad in sums.items() if grad.dtype is weight.dtype and grad.is_contiguous()}
+    if plain:
+        observe(plain)
+    for weight, grad in sums.items():
+        if weight not in plain:  # one at a time takes room
+            observe({weight: grad.to(weight.dtype).contiguous()})
 
 
 def _whole(known: Sums, weight: Weight, like: Tensor) -> Tensor:
