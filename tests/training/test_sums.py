@@ -5,13 +5,18 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
+from unittest import mock
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from tierstore import TierStore
+from tierstore.catalog import PAGE
+from tierstore.training import gradients
 from tierstore.training.gradients import Sum, Sums
 from tierstore.training.leasing import Buffers
 from tierstore.training.pieces import Piece
@@ -132,3 +137,71 @@ def test_of_more_than_fits() -> None:
         stats = store.stats()
         assert stats.tiers["gpu"].evictions > 0
         assert stats.links["nvme_read"].bytes > 0
+
+
+def two_parts(store: TierStore) -> tuple[Sum, Weight, Weight]:
+    block = a_block("block", [(1, 1), (1, 1)])
+    first, second = block.weights
+    total = Sum(Buffers(store), block)
+    total.cut([[Piece(first)], [Piece(second)]])
+    return total, first, second
+
+
+def test_parts_that_find_no_room_together_are_added_to_one_by_one() -> None:
+    with TierStore(DEVICE_BYTES, 256 << 10, device="cpu") as store:
+        total, first, second = two_parts(store)
+        store.put("large", torch.zeros(DEVICE_BYTES - PAGE, dtype=torch.uint8))
+        with store.use("large"):
+            for seed in range(2):
+                total.add({weight: values(weight, seed) for weight in (first, second)})
+        for weight in (first, second):
+            found = total.read(weight)
+            assert found is not None
+            assert same(found, values(weight, 0) + values(weight, 1))
+        assert store.stats().tiers["gpu"].evictions > 0
+
+
+def test_parts_of_one_lease_that_an_exception_leaves() -> None:
+    """What held something keeps it; what was to be written whole has no content, and nobody thinks that it has."""
+
+    def struck(totals: Sums) -> None:
+        raise ValueError("struck")
+
+    with TierStore(DEVICE_BYTES, 256 << 10, device="cpu") as store:
+        total, first, second = two_parts(store)
+        total.add({first: values(first, 0)})
+        assert total.present == {first}
+        with pytest.raises(ValueError, match="struck"):
+            total.add({first: values(first, 1), second: values(second, 1)}, struck)
+        assert total.present == {first}
+        assert total.read(first) is not None
+        total.erase()
+        for seed in range(2):
+            total.add({first: values(first, seed), second: values(second, seed)})
+        for weight in (first, second):
+            found = total.read(weight)
+            assert found is not None
+            assert same(found, values(weight, 0) + values(weight, 1))
+
+
+def test_parts_of_a_block_share_a_lease_while_they_are_small() -> None:
+    with TierStore(16 * DEVICE_BYTES, 32 * DEVICE_BYTES, device="cpu") as store:
+        buffers = Buffers(store)
+        block = a_block("block", [(0, 0), (1, 0), (0, 0)])
+        total = Sum(buffers, block)
+        total.cut([[Piece(weight, start, start + 128)] for weight in block.weights for start in range(0, weight.numel, 128)])
+        leased: list[list[str]] = []
+        lease_all = buffers.lease_all
+
+        def noted(names: list[str], **options: Any) -> Any:
+            leased.append(names)
+            return lease_all(names, **options)
+
+        with mock.patch.object(buffers, "lease_all", noted):
+            total.add({weight: values(weight, 0) for weight in block.weights})
+            assert leased == [[part.name for part in reversed(total.parts)]]
+            leased.clear()
+            with mock.patch.object(gradients, "TOGETHER", DEVICE_BYTES // 64):  # of so many times as much
+                total.add({weight: values(weight, 1) for weight in block.weights})
+        assert [len(names) for names in leased] == [2] * (len(total.parts) // 2) + [1] * (len(total.parts) % 2)
+        assert [name for names in leased for name in names] == [part.name for part in reversed(total.parts)]

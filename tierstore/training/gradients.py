@@ -14,17 +14,22 @@ gradient would move it by its momentum and decay. Which parameters have one is k
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from tierstore.training.leasing import Buffers
+from tierstore.errors import CapacityError, DeadlockError
+from tierstore.training.leasing import Buffers, Tensors
 from tierstore.training.pieces import Piece, Stored, gather, parse_piece
 from tierstore.training.structure import Weight, WeightBlock
 
 PREFIX = "gradients/"
+
+TOGETHER = 16
+"""Parts are leased at once while they take at most one part in so many of the device."""
 
 Sums = dict[Weight, Tensor]
 Observe = Callable[[Sums], None]
@@ -36,12 +41,17 @@ class Part:
 
     Attributes:
         present: The weights whose gradient it holds now.
+        nbytes: What its tensors take.
     """
 
     name: str
     pieces: list[Piece]
     declared: bool = False
     present: set[Weight] = field(default_factory=set)
+    nbytes: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.nbytes = sum(piece.numel * piece.weight.dtype.itemsize for piece in self.pieces)
 
 
 class Sum:
@@ -98,18 +108,51 @@ class Sum:
         present = self.present
         totals: Sums = {}
         left = Counter(piece.weight for part in self.parts for piece in part.pieces if piece.weight in sums and piece.weight in present)
-        for part in self.parts:
-            pieces = [piece for piece in part.pieces if piece.weight in sums]
-            if not pieces:
-                continue
-            self._declare(part)
-            with self._buffers.lease(part.name, write=[part.name], fresh=[] if part.present else [part.name]) as tensors:
-                _write(part, tensors, pieces, sums)
-                if observe is not None:
-                    _show(tensors, [piece for piece in pieces if piece.weight in present], totals, left, observe)
-            part.present.update(piece.weight for piece in pieces)
+
+        def show(part: Part, tensors: Tensors) -> None:
+            if observe is not None and left:
+                _show(tensors, [piece for piece in part.pieces if piece.weight in left], totals, left, observe)
+
+        # See [Note: From the last part to the first].
+        for parts in self._together([part for part in reversed(self.parts) if any(piece.weight in sums for piece in part.pieces)]):
+            self._add(parts, sums, show)
         if observe is not None:
             _show_given({weight: grad for weight, grad in sums.items() if weight not in present}, observe)
+
+    def _together(self, parts: Iterable[Part]) -> Iterator[list[Part]]:
+        """Several at once, for each lease costs the host as much as any other, as long as they are a small part of the device."""
+        limit = self._buffers.device_bytes // TOGETHER
+        group: list[Part] = []
+        for part in parts:
+            if group and sum(each.nbytes for each in group) + part.nbytes > limit:
+                yield group
+                group = []
+            group.append(part)
+        if group:
+            yield group
+
+    def _add(self, parts: list[Part], sums: Sums, show: Callable[[Part, Tensors], None]) -> None:
+        """Add to some parts. Where they find no room together, beside what their owner and others have leased, one by one."""
+        for part in parts:
+            self._declare(part)
+        names = [part.name for part in parts]
+        fresh = [part.name for part in parts if not part.present]
+        with ExitStack() as stack:
+            try:
+                leased = stack.enter_context(self._buffers.lease_all(names, write=names, fresh=fresh))
+            except (CapacityError, DeadlockError):
+                if len(parts) == 1:
+                    raise
+                leased = {}
+            for part in parts if leased else ():
+                _write(part, leased[part.name], sums)
+                show(part, leased[part.name])
+        # Only now: what leaves a fresh lease by an exception has no content.
+        for part in parts:
+            if leased:
+                part.present.update(piece.weight for piece in part.pieces if piece.weight in sums)
+            else:
+                self._add([part], sums, show)
 
     def take(self) -> Sums:
         """All there is, as tensors on the device, and nothing is left."""
@@ -188,17 +231,17 @@ class Sum:
             self.parts = [*parts, *([Part(f"{PREFIX}{self.block.name}{self._suffix}/rest", rest)] if rest else [])]
 
 
-def _write(part: Part, tensors: Mapping[str, Tensor], pieces: Sequence[Piece], sums: Sums) -> None:
+def _write(part: Part, tensors: Tensors, sums: Sums) -> None:
     """Add to what the part holds. One call for all: each costs the host as much as a kernel."""
-    held = [piece for piece in pieces if piece.weight in part.present]
-    new = [piece for piece in pieces if piece.weight not in part.present]
+    held = [piece for piece in part.pieces if piece.weight in sums and piece.weight in part.present]
+    new = [piece for piece in part.pieces if piece.weight in sums and piece.weight not in part.present]
     if held:
         torch._foreach_add_([tensors[piece.key] for piece in held], [piece.of(sums[piece.weight]) for piece in held])
     if new:
         torch._foreach_copy_([tensors[piece.key] for piece in new], [piece.of(sums[piece.weight]) for piece in new])
 
 
-def _show(tensors: Mapping[str, Tensor], pieces: Sequence[Piece], totals: Sums, left: Counter[Weight], observe: Observe) -> None:
+def _show(tensors: Tensors, pieces: Sequence[Piece], totals: Sums, left: Counter[Weight], observe: Observe) -> None:
     """Show totals that were added up: inside the lease, as soon as all ranges of a weight are there.
 
     Args:
