@@ -757,12 +757,15 @@ class TieredOptimizer(torch.optim.Optimizer):
             # One call: each costs the host as much as a kernel.
             torch._foreach_copy_([gradients[number] for number in narrow], [given[number] for number in narrow])
         for each in coefficients:
-            for number, weight in enumerate(weights):
-                coefficient = each if isinstance(each, Tensor) else each.get(weight)
-                if coefficient is not None and gradients[number] is not given[number]:
-                    gradients[number].mul_(coefficient)  # ours already: a second copy of all would take as much again
-                elif coefficient is not None:
-                    gradients[number] = gradients[number] * coefficient
+            for coefficient, numbers in _by_coefficient(each, weights):
+                ours = [number for number in numbers if gradients[number] is not given[number]]
+                others = [number for number in numbers if gradients[number] is given[number]]
+                if ours:  # in place: a second copy of all would take as much again
+                    torch._foreach_mul_([gradients[number] for number in ours], coefficient)
+                if others:
+                    scaled = torch._foreach_mul([given[number] for number in others], coefficient)
+                    for number, gradient in zip(others, scaled, strict=True):
+                        gradients[number] = gradient
         if self._writes_gradients:
             gradients = [gradient.clone() if gradient is raw else gradient for gradient, raw in zip(gradients, given, strict=True)]
         return gradients
@@ -1019,6 +1022,18 @@ def factory_name(factory: Any) -> str:
     while isinstance(factory, functools.partial):
         factory = factory.func
     return str(getattr(factory, "__name__", type(factory).__name__))
+
+
+def _by_coefficient(each: Coefficient, weights: Sequence[Weight]) -> list[tuple[Tensor, list[int]]]:
+    """What is to be multiplied by what, the weights by their places."""
+    if isinstance(each, Tensor):
+        return [(each, list(range(len(weights))))]
+    found: dict[int, tuple[Tensor, list[int]]] = {}
+    for number, weight in enumerate(weights):
+        coefficient = each.get(weight)
+        if coefficient is not None:
+            found.setdefault(id(coefficient), (coefficient, []))[1].append(number)
+    return list(found.values())
 
 
 def _extent(sizes: Iterable[int]) -> int:
