@@ -233,12 +233,26 @@ class Sum:
 
 def _write(part: Part, tensors: Tensors, sums: Sums) -> None:
     """Add to what the part holds. One call for all: each costs the host as much as a kernel."""
-    held = [piece for piece in part.pieces if piece.weight in sums and piece.weight in part.present]
-    new = [piece for piece in part.pieces if piece.weight in sums and piece.weight not in part.present]
+    held: list[tuple[Tensor, Tensor]] = []
+    new: list[tuple[Tensor, Tensor]] = []
+    for piece in part.pieces:
+        if piece.weight not in sums:
+            continue
+        pairs = held if piece.weight in part.present else new
+        pairs.append((tensors[piece.key], piece.of(sums[piece.weight])))
+        if piece.start is not None and not sums[piece.weight].is_contiguous():  # all of it was copied for that: one at a time takes room
+            _write_pairs(held, new)
+    _write_pairs(held, new)
+
+
+def _write_pairs(held: list[tuple[Tensor, Tensor]], new: list[tuple[Tensor, Tensor]]) -> None:
+    """Add to what is held, copy what is new, and empty both lists."""
     if held:
-        torch._foreach_add_([tensors[piece.key] for piece in held], [piece.of(sums[piece.weight]) for piece in held])
+        torch._foreach_add_([mine for mine, _ in held], [more for _, more in held])
     if new:
-        torch._foreach_copy_([tensors[piece.key] for piece in new], [piece.of(sums[piece.weight]) for piece in new])
+        torch._foreach_copy_([mine for mine, _ in new], [more for _, more in new])
+    held.clear()
+    new.clear()
 
 
 def _show(tensors: Tensors, pieces: Sequence[Piece], totals: Sums, left: Counter[Weight], observe: Observe) -> None:
