@@ -14,19 +14,25 @@ gradient would move it by its momentum and decay. Which parameters have one is k
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from tierstore.training.leasing import Buffers
+from tierstore.errors import CapacityError, DeadlockError
+from tierstore.training.leasing import Buffers, Tensors
 from tierstore.training.pieces import Piece, Stored, gather, parse_piece
 from tierstore.training.structure import Weight, WeightBlock
 
 PREFIX = "gradients/"
 
+TOGETHER = 16
+"""Parts are leased at once while they take at most one part in so many of the device."""
+
 Sums = dict[Weight, Tensor]
+Observe = Callable[[Sums], None]
 
 
 @dataclass(eq=False, slots=True)
@@ -35,12 +41,17 @@ class Part:
 
     Attributes:
         present: The weights whose gradient it holds now.
+        nbytes: What its tensors take.
     """
 
     name: str
     pieces: list[Piece]
     declared: bool = False
     present: set[Weight] = field(default_factory=set)
+    nbytes: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.nbytes = sum(piece.numel * piece.weight.dtype.itemsize for piece in self.pieces)
 
 
 class Sum:
@@ -87,37 +98,61 @@ class Sum:
     def present(self) -> set[Weight]:
         return set().union(*(part.present for part in self.parts))
 
-    def add(self, sums: Sums, observe: Callable[[Weight, Tensor], None] | None = None) -> None:
+    def add(self, sums: Sums, observe: Observe | None = None) -> None:
         """Add gradients, on the device.
 
         Args:
             sums: What to add.
-            observe: Is shown each total, whole and on the device.
+            observe: Is shown all totals, whole, row-major and on the device, several or one at a time.
         """
+        present = self.present
         totals: Sums = {}
-        left = Counter(piece.weight for part in self.parts for piece in part.pieces if piece.weight in sums)
-        for part in self.parts:
-            pieces = [piece for piece in part.pieces if piece.weight in sums]
-            if not pieces:
-                continue
+        left = Counter(piece.weight for part in self.parts for piece in part.pieces if piece.weight in sums and piece.weight in present)
+
+        def show(part: Part, tensors: Tensors) -> None:
+            if observe is not None and left:
+                _show(tensors, [piece for piece in part.pieces if piece.weight in left], totals, left, observe)
+
+        # See [Note: From the last part to the first].
+        for parts in self._together([part for part in reversed(self.parts) if any(piece.weight in sums for piece in part.pieces)]):
+            self._add(parts, sums, show)
+        if observe is not None:
+            _show_given({weight: grad for weight, grad in sums.items() if weight not in present}, observe)
+
+    def _together(self, parts: Iterable[Part]) -> Iterator[list[Part]]:
+        """Several at once, for each lease costs the host as much as any other, as long as they are a small part of the device."""
+        limit = self._buffers.device_bytes // TOGETHER
+        group: list[Part] = []
+        for part in parts:
+            if group and sum(each.nbytes for each in group) + part.nbytes > limit:
+                yield group
+                group = []
+            group.append(part)
+        if group:
+            yield group
+
+    def _add(self, parts: list[Part], sums: Sums, show: Callable[[Part, Tensors], None]) -> None:
+        """Add to some parts. Where they find no room together, beside what their owner and others have leased, one by one."""
+        for part in parts:
             self._declare(part)
-            with self._buffers.lease(part.name, write=[part.name], fresh=[] if part.present else [part.name]) as tensors:
-                for piece in pieces:
-                    mine, new = tensors[piece.key], piece.of(sums[piece.weight])
-                    if piece.weight in part.present:
-                        mine.add_(new)
-                    else:
-                        mine.copy_(new)
-                    if observe is None:
-                        continue
-                    if piece.start is None:
-                        observe(piece.weight, mine)
-                        continue
-                    piece.of(_whole(totals, piece.weight, mine)).copy_(mine)
-                    left[piece.weight] -= 1
-                    if not left[piece.weight]:  # one at a time takes room
-                        observe(piece.weight, totals.pop(piece.weight))
-            part.present.update(piece.weight for piece in pieces)
+        names = [part.name for part in parts]
+        fresh = [part.name for part in parts if not part.present]
+        with ExitStack() as stack:
+            try:
+                leased = stack.enter_context(self._buffers.lease_all(names, write=names, fresh=fresh))
+            except (CapacityError, DeadlockError):
+                if len(parts) == 1:
+                    raise
+                leased = {}
+            for part in parts if leased else ():
+                _write(part, leased[part.name], sums)
+                show(part, leased[part.name])
+        # Only now: what leaves a fresh lease by an exception has no content.
+        for part in parts:
+            if leased:
+                part.present.update(piece.weight for piece in part.pieces if piece.weight in sums)
+            else:
+                self._add([part], sums, show)
 
     def take(self) -> Sums:
         """All there is, as tensors on the device, and nothing is left."""
@@ -194,6 +229,62 @@ class Sum:
         if parts:
             rest = [Piece(weight) for weight in self.block.weights if not any(weight is p.weight for part in parts for p in part.pieces)]
             self.parts = [*parts, *([Part(f"{PREFIX}{self.block.name}{self._suffix}/rest", rest)] if rest else [])]
+
+
+def _write(part: Part, tensors: Tensors, sums: Sums) -> None:
+    """Add to what the part holds. One call for all: each costs the host as much as a kernel."""
+    held: list[tuple[Tensor, Tensor]] = []
+    new: list[tuple[Tensor, Tensor]] = []
+    for piece in part.pieces:
+        if piece.weight not in sums:
+            continue
+        pairs = held if piece.weight in part.present else new
+        pairs.append((tensors[piece.key], piece.of(sums[piece.weight])))
+        if piece.start is not None and not sums[piece.weight].is_contiguous():  # all of it was copied for that: one at a time takes room
+            _write_pairs(held, new)
+    _write_pairs(held, new)
+
+
+def _write_pairs(held: list[tuple[Tensor, Tensor]], new: list[tuple[Tensor, Tensor]]) -> None:
+    """Add to what is held, copy what is new, and empty both lists."""
+    if held:
+        torch._foreach_add_([mine for mine, _ in held], [more for _, more in held])
+    if new:
+        torch._foreach_copy_([mine for mine, _ in new], [more for _, more in new])
+    held.clear()
+    new.clear()
+
+
+def _show(tensors: Tensors, pieces: Sequence[Piece], totals: Sums, left: Counter[Weight], observe: Observe) -> None:
+    """Show totals that were added up: inside the lease, as soon as all ranges of a weight are there.
+
+    Args:
+        tensors: Of the part that was written last.
+        pieces: Of these, those to be shown.
+        totals: What comes together of ranges.
+        left: How many ranges of each weight are yet to come.
+        observe: See `Sum.add`.
+    """
+    whole = {piece.weight: tensors[piece.key] for piece in pieces if piece.start is None}
+    if whole:
+        observe(whole)
+    for piece in pieces:
+        if piece.start is None:
+            continue
+        piece.of(_whole(totals, piece.weight, tensors[piece.key])).copy_(tensors[piece.key])
+        left[piece.weight] -= 1
+        if not left[piece.weight]:  # one at a time takes room
+            observe({piece.weight: totals.pop(piece.weight)})
+
+
+def _show_given(sums: Sums, observe: Observe) -> None:
+    """Show totals that are what was given, since nothing was there before: whole already, and the bits that are stored."""
+    plain = {weight: grad for weight, grad in sums.items() if grad.dtype is weight.dtype and grad.is_contiguous()}
+    if plain:
+        observe(plain)
+    for weight, grad in sums.items():
+        if weight not in plain:  # one at a time takes room
+            observe({weight: grad.to(weight.dtype).contiguous()})
 
 
 def _whole(known: Sums, weight: Weight, like: Tensor) -> Tensor:

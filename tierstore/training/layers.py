@@ -598,9 +598,9 @@ class Tiered:
                 optimizer.before_adding(block)
             observers = [seen for optimizer in self.optimizers if (seen := optimizer.observer(block)) is not None]
 
-            def observe(weight: Weight, gradient: Tensor) -> None:
+            def observe(totals: Sums) -> None:
                 for seen in observers:
-                    seen(weight, gradient)
+                    seen(totals)
 
             self.gradients.of[block].add(sums, observe if observers else None)
 

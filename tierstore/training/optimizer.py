@@ -23,7 +23,7 @@ import contextlib
 import functools
 import logging
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -34,10 +34,11 @@ from torch import Tensor
 from tierstore.catalog import PAGE, TENSOR_ALIGNMENT, round_up
 from tierstore.errors import CapacityError, OptionError, TrainingError
 from tierstore.training.chunks import ALIGN, MASTER, PREFIX, Chunk, Stepper, cut, even_share
-from tierstore.training.gradients import Part, Sums
+from tierstore.training.gradients import Observe, Part, Sums
 from tierstore.training.instances import Factory, Hyper, Rehearsal, in_group, may_change, own_options
 from tierstore.training.layers import Tiered
 from tierstore.training.leasing import chunk_bytes
+from tierstore.training.norms import clip_coefficient, norms_of, total_norm
 from tierstore.training.parameters import grouped
 from tierstore.training.pieces import Piece, Stored, gather
 from tierstore.training.probe import MAX_NDIM, PLAIN, SHAPES, Kind, same
@@ -387,17 +388,19 @@ class TieredOptimizer(torch.optim.Optimizer):
         if self._coefficients:
             self._clip_in_place()
 
-    def observer(self, block: WeightBlock) -> Callable[[Weight, Tensor], None] | None:
-        """What is to be shown each total of a block's gradients; None: nothing."""
+    def observer(self, block: WeightBlock) -> Observe | None:
+        """What is to be shown the totals of a block's gradients; None: nothing."""
         if block not in self._chunks:
             return None
         if self._norm_type is None:
             self._norms.clear()
             return None
 
-        def observe(weight: Weight, gradient: Tensor) -> None:
-            if weight in self._weights and self._norm_type is not None:
-                self._norms[weight] = self._norm(gradient, self._norm_type)
+        def observe(totals: Sums) -> None:
+            if self._norm_type is not None:
+                mine = {weight: total for weight, total in totals.items() if weight in self._weights}
+                norms = norms_of(list(mine.values()), self._norm_type, self.master_dtype)
+                self._norms.update(zip(mine, norms, strict=True))
 
         return observe
 
@@ -525,16 +528,16 @@ class TieredOptimizer(torch.optim.Optimizer):
         if not norms and scope == "global":
             return torch.tensor(0.0)
         if scope == "global":
-            total = _total(list(norms.values()), norm_type)
+            total = total_norm(list(norms.values()), norm_type)
             self._refuse_nonfinite(total, norm_type, error_if_nonfinite)
-            self._coefficients.append(_coefficient(total, max_norm))
+            self._coefficients.append(clip_coefficient(total, max_norm))
             return total
         groups = [[weight for weight in group if weight in self._weights] for group in self.tiered.structure.groups]
         groups = [group for group in groups if group]
-        totals = [_total([norms[weight] for weight in group if weight in norms], norm_type) for group in groups]
+        totals = [total_norm([norms[weight] for weight in group if weight in norms], norm_type) for group in groups]
         stacked = torch.stack([total.to(self.tiered.device) for total in totals])
         self._refuse_nonfinite(stacked, norm_type, error_if_nonfinite)
-        coefficients = [_coefficient(total, max_norm) for total in totals]
+        coefficients = [clip_coefficient(total, max_norm) for total in totals]
         self._coefficients.append({weight: each for group, each in zip(groups, coefficients, strict=True) for weight in group})
         return stacked
 
@@ -754,23 +757,18 @@ class TieredOptimizer(torch.optim.Optimizer):
             # One call: each costs the host as much as a kernel.
             torch._foreach_copy_([gradients[number] for number in narrow], [given[number] for number in narrow])
         for each in coefficients:
-            for number, weight in enumerate(weights):
-                coefficient = each if isinstance(each, Tensor) else each.get(weight)
-                if coefficient is not None and gradients[number] is not given[number]:
-                    gradients[number].mul_(coefficient)  # ours already: a second copy of all would take as much again
-                elif coefficient is not None:
-                    gradients[number] = gradients[number] * coefficient
+            for coefficient, numbers in _by_coefficient(each, weights):
+                ours = [number for number in numbers if gradients[number] is not given[number]]
+                others = [number for number in numbers if gradients[number] is given[number]]
+                if ours:  # in place: a second copy of all would take as much again
+                    torch._foreach_mul_([gradients[number] for number in ours], coefficient)
+                if others:
+                    scaled = torch._foreach_mul([given[number] for number in others], coefficient)
+                    for number, gradient in zip(others, scaled, strict=True):
+                        gradients[number] = gradient
         if self._writes_gradients:
             gradients = [gradient.clone() if gradient is raw else gradient for gradient, raw in zip(gradients, given, strict=True)]
         return gradients
-
-    def _norm(self, gradient: Tensor, norm_type: float) -> Tensor:
-        if self.master_dtype is not None:
-            gradient = gradient.to(self.master_dtype)
-        if gradient.is_cuda:  # as torch does there; on the CPU it takes each by itself
-            return torch._foreach_norm([gradient], norm_type)[0]
-        norm: Tensor = torch.linalg.vector_norm(gradient, norm_type)
-        return norm
 
     def _norm_of(self, weight: Weight) -> Tensor | None:
         assert self._norm_type is not None
@@ -781,7 +779,8 @@ class TieredOptimizer(torch.optim.Optimizer):
         if known is None:
             gradient = total.read(weight)
             assert gradient is not None
-            known = self._norms[weight] = self._norm(gradient, self._norm_type)
+            (known,) = norms_of([gradient], self._norm_type, self.master_dtype)
+            self._norms[weight] = known
         return known
 
     def _clip_in_place(self) -> None:
@@ -1025,24 +1024,19 @@ def factory_name(factory: Any) -> str:
     return str(getattr(factory, "__name__", type(factory).__name__))
 
 
-def _total(norms: list[Tensor], norm_type: float) -> Tensor:
-    """The norm of norms. As torch, which takes those of one dtype after the other where gradients have several."""
-    if not norms:
-        return torch.tensor(0.0)
-    if len({norm.dtype for norm in norms}) > 1:
-        lists: list[list[Tensor | None]] = [list(norms)]
-        of_dtypes = torch.utils._foreach_utils._group_tensors_by_device_and_dtype(lists)
-        norms = [norm for (grouped, _) in of_dtypes.values() for norm in grouped[0] if norm is not None]
-    total: Tensor = torch.linalg.vector_norm(torch.stack(norms), norm_type)
-    return total
+def _by_coefficient(each: Coefficient, weights: Sequence[Weight]) -> list[tuple[Tensor, list[int]]]:
+    """What is to be multiplied by what, the weights by their places."""
+    if isinstance(each, Tensor):
+        return [(each, list(range(len(weights))))]
+    found: dict[int, tuple[Tensor, list[int]]] = {}
+    for number, weight in enumerate(weights):
+        coefficient = each.get(weight)
+        if coefficient is not None:
+            found.setdefault(id(coefficient), (coefficient, []))[1].append(number)
+    return list(found.values())
 
 
 def _extent(sizes: Iterable[int]) -> int:
     """Bytes of a block that holds tensors of these sizes; 0 if there are none."""
     total = sum(round_up(size, TENSOR_ALIGNMENT) for size in sizes)
     return round_up(total, PAGE)
-
-
-def _coefficient(total: Tensor, max_norm: float) -> Tensor:
-    """What to multiply gradients by, as `torch.nn.utils.clip_grads_with_norm_` has it: without looking at it, which would wait."""
-    return torch.clamp(max_norm / (total + 1e-6), max=1.0)
