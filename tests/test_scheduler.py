@@ -19,7 +19,7 @@ from tierstore.policies import Lookahead, Lru, Policy, Static
 from tierstore.requests import Action, HostAccess, Lease, Make, Order, Owner, Place, Record, Request, Save, Use, Vacate
 from tierstore.residency import Event, State, Tier
 from tierstore.scheduler import Scheduler
-from tierstore.trace import Link
+from tierstore.trace import Kind, Link
 
 POLICIES: dict[str, Callable[[int], Policy]] = {
     "lru": lambda _: Lru(),
@@ -334,6 +334,30 @@ def test_what_a_plan_has_leave_anyway_goes_before_anything_is_moved(policy: Lru,
     sim.use(last)
     assert sim.placement.compactions == moves
     assert (records[1].gpu.state is State.ABSENT) == (moves == 0)
+
+
+@pytest.mark.parametrize(("policy", "moves"), [(Leaving(), 0), (Lru(), 1)])
+def test_a_prefetch_waits_for_what_a_plan_has_leave_rather_than_move_anything(policy: Lru, moves: int) -> None:
+    sim = Sim(gpu=10, ram=40, policy=policy)
+    records = [sim.put(f"b{number}", 3 - number % 2) for number in range(4)]
+    for record in records:
+        sim.use(record)
+    lease = sim.leased(sim.ask("main", (records[0],), (records[0],)))
+    sim.check_lease(lease)
+    sim.release(lease)
+    for record in records[1::2]:
+        sim.placement.drop(record, Tier.GPU)
+    sim.pump()
+    if not moves:
+        assert records[0].gpu.state is State.SAVING, "written behind its use"
+    else:
+        assert sim.placement.save(records[0], Tier.GPU, Kind.WRITE_BACK)
+    assert records[0].gpu.state is State.SAVING
+    assert sim.placement.room(Tier.GPU, 3 * PAGE, protect=records[2:3], before=6.0) is None
+    assert sim.placement.compactions == moves
+    sim.settle()
+    if not moves:
+        assert sim.placement.room(Tier.GPU, 3 * PAGE, protect=records[2:3], before=6.0) is not None
 
 
 @dataclass(eq=False)

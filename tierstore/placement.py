@@ -168,6 +168,8 @@ class Placement(Extents):
             if arena.free_bytes >= nbytes + promised:
                 if self._drop_early(tier, protect, before):
                     continue
+                if before is not None and self._is_leaving(tier, nbytes):
+                    return None
                 if self._compact(tier, nbytes, nearby=True):
                     return None
                 target = arena.free_bytes + 1  # scattered over many extents, or between what cannot move: evict more
@@ -200,6 +202,19 @@ class Placement(Extents):
                 self._let_go(tier, [record], (), ())
                 return True
         return False
+
+    def _is_leaving(self, tier: Tier, nbytes: int) -> bool:
+        """Whether a copy that a plan has leave, as large as is wanted, is being written back: it can be dropped when that has landed."""
+        link = Action.D2H if tier is Tier.GPU else Action.WRITE
+        return any(
+            order.action is link
+            and record is not None
+            and record.nbytes >= nbytes
+            and not record.leased
+            and self._stays(record, tier) is False
+            for order in self.flying.values()
+            for record in (order.record,)
+        )
 
     def _is_ranked_for(self, before: float | None) -> bool:
         """Whether room is made for a prefetch at a position that the policy ranks victims for."""
