@@ -19,6 +19,9 @@ VOCABULARY = 50_304
 CONTEXT = 1024
 """Tokens of a row."""
 
+LOSS_TOKENS = 512
+"""Tokens whose logits, 50,304 for each, are on the device at once."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -83,7 +86,7 @@ class Gpt(nn.Module):
         self.head.weight = self.embedding.weight
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        return chunked_loss(self.head, self.hidden(tokens), targets, norm=self.norm)
+        return chunked_loss(self.head, self.hidden(tokens), targets, norm=self.norm, chunk=LOSS_TOKENS)
 
     def hidden(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens) + self.position(torch.arange(tokens.shape[1], device=tokens.device))
