@@ -397,10 +397,14 @@ class CudaCopies:
         self._note_fill_beyond(earlier, offset, nbytes)
 
     def _note_fill_beyond(self, earlier: tuple[int, torch.cuda.Event] | None, offset: int, nbytes: int) -> None:
-        """What filled more than the extent at `offset`, and is no longer `_ready` there."""
+        """What filled more than the extent at `offset`, and is no longer `_ready` there.
+
+        A use of the same range that is noted on that stream came later, and is the one to wait for.
+        """
         if earlier is not None and earlier[0] > offset + nbytes and not earlier[1].query():
             with self._lock:
-                self._note_use(offset, earlier[0] - offset, self._h2d, earlier[1])
+                if (self._h2d.cuda_stream, earlier[0]) not in self._uses.get(offset, ()):
+                    self._note_use(offset, earlier[0] - offset, self._h2d, earlier[1])
 
     # -- extents that are not page-locked -----------------------------------------------------------------------------------
 
