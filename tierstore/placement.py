@@ -166,9 +166,10 @@ class Placement(Extents):
             if coming:
                 return None
             if arena.free_bytes >= nbytes + promised:
-                if self._drop_early(tier, protect, before):
+                leaves = self._have_leave(tier, nbytes, protect, before)
+                if leaves is State.ABSENT:
                     continue
-                if before is not None and self._is_leaving(tier, nbytes):
+                if leaves is not None:
                     return None
                 if self._compact(tier, nbytes, nearby=True):
                     return None
@@ -180,41 +181,34 @@ class Placement(Extents):
                     self._compact(tier, nbytes)
             return None
 
-    def _drop_early(self, tier: Tier, protect: Collection[Record], before: float | None) -> bool:
-        """Drop a clean copy that a plan has leave anyway, before anything is moved: a whole extent comes free, and nothing is lost.
+    def _have_leave(self, tier: Tier, nbytes: int, protect: Collection[Record], before: float | None) -> State | None:
+        """Have a copy leave that a plan has leave anyway, before anything is moved: a whole extent comes free, and nothing is lost.
 
         Returns:
-            Whether there was one among the first victims.
+            ABSENT: one was dropped. SAVING: a prefetch can wait for one that is as large as what is wanted. None: neither.
         """
         if before is not None and self._is_ranked_for(before):
             victims = self.policy.victims_for(tier, int(before))
         else:
             victims = self.policy.victims(tier)
         seen_to = max(self._cursor[tier], before or 0.0)
+        found: State | None = None
         for number in itertools.islice(victims, FIRST):
             record = self.records.get(number)
             if record is None or record.leased or record in protect or not self._evictable(record, tier):
                 continue
+            if not self.policy.next_use(record.id) > seen_to or self._stays(record, tier) is not False:
+                continue
             copy = record.copy(tier)
-            if copy.state is not State.CLEAN or not copy.settled or (tier is Tier.RAM and record.gpu.state is not State.ABSENT):
-                continue  # in RAM its extent is wanted again when it comes back
-            if self.policy.next_use(record.id) > seen_to and self._stays(record, tier) is False:
+            if copy.state is State.CLEAN and copy.settled and (tier is Tier.GPU or record.gpu.state is State.ABSENT):
                 self._let_go(tier, [record], (), ())
-                return True
-        return False
-
-    def _is_leaving(self, tier: Tier, nbytes: int) -> bool:
-        """Whether a copy that a plan has leave, as large as is wanted, is being written back: it can be dropped when that has landed."""
-        link = Action.D2H if tier is Tier.GPU else Action.WRITE
-        return any(
-            order.action is link
-            and record is not None
-            and record.nbytes >= nbytes
-            and not record.leased
-            and self._stays(record, tier) is False
-            for order in self.flying.values()
-            for record in (order.record,)
-        )
+                return State.ABSENT
+            if found is None and before is not None and record.nbytes >= nbytes:
+                if copy.state is State.DIRTY and record.save_error is None:
+                    self.save(record, tier, Kind.WRITE_BACK)
+                if copy.state is State.SAVING:
+                    found = State.SAVING
+        return found
 
     def _is_ranked_for(self, before: float | None) -> bool:
         """Whether room is made for a prefetch at a position that the policy ranks victims for."""

@@ -23,7 +23,7 @@ CHUNK_BYTES = 64_000_000
 SHARE = 8
 """On a small device, a chunk takes at most one part in so many of it."""
 
-LARGE_CHUNK_BYTES = 128_000_000
+LARGE_CHUNK_BYTES = 210_000_000
 RAM_SHARE = 32
 """Chunks may be larger, each costs the host as much as any other, if RAM holds so many of them: a few are always passing through."""
 
