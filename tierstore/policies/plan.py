@@ -178,7 +178,9 @@ def choose(
     held = held or bytes(period)
     inside = _either(turned(above, phase), held) if above else held
     candidates: list[tuple[Rule, bytes | None]] = [(_belady(lag), None) for lag in LAGS if not fixed]
-    variants = [(slots, False) for slots in SLOTS]
+    sizes = sorted(costs.nbytes.values())
+    one = sizes[-1] >= 2 * sizes[len(sizes) // 2]  # room for the largest is room for several of the others
+    variants = [(slots, False) for slots in ((1, *SLOTS) if one else SLOTS)]
     if any(cycle.unread):
         variants.append((OUTLINED, True))
     for slots, by_worth in variants:
