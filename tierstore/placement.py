@@ -205,7 +205,7 @@ class Placement(Extents):
                 return State.ABSENT
             if found is None and before is not None and record.nbytes >= nbytes:
                 if copy.state is State.DIRTY and record.save_error is None:
-                    self.save(record, tier, Kind.WRITE_BACK)
+                    self.save(record, tier, Kind.WRITE_BACK, protect=protect)
                 if copy.state is State.SAVING:
                     found = State.SAVING
         return found
