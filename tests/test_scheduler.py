@@ -379,6 +379,22 @@ def test_what_is_written_back_for_a_prefetch_pushes_nothing_out_that_is_wanted()
     assert [record.ram.state for record in wanted] == [State.CLEAN] * 4
 
 
+def test_a_prefetch_into_ram_waits_for_no_write_behind_which_nothing_leaves() -> None:
+    """What the device has too does not leave RAM for it: to write it to the drive first would be for nothing."""
+    sim = Sim(gpu=8, ram=10, policy=Leaving())
+    records = [sim.put(f"b{number}", 3 - number % 2) for number in range(4)]
+    for record in records[::2]:
+        sim.use(record)
+    for record in records[1::2]:
+        sim.scheduler.forget(record)
+    assert [(record.gpu.state, record.ram.state) for record in records[::2]] == [(State.CLEAN, State.DIRTY)] * 2
+    assert sim.placement.room(Tier.RAM, 3 * PAGE, before=6.0) is None
+    assert [record.ram.state for record in records[::2]] == [State.DIRTY] * 2
+    assert sim.placement.compactions == 1
+    sim.settle()
+    assert sim.placement.room(Tier.RAM, 3 * PAGE, before=6.0) is not None
+
+
 class Known(dict[BlockId, Record]):
     """Counts how often all are gone through."""
 
