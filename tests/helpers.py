@@ -151,6 +151,7 @@ def check_placement(placement: Placement) -> None:
     assert set(placement._stale.values()) == {record for record in records if record.ram.state is State.STALE}
     assert placement.leased == {record.id: record for record in records if record.leased}
     assert placement.held == {record.id: record for record in records if record.hold is not None}
+    assert list(placement._sizes) == sorted(record.nbytes for record in records if record.hold is None)
     for tier in MEMORY:
         ahead = placement._ahead[tier]
         assert sum(ahead.values()) == placement._ahead_bytes[tier]

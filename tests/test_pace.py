@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
+import gc
+import weakref
 
+import pytest
+import torch
+
+from tierstore import TierStore
 from tierstore.pace import PAUSE, REMEMBERED, SETTLED_AT_ONCE, UNSETTLED, Pace
+from tierstore.policies import Lookahead
 
 
 def lease(pace: Pace, position: int, now: int, *, waits: int = 0, leased: int = 0, count: int = 1) -> int:
@@ -105,3 +111,21 @@ def test_positions_long_past_are_forgotten() -> None:
     assert pace.computed(50) is None
     assert pace.computed(150) is not None
     assert pace.computed(-1) is None
+
+
+def test_after_the_end_neither_marks_are_kept_nor_who_compares_them() -> None:
+    """A policy that a caller keeps would keep the copies of a closed store, and their events."""
+    policy = Lookahead()
+    with TierStore(gpu="1MB", ram="4MB", device="cpu", policy=policy) as store:
+        copies = weakref.ref(store.engine.copies)
+        for number in range(8):
+            store.put(f"b{number}", torch.zeros(60_000))
+        for number in range(40):
+            with store.use(f"b{number % 8}"):
+                pass
+        pace = store.engine.placement.pace
+        assert pace._spans
+    assert not pace._spans
+    del store
+    gc.collect()
+    assert copies() is None

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tests.helpers import Watched
 from tests.test_scheduler import POLICIES, Sim
 from tierstore import TierStore
-from tierstore.catalog import BlockId
+from tierstore.catalog import PAGE, BlockId
 from tierstore.errors import OptionError
 from tierstore.extents import Extents
 from tierstore.placement import AHEAD_BLOCKS
@@ -27,6 +27,8 @@ from tierstore.policies import lookahead as lookahead_module
 from tierstore.policies.plan import TOLERANCE, Choice, Costs, Cycle, Outcome, choose, keep, run
 from tierstore.requests import Action, Order, Record
 from tierstore.residency import State, Tier
+from tierstore.testing.contracts import FakeView
+from tierstore.trace import Link
 
 CYCLIC = list(range(32))
 FORWARD_BACKWARD = [*range(16), *reversed(range(16))]
@@ -363,6 +365,37 @@ def test_a_plan_of_a_long_period_is_made_in_small_pieces() -> None:
     for _ in keep(Cycle(blocks, [1] * period), costs, 1, above):
         most, above.looks = max(most, above.looks), 0
     assert most < 10
+
+
+class Asked(FakeView):
+    """Counts what a policy asks."""
+
+    questions = 0
+
+    def nbytes(self, block: BlockId) -> int:
+        self.questions += 1
+        return super().nbytes(block)
+
+    def seconds_on(self, link: Link, block: BlockId) -> float:
+        self.questions += 1
+        return super().seconds_on(link, block)
+
+    def computed(self, position: int) -> tuple[float, float] | None:
+        self.questions += 1
+        return 1e-6, 1e-6
+
+
+def test_what_a_plan_of_a_long_period_must_know_is_asked_in_small_pieces() -> None:
+    period, policy, most = 1000, Lookahead(), 0
+    view = Asked(period // 4 * PAGE)
+    view.sizes.update(dict.fromkeys(map(BlockId, range(period)), PAGE))
+    policy.bind(view)
+    for position in range(5 * period):
+        before = view.questions
+        policy.accessed(BlockId(position % period), write=True)
+        most = max(most, view.questions - before)
+    assert view.questions > period
+    assert most <= 8 * lookahead_module.THOUGHT
 
 
 @pytest.mark.parametrize("faster", [1, 4])

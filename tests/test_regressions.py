@@ -420,6 +420,20 @@ class Wrong(Lookahead):
         return epoch
 
 
+def test_nothing_is_measured_for_a_policy_that_has_failed() -> None:
+    """Each mark costs a lease a little, and nobody would ever say that they are not wanted any more."""
+    with TierStore(gpu="1MB", ram="4MB", device="cpu", policy=Wrong("accessed", 30, RuntimeError())) as store:
+        pace = store.engine.placement.pace
+        for number in range(8):
+            store.put(f"b{number}", torch.zeros(60_000))
+        measured = []
+        for number in range(48):
+            with store.use(f"b{number % 8}"):
+                measured.append(pace.measuring)
+    assert measured[28]
+    assert not any(measured[32:])
+
+
 class Interrupted(Lookahead):
     """Names some victims, and raises before the end of the list."""
 

@@ -6,6 +6,7 @@ import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -358,6 +359,82 @@ def test_a_prefetch_waits_for_what_a_plan_has_leave_rather_than_move_anything(po
     sim.settle()
     if not moves:
         assert sim.placement.room(Tier.GPU, 3 * PAGE, protect=records[2:3], before=6.0) is not None
+
+
+def test_what_is_written_back_for_a_prefetch_pushes_nothing_out_that_is_wanted() -> None:
+    """RAM is full of what somebody waits for, or of what is to be fetched itself."""
+    sim = Sim(gpu=10, ram=12, policy=Leaving())
+    wanted = [sim.put(f"wanted{number}", 3, tier=Tier.NVME) for number in range(4)]
+    for record in wanted:
+        assert sim.placement.fetch(record, Kind.DEMAND)
+        sim.settle()
+    changed = [sim.declare(f"b{number}", 3 - number % 2) for number in range(4)]
+    for record in changed:
+        sim.use(record, fresh=True)
+    for record in changed[1::2]:
+        sim.use(record, spent=True)
+    assert [record.gpu.state for record in changed[::2]] == [State.DIRTY] * 2
+    assert [record.ram.state for record in wanted] == [State.CLEAN] * 4
+    assert sim.placement.room(Tier.GPU, 3 * PAGE, protect=wanted, before=6.0) is None
+    assert [record.ram.state for record in wanted] == [State.CLEAN] * 4
+
+
+def test_a_prefetch_into_ram_waits_for_no_write_behind_which_nothing_leaves() -> None:
+    """What the device has too does not leave RAM for it: to write it to the drive first would be for nothing."""
+    sim = Sim(gpu=8, ram=10, policy=Leaving())
+    records = [sim.put(f"b{number}", 3 - number % 2) for number in range(4)]
+    for record in records[::2]:
+        sim.use(record)
+    for record in records[1::2]:
+        sim.scheduler.forget(record)
+    assert [(record.gpu.state, record.ram.state) for record in records[::2]] == [(State.CLEAN, State.DIRTY)] * 2
+    assert sim.placement.room(Tier.RAM, 3 * PAGE, before=6.0) is None
+    assert [record.ram.state for record in records[::2]] == [State.DIRTY] * 2
+    assert sim.placement.compactions == 1
+    sim.settle()
+    assert sim.placement.room(Tier.RAM, 3 * PAGE, before=6.0) is not None
+
+
+class Known(dict[BlockId, Record]):
+    """Counts how often all are gone through."""
+
+    passes = 0
+
+    def values(self) -> Any:
+        self.passes += 1
+        return super().values()
+
+
+def test_where_to_place_a_block_is_known_without_looking_at_all_others() -> None:
+    """Blocks come and go in each step of a training, and placing one is done under the store's lock."""
+    sim = Sim(gpu=12, ram=40)
+    sim.placement.records = records = Known()
+    large = sim.put("large", 6)
+    passes, low = records.passes, []
+    for number in range(8):
+        small = sim.put(f"small{number}", 3)
+        passes = records.passes
+        low.append(sim.placement.is_low(small, Tier.GPU))
+        if number == 2:
+            sim.scheduler.set_hold(large, Tier.RAM)
+        if number == 4:
+            sim.scheduler.set_hold(large, None)
+        if number == 6:
+            sim.scheduler.forget(large)
+        low.append(sim.placement.is_low(small, Tier.GPU))
+        assert records.passes == passes
+    assert low == [True] * 5 + [False] * 4 + [True] * 4 + [False] * 3
+
+
+def test_a_block_deleted_while_it_was_being_held_is_held_nowhere() -> None:
+    """`hold()` puts back what was before, when it fails."""
+    sim = Sim(gpu=12, ram=40)
+    record = sim.put("b", 6)
+    sim.scheduler.set_hold(record, Tier.GPU)
+    sim.scheduler.forget(record)
+    sim.scheduler.set_hold(record, Tier.RAM)
+    assert sim.placement.held_bytes(Tier.RAM) == 0
+    sim.pump()
 
 
 @dataclass(eq=False)

@@ -15,6 +15,8 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 
+from sortedcontainers import SortedList
+
 from tierstore.arena import Arena
 from tierstore.catalog import BlockId
 from tierstore.pace import Pace
@@ -47,7 +49,7 @@ class Extents:
         self.records: dict[BlockId, Record] = {}
         self.leased: dict[BlockId, Record] = {}
         self.held: dict[BlockId, Record] = {}
-        self._largest_free: int | None = None  # of what is not held; None: to be looked for
+        self._sizes: SortedList[int] = SortedList()  # of all that is not held
         self.blank_bytes = 0
         self.promised: dict[Tier, dict[BlockId, int]] = {Tier.GPU: {}, Tier.RAM: {}}  # see [Note: Room for what is yet to be written]
         self.promised_bytes = {Tier.GPU: 0, Tier.RAM: 0}
@@ -153,12 +155,19 @@ class Extents:
 
     def add(self, record: Record) -> None:
         self.records[record.id] = record
-        self._largest_free = None
+        if record.hold is None:
+            self._sizes.add(record.nbytes)
 
     def hold(self, record: Record, tier: Tier | None) -> None:
-        """Note where a block is held; None: nowhere."""
+        """Note where a block is held; None: nowhere. Of one that was deleted meanwhile, nothing is noted."""
+        if record.id not in self.records:
+            return
+        if (record.hold is None) is not (tier is None):
+            if tier is None:
+                self._sizes.add(record.nbytes)
+            else:
+                self._sizes.remove(record.nbytes)
         record.hold = tier
-        self._largest_free = None
         if tier is None:
             self.held.pop(record.id, None)
         else:
@@ -168,9 +177,7 @@ class Extents:
         """From which end of a tier to place a block. See `arena`, [Note: Two ends]."""
         if record.hold is tier:
             return True
-        if self._largest_free is None:
-            self._largest_free = max((other.nbytes for other in self.records.values() if other.hold is None), default=0)
-        return SMALL * record.nbytes <= self._largest_free
+        return bool(self._sizes) and SMALL * record.nbytes <= self._sizes[-1]
 
     def remove(self, record: Record) -> None:
         """Forget a block; its copies are discarded. Nothing may be under way for it."""
@@ -184,8 +191,9 @@ class Extents:
             self.take_back(record, tier)
         self._whole_next.pop(record.id, None)
         self.held.pop(record.id, None)
+        if record.hold is None:
+            self._sizes.remove(record.nbytes)
         del self.records[record.id]
-        self._largest_free = None
 
     def reserve(self, record: Record, tier: Tier, offset: int) -> None:
         copy = record.copy(tier)

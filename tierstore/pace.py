@@ -90,6 +90,12 @@ class Pace:
             self._settle()
         return span
 
+    def end(self) -> None:
+        """The store is closed: a policy that somebody keeps is to keep neither its marks alive nor who compares them."""
+        self.measuring = False
+        self.between = between_ns
+        self._spans.clear()
+
     def computed(self, position: int) -> tuple[float, float] | None:
         """Seconds of computing at a past access: under its lease, and from then on to the next. None: not known."""
         slot = position % REMEMBERED

@@ -199,13 +199,15 @@ class Placement(Extents):
                 continue
             if not self.policy.next_use(record.id) > seen_to or self._stays(record, tier) is not False:
                 continue
+            if tier is Tier.RAM and record.gpu.state is not State.ABSENT:
+                continue  # what the device has too is not dropped here, so nothing would come free
             copy = record.copy(tier)
-            if copy.state is State.CLEAN and copy.settled and (tier is Tier.GPU or record.gpu.state is State.ABSENT):
+            if copy.state is State.CLEAN and copy.settled:
                 self._let_go(tier, [record], (), ())
                 return State.ABSENT
             if found is None and before is not None and record.nbytes >= nbytes:
                 if copy.state is State.DIRTY and record.save_error is None:
-                    self.save(record, tier, Kind.WRITE_BACK)
+                    self.save(record, tier, Kind.WRITE_BACK, protect=protect)
                 if copy.state is State.SAVING:
                     found = State.SAVING
         return found

@@ -787,7 +787,12 @@ class Engine:
             steps.callback(self._close_directory)
             steps.callback(self._stop)
             steps.callback(self.copies.close)
+            steps.callback(self._forget_marks)
             _LIVE.discard(self)
+
+    def _forget_marks(self) -> None:
+        with self.lock:
+            self.placement.pace.end()
 
     def _close_directory(self) -> None:
         """Only where the call that should have closed it came to nothing, because the engine's thread ended."""

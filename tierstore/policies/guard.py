@@ -144,6 +144,7 @@ class Guard:
         self._policy = Lru()
         self._look_for_options()
         self._policy.bind(self._view)
+        self._view.measure(False)  # nobody else would say so
         self._epoch += 1
         for tier, blocks in self._resident.items():
             for block in blocks:

@@ -270,25 +270,34 @@ class Lookahead(PolicyBase):
         writes = turned(bytes(self.forecast.written()), phase - now)
         view = self.view
         whole, spent = bytearray(), bytearray()
+        leased_s: list[float] = []
+        after_s: list[float] = []
+        nbytes: dict[BlockId, int] = {}
+        seconds_on: dict[Link, dict[BlockId, float]] = {link: {} for link in Link}
         flags = {tier: bytearray() for tier in self._recent}
         for place, block in enumerate(accesses):
             position = phase + place - (period if phase + place >= now else 0)  # the last time that it was
             whole.append(view.wrote_whole(position))
             spent.append(view.used_up(position) or view.used_up(position - period))  # the last lease may not have ended yet
+            leased, after = self._computed(position, period)
+            leased_s.append(leased)
+            after_s.append(after)
             for tier, of_tier in flags.items():
                 of_tier.append(view.is_held(block, tier))
+            if block not in nbytes:
+                nbytes[block] = view.nbytes(block)
+                for link, of_link in seconds_on.items() if nbytes[block] else ():
+                    of_link[block] = view.seconds_on(link, block)
             yield None
         held = {tier: bytes(of_tier) for tier, of_tier in flags.items()}
         cycle = Cycle(accesses, writes, whole, spent)
-        nbytes = {block: view.nbytes(block) for block in cycle.uses}
         choices: dict[Tier, Choice] = {}
         total = sum(nbytes.values())
         room = {tier: view.capacity_bytes(tier) - self._planned_held[tier] for tier in held}
         if total > view.capacity_bytes(Tier.GPU) and all(nbytes.values()):
             spills = total - self._planned_held[Tier.GPU] > view.capacity_bytes(Tier.RAM)
-            leased_s, after_s = self._computing(phase, period)
-            costs = self._costs(room[Tier.GPU], nbytes, Link.H2D, Link.D2H, leased_s, after_s)
-            below = self._costs(room[Tier.RAM], nbytes, Link.NVME_READ, Link.NVME_WRITE, leased_s, after_s)
+            costs = Costs(room[Tier.GPU], nbytes, seconds_on[Link.H2D], seconds_on[Link.D2H], leased_s, after_s)
+            below = Costs(room[Tier.RAM], nbytes, seconds_on[Link.NVME_READ], seconds_on[Link.NVME_WRITE], leased_s, after_s)
             if spills and not self._choices:
                 yield from outline(cycle, {Tier.GPU: costs, Tier.RAM: below}, held, phase)
             spilled = max(0, total - self._planned_held[Tier.GPU] - room[Tier.GPU] - room[Tier.RAM]) if spills else 0
@@ -312,29 +321,10 @@ class Lookahead(PolicyBase):
         """As in `Choice`, of the plan gone by until now; None where that is the outline."""
         return self._choices[tier].kept if tier in self._choices and self._num_plans > 1 else None
 
-    def _computing(self, phase: int, period: int) -> tuple[list[float], list[float]]:
-        """By access of the period from `phase` on, as in `Costs`: of the last two times, the shorter.
+    def _computed(self, position: int, period: int) -> tuple[float, float]:
+        """Of an access of the last period, what `Costs` has of it: of the last two times, the shorter.
 
         See `pace`, [Note: What is remembered].
         """
-        leased_s, after_s = [], []
-        for place in range(phase, phase + period):
-            last = place - (period if place >= self.forecast.now else 0)
-            known = [each for each in (self.view.computed(last), self.view.computed(last - period)) if each is not None]
-            leased, after = min(known, key=sum, default=(self._planned_seconds, 0.0))
-            leased_s.append(leased)
-            after_s.append(after)
-        return leased_s, after_s
-
-    def _costs(
-        self,
-        capacity_bytes: int,
-        nbytes: dict[BlockId, int],
-        load: Link,
-        save: Link,
-        leased_s: list[float],
-        after_s: list[float],
-    ) -> Costs:
-        load_s = {block: self.view.seconds_on(load, block) for block in nbytes}
-        save_s = {block: self.view.seconds_on(save, block) for block in nbytes}
-        return Costs(capacity_bytes, nbytes, load_s, save_s, leased_s, after_s)
+        known = [each for each in (self.view.computed(position), self.view.computed(position - period)) if each is not None]
+        return min(known, key=sum, default=(self._planned_seconds, 0.0))

@@ -206,8 +206,9 @@ def choose(
     least = max(least_s, min(outcome.seconds for outcome in outcomes))
     quick = [outcome for outcome in outcomes if outcome.seconds <= least * (1 + TOLERANCE)]
     light: list[Outcome] = []
+    little = costs.hurried() if len(quick) > 1 else costs
     for found in quick if len(quick) > 1 else ():
-        for hurried in run(cycle, costs.hurried(), found.rule, phase, inside, found.kept):
+        for hurried in run(cycle, little, found.rule, phase, inside, found.kept):
             if hurried is None:
                 yield None
             else:

@@ -9,6 +9,10 @@ from it (`Partial`), and only the last one, or the end of the backward pass, add
 [Note: None is not zero]
 A parameter that had no part in a backward pass (an expert without tokens) has no gradient, and an optimizer passes it by, while a zero
 gradient would move it by its momentum and decay. Which parameters have one is kept beside the block, never in it.
+
+[Note: From the last part to the first]
+Updates use up the parts from the first to the last, and small extents lie in a stack (`arena`, [Note: Two ends]). Written in the opposite
+order, what is used up first lies on top, and leaves one hole that grows instead of many.
 """
 
 from __future__ import annotations
