@@ -421,6 +421,32 @@ def test_a_period_is_planned_for_once_unless_its_mean_pace_changes(monkeypatch: 
     assert plans[0] == (1 if faster == 1 else 2)
 
 
+def test_computing_is_measured_until_it_is_planned_with_and_seldom_afterwards() -> None:
+    policy, measured = Lookahead(), []
+    sim, records = open_sim(policy, 12, 6)
+    for _ in range(400):
+        for record in records:
+            sim.use(record, write=True)
+            measured.append(sim.placement.pace.measuring)
+    assert not any(measured[:12]), "nothing is known yet"
+    assert any(measured[:120])
+    assert sum(measured[-320 * 12 :]) <= 320 * 12 // 16 + 24
+
+
+def test_where_no_period_repeats_computing_is_not_measured() -> None:
+    """Each mark costs something. Experts are chosen anew in each step, and the layers around them are the same."""
+    policy, choose = Lookahead(), random.Random(0)
+    sim, records = open_sim(policy, 24, 6)
+    measured = 0
+    for _ in range(60):
+        for number in range(12):
+            sim.use(records[number])
+            sim.use(records[12 + choose.randrange(12)])
+            measured += sim.placement.pace.measuring
+    assert policy.epoch > 10, "it is known and surprised again and again"
+    assert measured < 60 * 24 // 10
+
+
 def played(cycle: Cycle, costs: Costs, choice: Choice) -> Outcome:
     *_, outcome = (found for found in run(cycle, costs, choice.rule, 0, bytes(len(cycle.accesses)), choice.kept) if found is not None)
     return outcome

@@ -225,10 +225,10 @@ class Lookahead(PolicyBase):
                 return
 
     def _measure(self) -> None:
-        """Have computing measured until it is planned with, and from time to time afterwards."""
+        """Have computing measured until it is planned with, and from time to time afterwards; where half a period repeats, not before."""
         now, period = self.forecast.now, self.forecast.period or 1
         unplanned = self._planned_epoch != self.epoch or self._thinking is not None
-        wanted = self.forecast.known and (unplanned or now // period % REVIEWED < MEASURED)
+        wanted = self.forecast.known and (self.forecast.held >= period // 2 if unplanned else now // period % REVIEWED < MEASURED)
         if wanted != self._measuring:
             self._measuring = wanted
             self.view.measure(wanted)
