@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tierstore.errors import CapacityError, OptionError, TensorError, TierFullError, TrainingError
+from tierstore.residency import Tier
 from tierstore.sync import TierStore
 from tierstore.training.activations import Activations
 from tierstore.training.gradients import Gradients, Sums
@@ -558,9 +559,22 @@ class Tiered:
                 sums.update(self.gradients.begin(block, task))
         return sums
 
-    def add_gradients(self, unit: Unit, sums: Sums) -> None:
-        """A unit's contributions are complete: add the sums to the gradients, or hand them on to who is still to come."""
+    def between(self, shares: int) -> None:
+        """A micro-batch of a backward pass has been queued: make a part of the last layer's update, one of so many of what is left."""
+        for optimizer in self.optimizers:
+            optimizer.make_share(shares)
+
+    def add_gradients(self, unit: Unit, sums: Sums, *, spread: bool = False) -> None:
+        """A unit's contributions are complete: add the sums to the gradients, or hand them on to who is still to come.
+
+        Args:
+            unit: Whose.
+            sums: On the device.
+            spread: What updates them may do so behind the micro-batches of the next unit.
+        """
         task = torch._C._current_graph_task_id()
+        for optimizer in self.optimizers:
+            optimizer.catch_up()
         for block in unit.blocks:
             if not block.trainable:
                 continue
@@ -569,30 +583,39 @@ class Tiered:
                 continue
             if len(self._awaited.get(block, ())) > 1:
                 self.gradients.keep(block, task, mine)
-                if task not in self._tasks:
-                    self._tasks.add(task)
-                    _ENGINE.queue_callback(_AtEnd(self, task, self.buffers.owner))
+                self._await_end(task)
+            elif spread and self.store.engine.scheduler.names[block.name].hold is not Tier.GPU:
+                self._await_end(task)
+                self._join(block, mine, spread=True)
             else:
                 self._join(block, mine)
 
+    def _await_end(self, task: int) -> None:
+        """Have `_end_backward` called at the end of a backward pass."""
+        if task not in self._tasks:
+            self._tasks.add(task)
+            _ENGINE.queue_callback(_AtEnd(self, task, self.buffers.owner))
+
     def _end_backward(self, task: int, owner: int) -> None:
-        """The backward pass is over: what was handed on and found no one else is added to the gradients."""
+        """The backward pass is over: what was put off is updated, what was handed on and found no one else is added to the gradients."""
         self._tasks.discard(task)
         before = self.buffers.acting_for(owner)
         try:
             with ordinary_tensors():
+                for optimizer in self.optimizers:
+                    optimizer.catch_up()
                 for block in self.gradients.kept(task):
                     self._join(block, self.gradients.begin(block, task))
         finally:
             self.buffers.back_to(before)
 
-    def _join(self, block: WeightBlock, sums: Sums) -> None:
+    def _join(self, block: WeightBlock, sums: Sums, *, spread: bool = False) -> None:
         if not self.optimizers and not self._told:
             self._told = True
             log.warning("gradients are kept, but nothing updates this model: make TieredOptimizer(tiered, torch.optim.AdamW, ...)")
         for optimizer in self.optimizers:
             if optimizer.takes(block):
-                sums = optimizer.take_gradients(block, sums)
+                sums = optimizer.take_gradients(block, sums, spread=spread)
         if sums:
             for optimizer in self.optimizers:
                 optimizer.before_adding(block)

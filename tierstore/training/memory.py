@@ -14,7 +14,8 @@ how much that is; all else follows from the shapes. With N the bytes of a layer'
     update    of one chunk: its gradients clipped or widened, and what the optimizer makes for itself (AdamW: twice as much); with
               "backward" the layer's gradients are there as well, G, and 4 N as above
 
-A pass and an update do not come together: with "deferred" the update is over before the layer runs, and with "backward" the pass is.
+With "deferred" an update is over before the layer runs. With "backward" it is made behind the layer's pass, or a part of it behind each
+micro-batch of the next one's: then the gradients of two layers are there, G more than above in `backward` and in `update`.
 """
 
 from __future__ import annotations
@@ -65,5 +66,6 @@ def bytes_outside(shapes: Shapes) -> int:
     clip = shapes.gradients + shapes.gradient + shapes.widened + 4 * shapes.inputs
     update = round((1 + shapes.temporaries) * shapes.chunk) + shapes.made
     if shapes.when == "backward":
-        update += shapes.gradients + 4 * shapes.inputs
+        update += 2 * shapes.gradients + 4 * shapes.inputs
+        backward += shapes.gradients
     return kept + max(forward, backward, clip, update)

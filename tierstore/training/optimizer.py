@@ -6,6 +6,12 @@ next use, while later layers still wait for theirs: the norm is known by then, s
 soon as its gradients are complete, so they are never stored; it cannot know a norm over all of them, nor whether another backward pass
 is to follow. All three give the same bits.
 
+[Note: Updates between micro-batches]
+With `backward`, nothing computes while the links bring a layer's state and take it away. So where layers run in micro-batches and their
+weights are not held on the device, a layer's update is put off until the next one's backward pass, and made a few chunks at a time, behind
+each of its micro-batches. The gradients wait in torch's memory until then. What is left when that layer is done, or at the end of the
+backward pass, or when somebody asks for the weights, is made at once; so is all of it where the device has no room for both layers.
+
 [Note: Hyper-parameters of a step]
 A schedule moves on, and `zero_grad()` is called, before a deferred update is carried out. So `step()` takes a snapshot of every option of
 every group, and of the clip coefficients; and `zero_grad()` takes gradients that are still to be used away from the parameters, but does
@@ -32,7 +38,7 @@ import torch
 from torch import Tensor
 
 from tierstore.catalog import PAGE, TENSOR_ALIGNMENT, round_up
-from tierstore.errors import CapacityError, OptionError, TrainingError
+from tierstore.errors import CapacityError, DeadlockError, OptionError, TrainingError
 from tierstore.training.chunks import ALIGN, MASTER, PREFIX, Chunk, Stepper, cut, even_share
 from tierstore.training.gradients import Observe, Part, Sums
 from tierstore.training.instances import Factory, Hyper, Rehearsal, in_group, may_change, own_options
@@ -65,6 +71,7 @@ class Job:
         begun: Chunks that the optimizer has begun to update: whether or not it came to an end, it is not to do so twice.
         failed: An attempt at it has failed.
         torn: An attempt at it has left the block of weights without content; all of it is in the masters.
+        given: The gradients, where they are not in the store.
     """
 
     hyper: Hyper
@@ -75,6 +82,7 @@ class Job:
     begun: set[Chunk] = field(default_factory=set)
     failed: bool = False
     torn: bool = False
+    given: Sums | None = None
 
     @contextlib.contextmanager
     def surroundings(self) -> Iterator[None]:
@@ -190,6 +198,7 @@ class TieredOptimizer(torch.optim.Optimizer):
         self._norms: dict[Weight, Tensor] = {}
         self._norm_type: float | None = None
         self._pending: dict[WeightBlock, Job] = {}
+        self._spread: set[WeightBlock] = set()  # of these, what is to be updated behind the micro-batches of another
         self._updated: set[WeightBlock] = set()
         self._taken: Hyper | None = None  # what these were updated with
         self._unerased = False  # plain torch would still have the gradients of the last step
@@ -354,8 +363,13 @@ class TieredOptimizer(torch.optim.Optimizer):
         """Whether gradients are used up as soon as they are complete."""
         return self.when == "backward" and block in self._chunks
 
-    def take_gradients(self, block: WeightBlock, sums: Sums) -> Sums:
+    def take_gradients(self, block: WeightBlock, sums: Sums, *, spread: bool = False) -> Sums:
         """Update a block with its gradients. Returns those of others.
+
+        Args:
+            block: Which.
+            sums: The gradients, complete.
+            spread: Do so behind the micro-batches of the next layer. See [Note: Updates between micro-batches].
 
         Raises:
             TrainingError: It was updated already since the last `step()`, or `zero_grad()` was not called since.
@@ -377,9 +391,52 @@ class TieredOptimizer(torch.optim.Optimizer):
         self._updated.add(block)
         self._stepped.update(self._weights[weight] for weight in mine)
         self._taken = self._snapshot()
-        job = Job(self._taken, [], {}, Autocast.off(self.tiered.device.type))
-        self._run(block, job, mine)
+        job = Job(self._taken, [], {}, Autocast.off(self.tiered.device.type), given=mine)
+        if spread:
+            self._put_off(block, job)
+            self._spread.add(block)
+        else:
+            self._run(block, job)
         return {weight: grad for weight, grad in sums.items() if weight not in mine}
+
+    def make_share(self, shares: int) -> None:
+        """Make a part of the updates that are spread: one of so many shares of what is left. On the thread of a backward pass.
+
+        Whoever else is just settling makes them, or has their room; this one holds a lease, and must not wait for him.
+        """
+        if not self._spread or not self.tiered.settling.acquire(blocking=False):
+            return
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                for block in list(self._spread):
+                    self._make_share_of(block, shares)
+        finally:
+            self.tiered.settling.release()
+
+    def catch_up(self) -> None:
+        """Make all of the updates that are spread."""
+        if self._spread:
+            self.settle(list(self._spread))
+            self._spread.clear()
+
+    def _make_share_of(self, block: WeightBlock, shares: int) -> None:
+        job = self._pending.get(block)
+        if job is None or job.given is None:
+            self._spread.discard(block)
+            return
+        left = [
+            chunk for chunk in self._chunks[block] if chunk not in job.begun and any(piece.weight in job.given for piece in chunk.pieces)
+        ]
+        count = -(-len(left) // shares)
+        try:
+            if count < len(left):
+                self._run(block, job, count)
+                needed = {piece.weight for chunk in left[count:] for piece in chunk.pieces}
+                job.given = {weight: gradient for weight, gradient in job.given.items() if weight in needed}
+            else:
+                self._settle([block])
+        except (CapacityError, DeadlockError):  # beside the layer that runs there is no room: at its end
+            self._spread.discard(block)
 
     def before_adding(self, block: WeightBlock) -> None:
         """Gradients are about to be added to those of a block: what is pending for them comes first, and so does clipping."""
@@ -562,6 +619,7 @@ class TieredOptimizer(torch.optim.Optimizer):
             if job is not None:
                 self._run(block, job)
                 self._pending.pop(block, None)
+                self._spread.discard(block)
                 if not any(block in other._pending for other in self.tiered.optimizers):
                     self.tiered.store.engine.unsettled.pop(block.name, None)
 
@@ -571,20 +629,21 @@ class TieredOptimizer(torch.optim.Optimizer):
         for chunk in self.chunks:
             self._stepper.keep(chunk)
 
-    def _run(self, block: WeightBlock, job: Job, given: Sums | None = None) -> None:
+    def _run(self, block: WeightBlock, job: Job, count: int | None = None) -> None:
         """Update one block.
 
         Args:
             block: Which.
             job: With what.
-            given: The gradients, where they are not in the store.
+            count: Of chunks that are left; None: all.
         """
         try:
             with job.surroundings():
-                self._update(block, job, given)
+                self._update(block, job, job.given, count)
         except BaseException:
             if job.torn and block not in self._pending:  # nobody may see the weights before they are whole
                 job.begun.update(self._chunks[block])
+                job.given = None
                 self._put_off(block, job)
             raise
         if job.detached and job.failed:
@@ -632,7 +691,7 @@ class TieredOptimizer(torch.optim.Optimizer):
         if self._rehearsal is not None:
             self._rehearsal.go_on()
 
-    def _update(self, block: WeightBlock, job: Job, given: Sums | None) -> None:
+    def _update(self, block: WeightBlock, job: Job, given: Sums | None, count: int | None) -> None:
         todo: list[tuple[Chunk, set[Weight]]] = []
         for chunk in self._chunks[block]:
             if given is not None:
@@ -641,6 +700,7 @@ class TieredOptimizer(torch.optim.Optimizer):
                 weights = job.gradients.get(chunk.part, set()) if chunk.part is not None else set()
             if weights and chunk not in job.begun:
                 todo.append((chunk, weights))
+        del todo[len(todo) if count is None else count :]
         if not todo and not job.torn:
             return
         chunks = self._chunks[block]
@@ -967,6 +1027,7 @@ class TieredOptimizer(torch.optim.Optimizer):
     def let_go(self) -> None:
         """The model is detached: state stays in the store, and is of no use to this object any more."""
         self._pending.clear()
+        self._spread.clear()
 
     def take_over(self, block: WeightBlock, stored: Collection[Stored], values: Mapping[Weight, dict[str, Any]]) -> None:
         """Have the state of one block that lies in the store in other pieces. See [Note: Cut anew].

@@ -333,8 +333,9 @@ class Call:
                 ]
                 chunks.append(self._follow(roots, leaves, sums, chunk, needs, found))
                 del outputs, results, roots, chunk
+                tiered.between(index + 1)
         if wanted:
-            tiered.add_gradients(self.unit, sums)
+            tiered.add_gradients(self.unit, sums, spread=arguments.count > 1)
         if arguments.sizes is not None:
             for position, split in enumerate(arguments.splits):
                 if split and needs[position]:
