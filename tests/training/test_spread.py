@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from tests.training.harness import Case, assert_same, assert_streamed, run_resident, run_streamed
 from tierstore import TierStore
 from tierstore.errors import CapacityError
+from tierstore.testing.reference import resident_reference
 from tierstore.training import TieredOptimizer, attach
-from tierstore.training.optimizer import TieredOptimizer as Optimizer
 
 WIDTH, LAYERS, ROWS = 32, 6, 6
 
@@ -33,38 +33,22 @@ class Model(nn.Module):
 
 
 @contextmanager
-def training(path: Path, *, gpu: int = 60_000, micro_batch: int = 2) -> Iterator[tuple[TierStore, Any, Model, TieredOptimizer]]:
+def training(
+    path: Path, factory: type[torch.optim.Optimizer] = torch.optim.AdamW, *, gpu: int = 60_000, micro_batch: int = 2
+) -> Iterator[tuple[TierStore, Any, Model, TieredOptimizer]]:
     torch.manual_seed(0)
     model = Model()
     with TierStore(gpu=gpu, ram=1 << 20, nvme=path, device="cpu") as store:
         tiered = attach(model, store, model.layers, micro_batch=micro_batch)
-        yield store, tiered, model, TieredOptimizer(tiered, torch.optim.AdamW, lr=1e-2, when="backward")
+        yield store, tiered, model, TieredOptimizer(tiered, factory, lr=1e-2, when="backward")
 
 
 def plain(steps: int) -> dict[str, Tensor]:
     torch.manual_seed(0)
     model = Model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = resident_reference(model, model.layers, micro_batch=2).optimizer(torch.optim.AdamW, lr=1e-2)
     for number in range(steps):
-        whole = batch(number)
-        # Micro-batches of each layer from the last to the first, as tierstore adds them.
-        inputs = [whole]
-        with torch.no_grad():
-            for layer in model.layers:
-                inputs.append(torch.cat([layer(rows) for rows in inputs[-1].split(2)]))
-        out = inputs[-1].detach().requires_grad_()
-        out.square().mean().backward()
-        gradient = out.grad
-        for layer, given in zip(reversed(model.layers), reversed(inputs[:-1]), strict=True):
-            assert gradient is not None
-            parts = []
-            for rows, of_rows in reversed(list(zip(given.split(2), gradient.split(2), strict=True))):
-                leaf = rows.detach().requires_grad_()
-                layer(leaf).backward(of_rows)
-                parts.append(leaf.grad)
-            gradient = torch.cat(parts[::-1])
-        optimizer.step()
-        optimizer.zero_grad()
+        step(model, optimizer, number)
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
@@ -72,7 +56,7 @@ def batch(number: int) -> Tensor:
     return torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(number))
 
 
-def step(model: Model, optimizer: TieredOptimizer, number: int) -> None:
+def step(model: Model, optimizer: Any, number: int) -> None:
     model(batch(number)).square().mean().backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -89,14 +73,14 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 def test_updates_are_made_behind_the_micro_batches_of_the_next_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shares: list[tuple[str, int]] = []
-    update = Optimizer._update
+    update = TieredOptimizer._update
 
-    def counted(self: Any, block: Any, job: Any, given: Any, count: int | None) -> None:
+    def counted(self: Any, block: Any, job: Any, count: int | None) -> None:
         before = len(job.begun)
-        update(self, block, job, given, count)
+        update(self, block, job, count)
         shares.append((block.name, len(job.begun) - before))
 
-    monkeypatch.setattr(Optimizer, "_update", counted)
+    monkeypatch.setattr(TieredOptimizer, "_update", counted)
     with training(tmp_path) as (store, tiered, model, optimizer):
         step(model, optimizer, 0)
         of_layer = {name: [number for each, number in shares if each == name] for name, _ in shares}
@@ -106,7 +90,6 @@ def test_updates_are_made_behind_the_micro_batches_of_the_next_layer(tmp_path: P
         assert all(sum(of_layer[name]) == chunks[name] for name in chunks)
         assert [len(of_layer[f"layers.{number}"]) for number in range(LAYERS)] == [1] + [3] * (LAYERS - 1), "as many as micro-batches"
         assert not optimizer._pending
-        assert not optimizer._spread
         assert not store.engine.unsettled
         for number in range(1, 4):
             step(model, optimizer, number)
@@ -127,7 +110,7 @@ def test_the_same_bits_as_with_everything_resident(tmp_path: Path, optimizer: st
 
 def test_held_weights_and_whole_batches_are_updated_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put_off: list[str] = []
-    monkeypatch.setattr(Optimizer, "_put_off", lambda self, block, job: put_off.append(block.name))
+    monkeypatch.setattr(TieredOptimizer, "_put_off", lambda self, block, job: put_off.append(block.name))
     with training(tmp_path / "whole", micro_batch=ROWS) as (_, _, model, optimizer):
         step(model, optimizer, 0)
     with training(tmp_path / "held", gpu=200_000) as (store, tiered, model, optimizer):
@@ -139,7 +122,7 @@ def test_held_weights_and_whole_batches_are_updated_at_once(tmp_path: Path, monk
 
 def test_where_two_layers_have_no_room_the_update_comes_when_the_first_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused = []
-    update = Optimizer._update
+    update = TieredOptimizer._update
 
     def noted(self: Any, *arguments: Any) -> None:
         try:
@@ -148,12 +131,22 @@ def test_where_two_layers_have_no_room_the_update_comes_when_the_first_is_done(t
             refused.append(error)
             raise
 
-    monkeypatch.setattr(Optimizer, "_update", noted)
+    waiting = []
+    take = TieredOptimizer.take_gradients
+
+    def counted(self: Any, *arguments: Any, **options: Any) -> Any:
+        rest = take(self, *arguments, **options)
+        waiting.append(sum(job.given is not None for job in self._pending.values()))
+        return rest
+
+    monkeypatch.setattr(TieredOptimizer, "_update", noted)
+    monkeypatch.setattr(TieredOptimizer, "take_gradients", counted)
     with training(tmp_path, gpu=24_576) as (store, tiered, model, optimizer):
         for number in range(3):
             step(model, optimizer, number)
         assert_equal(values(store, tiered), plain(3))
     assert refused, "both fitted"
+    assert max(waiting) == 1, "the gradients of more than one layer wait"
 
 
 def test_who_reads_weights_in_the_middle_of_a_backward_pass_finds_them_updated_or_not_begun(tmp_path: Path) -> None:
@@ -192,11 +185,7 @@ class Fails(torch.optim.AdamW):
 
 @pytest.mark.parametrize("number", [1, 4, 5, 8, 17])
 def test_a_step_that_fails_half_way_loses_no_update_and_makes_none_twice(tmp_path: Path, number: int) -> None:
-    torch.manual_seed(0)
-    model = Model()
-    with TierStore(gpu=60_000, ram=1 << 20, nvme=tmp_path, device="cpu") as store:
-        tiered = attach(model, store, model.layers, micro_batch=2)
-        optimizer = TieredOptimizer(tiered, Fails, lr=1e-2, when="backward")
+    with training(tmp_path, Fails) as (_, _, model, optimizer):
         step(model, optimizer, 0)
         before = {name: optimizer.state_of(name)["step"] for name, _ in model.named_parameters()}
         Fails.left = number

@@ -72,6 +72,7 @@ class Job:
         failed: An attempt at it has failed.
         torn: An attempt at it has left the block of weights without content; all of it is in the masters.
         given: The gradients, where they are not in the store.
+        spread: It is to be made behind the micro-batches of another layer; see [Note: Updates between micro-batches].
     """
 
     hyper: Hyper
@@ -83,6 +84,7 @@ class Job:
     failed: bool = False
     torn: bool = False
     given: Sums | None = None
+    spread: bool = False
 
     @contextlib.contextmanager
     def surroundings(self) -> Iterator[None]:
@@ -198,7 +200,6 @@ class TieredOptimizer(torch.optim.Optimizer):
         self._norms: dict[Weight, Tensor] = {}
         self._norm_type: float | None = None
         self._pending: dict[WeightBlock, Job] = {}
-        self._spread: set[WeightBlock] = set()  # of these, what is to be updated behind the micro-batches of another
         self._updated: set[WeightBlock] = set()
         self._taken: Hyper | None = None  # what these were updated with
         self._unerased = False  # plain torch would still have the gradients of the last step
@@ -391,10 +392,9 @@ class TieredOptimizer(torch.optim.Optimizer):
         self._updated.add(block)
         self._stepped.update(self._weights[weight] for weight in mine)
         self._taken = self._snapshot()
-        job = Job(self._taken, [], {}, Autocast.off(self.tiered.device.type), given=mine)
+        job = Job(self._taken, [], {}, Autocast.off(self.tiered.device.type), given=mine, spread=spread)
         if spread:
             self._put_off(block, job)
-            self._spread.add(block)
         else:
             self._run(block, job)
         return {weight: grad for weight, grad in sums.items() if weight not in mine}
@@ -404,39 +404,35 @@ class TieredOptimizer(torch.optim.Optimizer):
 
         Whoever else is just settling makes them, or has their room; this one holds a lease, and must not wait for him.
         """
-        if not self._spread or not self.tiered.settling.acquire(blocking=False):
+        spread = [(block, job) for block, job in list(self._pending.items()) if job.spread]
+        if not spread or not self.tiered.settling.acquire(blocking=False):
             return
         try:
             with torch.inference_mode(False), torch.no_grad():
-                for block in list(self._spread):
-                    self._make_share_of(block, shares)
+                for block, job in spread:
+                    if self._pending.get(block) is job:
+                        self._make_share_of(block, job, shares)
         finally:
             self.tiered.settling.release()
 
     def catch_up(self) -> None:
-        """Make all of the updates that are spread."""
-        if self._spread:
-            self.settle(list(self._spread))
-            self._spread.clear()
+        """Make all that is left of the updates whose gradients wait outside of the store."""
+        waiting = [block for block, job in list(self._pending.items()) if job.given is not None]
+        if waiting:
+            self.settle(waiting)
 
-    def _make_share_of(self, block: WeightBlock, shares: int) -> None:
-        job = self._pending.get(block)
-        if job is None or job.given is None:
-            self._spread.discard(block)
-            return
-        left = [
-            chunk for chunk in self._chunks[block] if chunk not in job.begun and any(piece.weight in job.given for piece in chunk.pieces)
-        ]
+    def _make_share_of(self, block: WeightBlock, job: Job, shares: int) -> None:
+        left = self._left(block, job)
         count = -(-len(left) // shares)
         try:
             if count < len(left):
                 self._run(block, job, count)
-                needed = {piece.weight for chunk in left[count:] for piece in chunk.pieces}
-                job.given = {weight: gradient for weight, gradient in job.given.items() if weight in needed}
+                needed = set().union(*(weights for _, weights in left[count:]))
+                job.given = {weight: gradient for weight, gradient in (job.given or {}).items() if weight in needed}
             else:
                 self._settle([block])
         except (CapacityError, DeadlockError):  # beside the layer that runs there is no room: at its end
-            self._spread.discard(block)
+            job.spread = False
 
     def before_adding(self, block: WeightBlock) -> None:
         """Gradients are about to be added to those of a block: what is pending for them comes first, and so does clipping."""
@@ -619,7 +615,6 @@ class TieredOptimizer(torch.optim.Optimizer):
             if job is not None:
                 self._run(block, job)
                 self._pending.pop(block, None)
-                self._spread.discard(block)
                 if not any(block in other._pending for other in self.tiered.optimizers):
                     self.tiered.store.engine.unsettled.pop(block.name, None)
 
@@ -639,7 +634,7 @@ class TieredOptimizer(torch.optim.Optimizer):
         """
         try:
             with job.surroundings():
-                self._update(block, job, job.given, count)
+                self._update(block, job, count)
         except BaseException:
             if job.torn and block not in self._pending:  # nobody may see the weights before they are whole
                 job.begun.update(self._chunks[block])
@@ -691,16 +686,20 @@ class TieredOptimizer(torch.optim.Optimizer):
         if self._rehearsal is not None:
             self._rehearsal.go_on()
 
-    def _update(self, block: WeightBlock, job: Job, given: Sums | None, count: int | None) -> None:
-        todo: list[tuple[Chunk, set[Weight]]] = []
+    def _left(self, block: WeightBlock, job: Job) -> list[tuple[Chunk, set[Weight]]]:
+        """Chunks that are still to be updated, each with those of its weights that have a gradient."""
+        left: list[tuple[Chunk, set[Weight]]] = []
         for chunk in self._chunks[block]:
-            if given is not None:
-                weights = {piece.weight for piece in chunk.pieces} & given.keys()
+            if job.given is not None:
+                weights = {piece.weight for piece in chunk.pieces} & job.given.keys()
             else:
                 weights = job.gradients.get(chunk.part, set()) if chunk.part is not None else set()
             if weights and chunk not in job.begun:
-                todo.append((chunk, weights))
-        del todo[len(todo) if count is None else count :]
+                left.append((chunk, weights))
+        return left
+
+    def _update(self, block: WeightBlock, job: Job, count: int | None) -> None:
+        todo = self._left(block, job)[:count]
         if not todo and not job.torn:
             return
         chunks = self._chunks[block]
@@ -719,7 +718,7 @@ class TieredOptimizer(torch.optim.Optimizer):
         # One lease of a block and of all there is to its only chunk costs half as much as two. But a fresh lease must not be left by an
         # exception, by which alone what is spent keeps its content.
         single = len(todo) == 1 and not (overwritten and job.detached)
-        together = self._needs(todo[0][0], job, given) if single else _Needs([], [], [])
+        together = self._needs(todo[0][0], job) if single else _Needs([], [], [])
         names, write = [block.name, *together.names], [block.name, *together.write]
         fresh = [block.name] if overwritten else []
         try:
@@ -728,11 +727,11 @@ class TieredOptimizer(torch.optim.Optimizer):
                 try:
                     for chunk, weights in todo:
                         if single:
-                            self._update_chunk(chunk, weights, values, leased, job, given, written=chunk in written)
+                            self._update_chunk(chunk, weights, values, leased, job, written=chunk in written)
                         else:
-                            needs = self._needs(chunk, job, given)
+                            needs = self._needs(chunk, job)
                             with self.tiered.buffers.lease_all(needs.names, write=needs.write, spent=needs.spent) as of_chunk:
-                                self._update_chunk(chunk, weights, values, of_chunk, job, given, written=chunk in written)
+                                self._update_chunk(chunk, weights, values, of_chunk, job, written=chunk in written)
                             self._stepper.keep(chunk)
                         if overwritten and len(weights) < len({piece.weight for piece in chunk.pieces}):
                             self._rewrite([chunk], values)
@@ -761,10 +760,10 @@ class TieredOptimizer(torch.optim.Optimizer):
                 raise
 
     @staticmethod
-    def _needs(chunk: Chunk, job: Job, given: Sums | None) -> _Needs:
+    def _needs(chunk: Chunk, job: Job) -> _Needs:
         """What to lease for a chunk, beside its weights."""
         names, write, spent = list(chunk.blocks), list(chunk.blocks), []
-        if given is None:
+        if job.given is None:
             assert chunk.part is not None
             names.append(chunk.part.name)
             if job.detached:
@@ -779,15 +778,14 @@ class TieredOptimizer(torch.optim.Optimizer):
         values: Mapping[str, Tensor],
         leased: Mapping[str, Mapping[str, Tensor]],
         job: Job,
-        given: Sums | None,
         *,
         written: bool,
     ) -> None:
         """Step on what is leased."""
 
         def gradients(pieces: list[Piece]) -> list[Tensor]:
-            if given is not None:
-                raw = [piece.of(given[piece.weight]) for piece in pieces]
+            if job.given is not None:
+                raw = [piece.of(job.given[piece.weight]) for piece in pieces]
             else:
                 assert chunk.part is not None
                 raw = [leased[chunk.part.name][piece.key] for piece in pieces]
@@ -1027,7 +1025,6 @@ class TieredOptimizer(torch.optim.Optimizer):
     def let_go(self) -> None:
         """The model is detached: state stays in the store, and is of no use to this object any more."""
         self._pending.clear()
-        self._spread.clear()
 
     def take_over(self, block: WeightBlock, stored: Collection[Stored], values: Mapping[Weight, dict[str, Any]]) -> None:
         """Have the state of one block that lies in the store in other pieces. See [Note: Cut anew].
