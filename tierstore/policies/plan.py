@@ -205,15 +205,15 @@ def choose(
                 outcomes.append(better)
     least = max(least_s, min(outcome.seconds for outcome in outcomes))
     quick = [outcome for outcome in outcomes if outcome.seconds <= least * (1 + TOLERANCE)]
-    light: list[Outcome] = []
-    little = costs.hurried() if len(quick) > 1 else costs
-    for found in quick if len(quick) > 1 else ():
-        for hurried in run(cycle, little, found.rule, phase, inside, found.kept):
-            if hurried is None:
-                yield None
-            else:
-                light.append(hurried)
-    if light:
+    if len(quick) > 1:
+        light: list[Outcome] = []
+        little = costs.hurried()
+        for found in quick:
+            for hurried in run(cycle, little, found.rule, phase, inside, found.kept):
+                if hurried is None:
+                    yield None
+                else:
+                    light.append(hurried)
         soon = max(least_s, min(hurried.seconds for hurried in light)) * (1 + LIGHT_TOLERANCE)
         quick = [found for found, hurried in zip(quick, light, strict=True) if hurried.seconds <= soon]
     best = min(quick, key=lambda found: found.moved)
