@@ -376,9 +376,9 @@ class Asked(FakeView):
         self.questions += 1
         return super().nbytes(block)
 
-    def seconds_on(self, link: Link, block: BlockId) -> float:
+    def seconds_per_byte(self, link: Link) -> float:
         self.questions += 1
-        return super().seconds_on(link, block)
+        return super().seconds_per_byte(link)
 
     def computed(self, position: int) -> tuple[float, float] | None:
         self.questions += 1

@@ -19,7 +19,7 @@ from sortedcontainers import SortedList
 
 from tierstore.arena import Arena
 from tierstore.catalog import BlockId
-from tierstore.pace import Pace
+from tierstore.pace import Pace, Rates
 from tierstore.policies.base import Policy
 from tierstore.policies.guard import Guard
 from tierstore.requests import Record
@@ -42,7 +42,7 @@ class Extents:
         gpu_bytes, ram_bytes: Capacities of the arenas.
         has_nvme: Whether there is a tier below RAM.
         policy: Ranks victims; not yet bound.
-        seconds_per_byte: Planning rates, per link.
+        seconds_per_byte: Planning rates, per link, until they were measured.
     """
 
     def __init__(self, *, gpu_bytes: int, ram_bytes: int, has_nvme: bool, policy: Policy, seconds_per_byte: Mapping[Link, float]) -> None:
@@ -61,7 +61,6 @@ class Extents:
         self.has_nvme = has_nvme
         self.has_models = False  # some blocks were adopted
         self.policy = Guard(policy)
-        self._seconds_per_byte = seconds_per_byte
         self._at: dict[Tier, dict[int, Record]] = {Tier.GPU: {}, Tier.RAM: {}}
         self._stale: dict[BlockId, Record] = {}
         self.quarantined: dict[int, int] = {}  # extents in RAM, offset to bytes; see `quarantine`
@@ -70,6 +69,7 @@ class Extents:
         self._ahead_bytes = {Tier.GPU: 0, Tier.RAM: 0}
         self.left_device: list[BlockId] = []  # whose bytes on the device are not where they were, until the engine has seen it
         self.pace = Pace()
+        self.rates = Rates(seconds_per_byte)
         self.policy.bind(self)
 
     # -- what a policy may ask (policies.base.View) ----------------------------------------------------------------------
@@ -101,14 +101,14 @@ class Extents:
         if record.blank or (tier is Tier.GPU and self.written_whole_next(record)):
             return 0.0
         if tier is Tier.RAM:
-            return record.nbytes * self._seconds_per_byte[Link.NVME_READ]
-        cost = record.nbytes * self._seconds_per_byte[Link.H2D]
+            return record.nbytes * self.seconds_per_byte(Link.NVME_READ)
+        cost = record.nbytes * self.seconds_per_byte(Link.H2D)
         if self.backed(record) and record.ram.state in (State.ABSENT, State.RESERVED):
-            cost += record.nbytes * self._seconds_per_byte[Link.NVME_READ]
+            cost += record.nbytes * self.seconds_per_byte(Link.NVME_READ)
         return cost
 
     def save_cost(self, block: BlockId, tier: Tier) -> float:
-        return self.records[block].nbytes * self._seconds_per_byte[Link.D2H if tier is Tier.GPU else Link.NVME_WRITE]
+        return self.records[block].nbytes * self.seconds_per_byte(Link.D2H if tier is Tier.GPU else Link.NVME_WRITE)
 
     def wrote_whole(self, position: int) -> bool:
         return position in self._fresh_at
@@ -122,12 +122,13 @@ class Extents:
 
     def measure(self, wanted: bool) -> None:
         self.pace.measuring = wanted
+        self.rates.measure(wanted)
 
     def computed(self, position: int) -> tuple[float, float] | None:
         return self.pace.computed(position)
 
-    def seconds_on(self, link: Link, block: BlockId) -> float:
-        return self.nbytes(block) * self._seconds_per_byte[link]
+    def seconds_per_byte(self, link: Link) -> float:
+        return self.rates.seconds_per_byte(link)
 
     def backed(self, record: Record) -> bool:
         """Whether the block may be without an extent in RAM: there is a tier below, or it lies in a model file. See [Note: Homes]."""

@@ -1,4 +1,4 @@
-"""How long callers compute, access by access, told from marks on the time line of the device. Pure.
+"""How long callers compute, access by access, told from marks on the time line of the device; and how fast links are. Pure.
 
 [Note: Marks]
 A lease makes three marks: when it is asked for, when its blocks are there, and when it ends. On a device that orders work by itself they
@@ -14,15 +14,23 @@ takes the shorter of two.
 [Note: Only when it is wanted]
 A mark on a stream gives up the interpreter's lock, which a busy host gets back late: with marks on every lease, a step of 250 leases was
 found to take 50 ms more. So a policy says when it wants to know.
+
+[Note: Rates]
+What a plan is worth depends on how fast links are: at 13 GB/s, a step is best that moves few bytes, though nothing can be under way
+beside what is kept; at 50 GB/s the same step had its links at rest for a third of the time. Links differ by as much from one computer to
+the next. So they are measured together with computing: what copies take on the device's own clock, between two events, or the time in which
+anything was under way on a link. How much is under way at once belongs to it, and so does what crosses the other direction meanwhile.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from tierstore.trace import Link
 
 REMEMBERED = 1 << 16
 """Positions of the trace of which computing is remembered: as many as a forecast remembers accesses."""
@@ -38,6 +46,10 @@ UNSETTLED = 4096
 
 SETTLED_AT_ONCE = 32
 """Leases asked for from one look at those marks to the next."""
+
+
+ENOUGH = 8
+"""Copies from which on a rate counts as measured."""
 
 
 @dataclass(slots=True)
@@ -127,3 +139,72 @@ class Pace:
         if self._num_accesses > AVERAGED // 8:
             each_s = min(each_s, max(PAUSE * self.seconds, 1e-6))
         self.seconds += (each_s - self.seconds) * min(1.0, span.count / min(self._num_accesses, AVERAGED))
+
+
+@dataclass(slots=True)
+class _Busy:
+    """A link's work since it began to be measured.
+
+    Attributes:
+        under_way: Transfers that are timed by the clock, and have not ended.
+        since_ns: Up to when the time of those has been counted.
+    """
+
+    transfers: int = 0
+    nbytes: int = 0
+    seconds: float = 0.0
+    under_way: int = 0
+    since_ns: int = 0
+
+    def add(self, nbytes: int, seconds: float) -> None:
+        self.transfers += 1
+        self.nbytes += nbytes
+        self.seconds += seconds
+
+
+class Rates:
+    """Learns how long a byte takes on each link. See [Note: Rates]. What concerns one link comes from one thread at a time.
+
+    Args:
+        assumed: Seconds per byte, for as long as nothing was measured.
+    """
+
+    def __init__(self, assumed: Mapping[Link, float]) -> None:
+        self._seconds_per_byte = dict(assumed)
+        self._busy = {link: _Busy() for link in Link}
+        self._measuring = False
+
+    def seconds_per_byte(self, link: Link) -> float:
+        return self._seconds_per_byte[link]
+
+    def measure(self, wanted: bool) -> None:
+        """Measure anew from now on, or leave it at what was found."""
+        if wanted:
+            for link, busy in self._busy.items():
+                self._busy[link] = _Busy(under_way=busy.under_way, since_ns=busy.since_ns)
+        self._measuring = wanted
+
+    def took(self, link: Link, nbytes: int, seconds: float) -> None:
+        """One copy, timed by itself."""
+        self._busy[link].add(nbytes, seconds)
+        self._learn(link)
+
+    def started(self, link: Link, now_ns: int) -> None:
+        busy = self._busy[link]
+        if not busy.under_way:
+            busy.since_ns = now_ns
+        busy.under_way += 1
+
+    def ended(self, link: Link, nbytes: int, now_ns: int) -> None:
+        """Of a transfer that has `started`; 0 bytes: it has failed."""
+        busy = self._busy[link]
+        busy.under_way -= 1
+        if nbytes:
+            busy.add(nbytes, max(0, now_ns - busy.since_ns) / 1e9)
+        busy.since_ns = max(busy.since_ns, now_ns)
+        self._learn(link)
+
+    def _learn(self, link: Link) -> None:
+        busy = self._busy[link]
+        if self._measuring and busy.transfers >= ENOUGH and busy.seconds > 0:
+            self._seconds_per_byte[link] = busy.seconds / busy.nbytes

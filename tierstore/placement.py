@@ -94,7 +94,7 @@ class Placement(Extents):
         gpu_bytes, ram_bytes: Capacities of the arenas.
         has_nvme: Whether there is a tier below RAM.
         policy: Ranks victims; not yet bound.
-        seconds_per_byte: Planning rates, per link.
+        seconds_per_byte: Planning rates, per link, until they were measured.
         limits: What may be in flight, per link.
         clock: Stamps orders.
     """

@@ -117,6 +117,7 @@ class Engine:
         self._asked = False
         self.placement.pace.between = copies.between
         copies.hurried = partial(bool, self._futures)  # not a method: the copies would keep the engine alive
+        copies.timing = partial(getattr, self.placement.pace, "measuring")
         self._reports: deque[tuple[Order, BaseException | None, int]] = deque()  # copies that have ended, and when; not booked yet
         self.tasks: set[asyncio.Task[Any]] = set()
         self.calls: set[Call[Any]] = set()
@@ -538,13 +539,15 @@ class Engine:
             self._fail(context["exception"])
 
     def _start(self, order: Order) -> None:
-        self._started_ns[order.number] = self.clock.now_ns()
+        self._started_ns[order.number] = now_ns = self.clock.now_ns()
         if order.action in (Action.READ, Action.WRITE):
             if threading.current_thread() is self._thread:
                 self._transfer(order)
             else:
                 self._soon(self._transfer, order)
             return
+        if order.action in LINK_OF and not self.copies.asynchronous:
+            self.placement.rates.started(LINK_OF[order.action], now_ns)
         try:
             self.copies.start(order, self._ordered, self._done)
         except Exception as error:  # of the driver, or of a thread pool that is shutting down
@@ -552,6 +555,7 @@ class Engine:
 
     def _transfer(self, order: Order) -> None:
         """Start what the drive has to do. On the loop."""
+        self.placement.rates.started(LINK_OF[order.action], self.clock.now_ns())
         self._spawn(self._read(order) if order.action is Action.READ else self._write(order))
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
@@ -723,6 +727,11 @@ class Engine:
         link = LINK_OF.get(order.action)
         if link is None or order.record is None:
             return
+        took_s = self.copies.took(order)
+        if not self.copies.asynchronous or order.action in (Action.READ, Action.WRITE):
+            self.placement.rates.ended(link, 0 if error is not None else order.nbytes, end_ns)
+        elif took_s is not None and error is None:
+            self.placement.rates.took(link, order.nbytes, took_s)
         if error is not None:
             self.links[link].failures += 1
         else:

@@ -72,12 +72,19 @@ class Copies(Protocol):
     hurried: Callable[[], bool]
     """Whether somebody waits; set by the engine."""
 
+    timing: Callable[[], bool]
+    """Whether copies are to be timed; set by the engine."""
+
     def start(self, order: Order, ordered: Report, done: Report) -> None:
         """Carry the order out. Called by one thread at a time; `done` may come from any thread, `ordered` before it.
 
         H2D orders, and those that move blocks together on the device, take effect in the order in which they are started: an extent
         may be filled right behind the move that brings it to its place.
         """
+        ...
+
+    def took(self, order: Order) -> float | None:
+        """Seconds for which a copy that has ended was at work on its link; None: not timed, or by the clock as well. Asked once."""
         ...
 
     def poll(self) -> None:
@@ -127,6 +134,10 @@ class OnCpu:
     def __init__(self, device: DeviceArena) -> None:
         self._device = device
         self.hurried: Callable[[], bool] = lambda: True
+        self.timing: Callable[[], bool] = lambda: False
+
+    def took(self, order: Order) -> float | None:
+        return None
 
     def poll(self) -> None:
         pass
@@ -266,6 +277,8 @@ class CudaCopies:
             lane: Bytes at the end of the device arena, in which no extents lie, through which blocks are moved by less than their length.
         """
         self.hurried: Callable[[], bool] = lambda: True
+        self.timing: Callable[[], bool] = lambda: False
+        self._timed: dict[int, tuple[torch.cuda.Event, torch.cuda.Event]] = {}  # order -> before and behind the copy
         self._device = device
         self._host = host
         self._at = device.device
@@ -303,9 +316,10 @@ class CudaCopies:
             return
         with torch.cuda.stream(stream):
             self._order_before(order, stream)
+            begin = self._begin(stream)
             for offset, nbytes, _ in pieces:
                 self._copy(order, self._host.tensor[offset : offset + nbytes], offset - order.offset_ram)
-            event = self._record_behind(order, stream)
+            event = self._record_behind(order, stream, begin)
         ordered(order, None)
         flight = _Flight(event, partial(done, order))
         self._flights[order.action].append(flight)
@@ -313,6 +327,10 @@ class CudaCopies:
 
     def _is_hurried(self) -> bool:
         return self.hurried()
+
+    def took(self, order: Order) -> float | None:
+        timed = self._timed.pop(order.number, None)
+        return None if timed is None else self.between(*timed)
 
     def poll(self) -> None:
         for flights in self._flights.values():
@@ -334,9 +352,18 @@ class CudaCopies:
         if order.action is Action.D2H and ready is not None:
             stream.wait_event(ready[1])
 
-    def _record_behind(self, order: Order, stream: torch.cuda.Stream) -> torch.cuda.Event:
-        event = torch.cuda.Event(blocking=True)
+    def _begin(self, stream: torch.cuda.Stream) -> torch.cuda.Event | None:
+        if not self.timing():
+            return None
+        event = torch.cuda.Event(enable_timing=True)
         event.record(stream)
+        return event
+
+    def _record_behind(self, order: Order, stream: torch.cuda.Stream, begin: torch.cuda.Event | None) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=begin is not None, blocking=True)
+        event.record(stream)
+        if begin is not None:
+            self._timed[order.number] = begin, event
         if order.action is Action.H2D:
             if len(self._ready) > PRUNE_AT:
                 for offset in [offset for offset, (_, ready) in list(self._ready.items()) if ready.query()]:
@@ -420,6 +447,7 @@ class CudaCopies:
             under_way: deque[tuple[torch.cuda.Event, torch.Tensor, torch.Tensor]] = deque()
             with torch.cuda.stream(stream):
                 self._order_before(order, stream)
+                begin = self._begin(stream)
                 for number, skip in enumerate(range(0, order.nbytes, size)):
                     if len(under_way) == len(slots):
                         self._finish_hop(order, *under_way.popleft())
@@ -434,7 +462,7 @@ class CudaCopies:
                     under_way.append((event, slot, extent))
                 while under_way:
                     self._finish_hop(order, *under_way.popleft())
-                self._record_behind(order, stream)
+                self._record_behind(order, stream, begin)
 
         def report(future: Future[None]) -> None:
             error = future.exception()

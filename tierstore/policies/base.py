@@ -55,8 +55,8 @@ class View(Protocol):
         """Seconds of link time to write the block back from `tier` to the tier below."""
         ...
 
-    def seconds_on(self, link: Link, block: BlockId) -> float:
-        """Seconds the block takes to cross a link."""
+    def seconds_per_byte(self, link: Link) -> float:
+        """Seconds a byte takes to cross a link: as assumed, or as last measured."""
         ...
 
     def wrote_whole(self, position: int) -> bool:
@@ -73,7 +73,7 @@ class View(Protocol):
         ...
 
     def measure(self, wanted: bool) -> None:
-        """Have computing measured from the next access on, or not any more. It costs each lease a little."""
+        """Have computing and links measured from now on, or not any more. It costs each lease and each copy a little."""
         ...
 
     def computed(self, position: int) -> tuple[float, float] | None:

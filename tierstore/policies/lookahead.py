@@ -41,7 +41,7 @@ WRITTEN = 0.5
 nobody can say what will come down changed, and keep room for it: Belady's rule moved a quarter more than on the model."""
 
 CHANGE = 1.5
-"""The time between accesses must change by this factor to be planned for anew."""
+"""The time between accesses, or that of a byte on a link, must change by this factor to be planned for anew."""
 
 
 class Mean:
@@ -81,6 +81,7 @@ class Lookahead(PolicyBase):
         self._planned_seconds = 0.0
         self._planned_at = 0
         self._planned_held: dict[Tier, int] = {}
+        self._planned_rates: dict[Link, float] = {}
         self._pace = Mean()
         self._measuring = False
         self._thought = 0  # steps that the last plan took
@@ -210,6 +211,7 @@ class Lookahead(PolicyBase):
             self._planned_epoch = self.epoch
             self._planned_seconds = self._seconds_between
             self._planned_held = self._held_bytes()
+            self._planned_rates = self._rates()
             self._thought = 0
             self._num_plans += 1
             self._thinking = self._plan()
@@ -241,16 +243,24 @@ class Lookahead(PolicyBase):
     def _held_bytes(self) -> dict[Tier, int]:
         return {tier: self.view.held_bytes(tier) for tier in self._recent}
 
-    def _outdated(self) -> bool:
-        """Whether other blocks are held, or computing takes another time than was planned with.
+    def _rates(self) -> dict[Link, float]:
+        """Seconds per byte."""
+        return {link: self.view.seconds_per_byte(link) for link in Link}
 
-        Of the latter each plan is to last longer, until one costs a step per access.
+    def _outdated(self) -> bool:
+        """Whether other blocks are held, or computing takes another time than was planned with, or copies do.
+
+        Of the latter two each plan is to last longer, until one costs a step per access.
         """
-        if self.forecast.now % (self.forecast.period or 1) == 0 and self._planned_held != self._held_bytes():
+        turn = self.forecast.now % (self.forecast.period or 1) == 0
+        if turn and self._planned_held != self._held_bytes():
             return True
-        seconds, planned = max(self._seconds_between, 1e-9), max(self._planned_seconds, 1e-9)
         rest = self._thought if self._num_plans >= RESTLESS else self._thought >> (RESTLESS - self._num_plans)
-        return not planned / CHANGE <= seconds <= CHANGE * planned and self.forecast.now - self._planned_at >= rest
+        if self.forecast.now - self._planned_at < rest:
+            return False
+        if turn and any(_differ(rate, self._planned_rates[link]) for link, rate in self._rates().items()):
+            return True
+        return _differ(max(self._seconds_between, 1e-9), max(self._planned_seconds, 1e-9))
 
     def _adopt(self, choices: dict[Tier, Choice]) -> None:
         self._choices = choices
@@ -286,8 +296,8 @@ class Lookahead(PolicyBase):
                 of_tier.append(view.is_held(block, tier))
             if block not in nbytes:
                 nbytes[block] = view.nbytes(block)
-                for link, of_link in seconds_on.items() if nbytes[block] else ():
-                    of_link[block] = view.seconds_on(link, block)
+                for link, of_link in seconds_on.items():
+                    of_link[block] = nbytes[block] * self._planned_rates[link]
             yield None
         held = {tier: bytes(of_tier) for tier, of_tier in flags.items()}
         cycle = Cycle(accesses, writes, whole, spent)
@@ -328,3 +338,7 @@ class Lookahead(PolicyBase):
         """
         known = [each for each in (self.view.computed(position), self.view.computed(position - period)) if each is not None]
         return min(known, key=sum, default=(self._planned_seconds, 0.0))
+
+
+def _differ(one: float, other: float) -> bool:
+    return not other / CHANGE <= one <= other * CHANGE

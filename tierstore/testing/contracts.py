@@ -70,8 +70,8 @@ class FakeView:
     def save_cost(self, block: BlockId, tier: Tier) -> float:
         return self.sizes[block] * (1e-10 if tier is Tier.GPU else 5e-10)
 
-    def seconds_on(self, link: Link, block: BlockId) -> float:
-        return self.sizes[self._known(block)] * 1e-10
+    def seconds_per_byte(self, link: Link) -> float:
+        return 1e-10
 
     def used_up(self, position: int) -> bool:
         return False
