@@ -42,6 +42,7 @@ class Step:
     Attributes:
         blocks: Leased together.
         writes: Those of them that are written.
+        fresh, spent: Those of `writes` of which nobody wants what they held before, or what they hold afterwards.
         compute_ns: Time of the device (or of the thread, where the device is the CPU).
         thread: Steps of one thread follow one another; threads go side by side, and share the device.
     """
@@ -50,6 +51,8 @@ class Step:
     writes: frozenset[str] = frozenset()
     compute_ns: int = 0
     thread: int = 0
+    fresh: frozenset[str] = frozenset()
+    spent: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,20 +350,21 @@ class _World:
             self.close_period()
         scheduler = self.scheduler
         records = tuple(dict.fromkeys(scheduler.find(name) for name in step.blocks))
-        writes = frozenset(scheduler.find(name).id for name in step.writes)
+        writes, fresh, spent = (frozenset(scheduler.find(name).id for name in names) for names in (step.writes, step.fresh, step.spent))
         self.count.steps += 1
         self.count.accesses += len(records)
         for record in records:
-            if not (record.gpu.valid or record.gpu.loading):
+            if not (record.gpu.valid or record.gpu.loading or record.id in fresh):
                 self.count.misses[Tier.GPU] += 1
                 if not (record.ram.valid or record.ram.loading):
                     self.count.misses[Tier.RAM] += 1
-        thread.lease = scheduler.try_use(thread.number, records, writes)
+        thread.lease = scheduler.try_use(thread.number, records, writes, fresh, spent)
         if thread.lease is None:
-            request = Use(thread.number, records, writes=writes)
+            request = Use(thread.number, records, writes=writes, fresh=fresh, spent=spent)
             scheduler.submit(request)
             self.asked[request] = thread
-        thread.span = scheduler.note_use(records, writes, mark=self.device_now_ns() if self.placement.pace.measuring else None)
+        mark = self.device_now_ns() if self.placement.pace.measuring else None
+        thread.span = scheduler.note_use(records, writes, fresh, mark)
         if thread.lease is None or self.has_work():
             self.pump()
         if thread.lease is not None and (thread.steps and thread.steps[0][0] == number):
@@ -418,7 +422,8 @@ class _World:
     def has_work(self) -> bool:
         """As `Engine._has_work`."""
         scheduler = self.scheduler
-        return scheduler.busy or self.placement.arenas[Tier.GPU].used_bytes != self.total_bytes or scheduler.num_unlearned >= ACCESS_BATCH
+        missing = self.placement.arenas[Tier.GPU].used_bytes != self.total_bytes - self.placement.blank_bytes
+        return scheduler.busy or missing or scheduler.num_unlearned >= ACCESS_BATCH
 
     def pump(self) -> None:
         """As `Engine._look`, until it would go to sleep."""

@@ -32,7 +32,7 @@ from tierstore.catalog import BlockId
 from tierstore.policies.ranking import Belady, Fixed, Future, Ranking
 from tierstore.residency import Tier
 
-TOLERANCE = 0.01
+TOLERANCE = 0.02
 LAGS = (0, 1, 2, 4)
 SLOTS = (2, 3, 4, 6, 8, 12)
 OUTLINED = 3

@@ -345,7 +345,8 @@ class Stepper:
         name = chunk.name
         while name in chunk.blocks or name in self._buffers.store:  # also of chunks that were cut in another way
             name += "+"
-        self._buffers.declare(name, [(f"{key}.{piece.key}", value.dtype, tuple(value.shape)) for (piece, key), value in tensors.items()])
+        layout = [(f"{key}.{piece.key}", value.dtype, tuple(value.shape)) for (piece, key), value in tensors.items()]
+        self._buffers.declare(name, layout, part=chunk.part.block_bytes if chunk.part is not None else 0)
         try:
             with self._buffers.lease(name, write=[name], fresh=[name]) as block:
                 for (piece, key), value in tensors.items():

@@ -25,8 +25,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from tierstore.catalog import extent_bytes
 from tierstore.errors import CapacityError, DeadlockError
-from tierstore.training.leasing import Buffers, Tensors
+from tierstore.training.leasing import Buffers, Tensors, rounded
 from tierstore.training.pieces import Piece, Stored, gather, parse_piece
 from tierstore.training.structure import Weight, WeightBlock
 
@@ -56,6 +57,11 @@ class Part:
 
     def __post_init__(self) -> None:
         self.nbytes = sum(piece.numel * piece.weight.dtype.itemsize for piece in self.pieces)
+
+    @property
+    def block_bytes(self) -> int:
+        """What the block takes."""
+        return rounded(extent_bytes(piece.numel * piece.weight.dtype.itemsize for piece in self.pieces))
 
 
 class Sum:

@@ -1,4 +1,11 @@
-"""Leases of training: on behalf of one owner, whichever thread acts for it, and with blocks that need no loading or no saving."""
+"""Leases of training: on behalf of one owner, whichever thread acts for it, and with blocks that need no loading or no saving.
+
+[Note: Lengths]
+Gradients and state take turns in the same room. Where the state of a chunk is one page shorter than that of the next, or six gradients are
+four pages longer than the state of as many parameters, an extent that has come free does not take what comes next, and blocks are moved
+together: 20 times a step were seen, and twice with the same blocks of fitting lengths. So blocks of about one length get one length, and
+state takes as much as a whole number of gradients.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +15,7 @@ from collections.abc import Collection, Iterator, Mapping
 
 import torch
 
-from tierstore.catalog import Block, lay_out
+from tierstore.catalog import PAGE, Block, lay_out, round_up
 from tierstore.mover import operations
 from tierstore.residency import Tier
 from tierstore.store import Leased
@@ -31,6 +38,24 @@ RAM_SHARE = 32
 def chunk_bytes(device_bytes: int, ram_bytes: int) -> int:
     """The most that a chunk takes, with so much room on the device and in RAM."""
     return min(device_bytes // SHARE, max(CHUNK_BYTES, min(LARGE_CHUNK_BYTES, ram_bytes // RAM_SHARE)))
+
+
+SAME = 9
+WHOLE = 8
+"""See [Note: Lengths]: blocks are made longer by at most one part in 2**SAME, or in 2**WHOLE."""
+
+
+def rounded(nbytes: int, part: int = 0) -> int:
+    """How long a block is made that has to take so many bytes. See [Note: Lengths].
+
+    Args:
+        nbytes: At least so many, whole pages.
+        part: The length of blocks of which a whole number is to lie in the extent of this one, where that takes little. 0: of none.
+    """
+    whole = round_up(nbytes, part) if part else 0
+    if 0 < whole <= nbytes + (nbytes >> WHOLE):
+        return whole
+    return round_up(nbytes, max(PAGE, 1 << max(0, nbytes.bit_length() - 1 - SAME)))
 
 
 class _Lease(Use):
@@ -116,10 +141,20 @@ class Buffers:
         with self.lease(*names, write=write, fresh=fresh, spent=spent) as leased:
             yield dict(zip(names, (leased,) if len(names) == 1 else leased, strict=True))
 
-    def declare(self, name: str, tensors: Collection[tuple[str, torch.dtype, tuple[int, ...]]], hold: str | None = None) -> None:
-        """Add a block without content, of (name, dtype, shape)s; one of that name and layout that is there already is taken over."""
+    def declare(
+        self, name: str, tensors: Collection[tuple[str, torch.dtype, tuple[int, ...]]], hold: str | None = None, *, part: int = 0
+    ) -> None:
+        """Add a block without content, of (name, dtype, shape)s; one of that name and layout that is there already is taken over.
+
+        Args:
+            name: Its name.
+            tensors: What it is made of.
+            hold: The tier it is held on; None: `held_on`.
+            part: As for `rounded`.
+        """
         engine = self.store.engine
-        block = lay_out(name, [(tensor, NAMES[dtype], tuple(shape)) for tensor, dtype, shape in tensors])
+        layout = [(tensor, NAMES[dtype], tuple(shape)) for tensor, dtype, shape in tensors]
+        block = lay_out(name, layout, rounded=lambda nbytes: rounded(nbytes, part))
         if name in self.store:
             with engine.lock:
                 present = engine.scheduler.find(name).block

@@ -37,13 +37,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tierstore.catalog import PAGE, TENSOR_ALIGNMENT, round_up
+from tierstore.catalog import PAGE, extent_bytes
 from tierstore.errors import CapacityError, DeadlockError, OptionError, TrainingError
 from tierstore.training.chunks import ALIGN, MASTER, PREFIX, Chunk, Stepper, cut, even_share
 from tierstore.training.gradients import Observe, Part, Sums
 from tierstore.training.instances import Factory, Hyper, Rehearsal, in_group, may_change, own_options
 from tierstore.training.layers import Tiered
-from tierstore.training.leasing import chunk_bytes
+from tierstore.training.leasing import chunk_bytes, rounded
 from tierstore.training.norms import clip_coefficient, norms_of, total_norm
 from tierstore.training.parameters import grouped
 from tierstore.training.pieces import Piece, Stored, gather
@@ -336,8 +336,11 @@ class TieredOptimizer(torch.optim.Optimizer):
     def _need(self, chunk: Chunk) -> int:
         """Bytes of the device with which an update of a chunk certainly finds room."""
         weights = self.tiered.buffers.bytes_of(chunk.block.name)
-        gradient = 0 if self.when == "backward" else _extent(piece.numel * piece.weight.dtype.itemsize for piece in chunk.pieces)
-        state = _extent(size for piece in chunk.pieces for size in self._state_sizes(piece))
+        gradient = 0
+        if self.when != "backward":
+            gradient = rounded(extent_bytes(piece.numel * piece.weight.dtype.itemsize for piece in chunk.pieces))
+        state = extent_bytes(size for piece in chunk.pieces for size in self._state_sizes(piece))
+        state = state and rounded(state, gradient)
         need = weights + max(0, 2 * gradient - PAGE)
         if state:
             need = max(need, weights + gradient + max(0, (3 if gradient else 2) * (state - PAGE)) + PAGE)
@@ -1092,9 +1095,3 @@ def _by_coefficient(each: Coefficient, weights: Sequence[Weight]) -> list[tuple[
         if coefficient is not None:
             found.setdefault(id(coefficient), (coefficient, []))[1].append(number)
     return list(found.values())
-
-
-def _extent(sizes: Iterable[int]) -> int:
-    """Bytes of a block that holds tensors of these sizes; 0 if there are none."""
-    total = sum(round_up(size, TENSOR_ALIGNMENT) for size in sizes)
-    return round_up(total, PAGE)
