@@ -113,7 +113,7 @@ class Sim:
             assert (order.offset_ram, order.version) == (record.ram.offset, record.version)
             if order.action is Action.H2D:
                 self.contents[Tier.GPU][order.offset_gpu] = None
-            elif order.action in (Action.D2H, Action.READ):
+            elif order.action is Action.READ or (order.action is Action.D2H and not self._loads_from(order)):
                 self.contents[Tier.RAM][order.offset_ram] = None
         if self.device_is_ordered and order.action in (Action.H2D, Action.D2H, Action.COMPACT) and order.tier is not Tier.RAM:
             self._report_ordered(order)
@@ -138,8 +138,17 @@ class Sim:
         for _, source, target in order.moves:
             contents[target] = contents.pop(source, None)
 
+    def _loads_from(self, order: Order) -> list[Order]:
+        """Loads under way from the extent in RAM to which an order writes."""
+        loads = [other for other in self.flying if other.action is Action.H2D and other.offset_ram == order.offset_ram]
+        assert self.device_is_ordered or not loads, "an extent in RAM is written while it is read"
+        return loads
+
     def complete(self, order: Order) -> None:
         """The order lands."""
+        if order.action is Action.D2H:  # on the device, behind the use of what was loaded
+            for load in self._loads_from(order):
+                self.complete(load)
         self.flying.remove(order)
         record = order.record
         if order.action in (Action.H2D, Action.D2H, Action.COMPACT) and order.number not in self.ordered and order.tier is not Tier.RAM:
@@ -151,6 +160,8 @@ class Sim:
             assert record is not None
             if order.action is Action.H2D:
                 assert self.contents[Tier.RAM][order.offset_ram] == (record.id, order.version), "the source of a copy was overwritten"
+                if any(other.action is Action.D2H and other.offset_ram == order.offset_ram for other in self.flying):
+                    self.contents[Tier.RAM][order.offset_ram] = None
             elif order.action is Action.D2H:
                 assert self.carried[order.number] == (record.id, order.version), "the wrong bytes were copied to RAM"
                 self.contents[Tier.RAM][order.offset_ram] = self.carried.pop(order.number)
@@ -994,6 +1005,37 @@ def test_what_fits_after_moving_unleased_blocks_is_served(has_nvme: bool) -> Non
             served += 1
     assert served > 100
     assert refused > 10
+
+
+@pytest.mark.parametrize("has_nvme", [False, True])
+def test_on_an_ordered_device_a_block_is_written_back_behind_its_load_and_makes_room(has_nvme: bool) -> None:
+    """The host waited until the load had landed, though the device comes to the one only behind the other."""
+    sim = Sim(gpu=2, ram=16, has_nvme=has_nvme, device_is_ordered=True)
+    for record in [sim.put(f"{index}", 1) for index in range(3)]:
+        answer = sim.ask("one", (record,), writes=(record,))
+        assert isinstance(answer, Use)
+        sim.pump()
+        assert answer.lease is not None, "it waits, though nothing has to land first"
+        sim.release(answer.lease)
+    assert [order.action for order in sim.flying] == [Action.H2D, Action.H2D, Action.D2H, Action.H2D]
+    sim.complete(sim.flying[2])
+    sim.settle()
+
+
+def test_what_the_drive_still_reads_is_not_written_to_behind_a_load() -> None:
+    sim = Sim(gpu=1, ram=16, device_is_ordered=True)
+    record, other = sim.put("a", 1), sim.put("b", 1)
+    assert sim.placement.save(record, Tier.RAM, Kind.WRITE_BACK)
+    answer = sim.ask("one", (record,), writes=(record,))
+    assert isinstance(answer, Use)
+    sim.pump()
+    assert answer.lease is not None
+    sim.release(answer.lease)
+    waits = sim.ask("one", (other,))
+    sim.pump()
+    assert [order.action for order in sim.flying] == [Action.WRITE, Action.H2D]
+    sim.settle()
+    sim.check_lease(sim.leased(waits))
 
 
 def test_bytes_read_for_ram_do_not_outlive_a_write_on_the_device() -> None:

@@ -31,6 +31,13 @@ takes only what is free beside that. So it is in RAM with a changed block on the
 the use that the cursor passes. What is to stay on the device is promised nothing, and an extent that waits in RAM for such a block
 serves others, unless RAM has been filled for positions behind which the block does come down.
 
+[Note: Written back behind its load]
+While a load reads an extent in RAM, nothing may be written to it. But a block that somebody has written on the device was loaded there as
+far as the device can tell, or he would have no lease: where copies are ordered by the device, the write-back, which waits for his use, comes
+behind the load, which his use has waited for. So it is ordered at once, and whoever needs the room need not wait until the host has
+heard of the load. Otherwise one who writes block after block waits for each of their loads, and runs ahead of the device by no more than the
+few extents that take turns. Where copies are not ordered so (the device is the CPU), a load has landed when a lease is given.
+
 [Note: Writing behind]
 What a plan has leave a tier before its next use is written back as soon as its use is over, when fewer than `AT_LEAST` orders are under
 way on that link. Written when its place is needed it would keep the next block waiting; and on the device, where room that comes free
@@ -452,6 +459,7 @@ class Placement(Extents):
     def _load(self, record: Record, kind: Kind) -> None:
         self.start_load(record, Tier.GPU)
         record.ram.readers += 1
+        record.loads += 1
         if not record.read_for_load:
             self.ram_hits += 1
         record.read_for_load = False
@@ -486,7 +494,7 @@ class Placement(Extents):
         if tier is Tier.RAM:
             return self._save_ram(record, kind)
         ram = record.ram
-        if not self.link_free(Link.D2H) or not ram.settled or record.gpu.moving:
+        if not self.link_free(Link.D2H) or not (ram.settled or self._only_loaded_from(record)) or record.gpu.moving:
             return False
         if record.gpu.state is State.CLEAN:
             return True
@@ -500,6 +508,12 @@ class Placement(Extents):
         record.gpu.readers += 1
         self._order(Action.D2H, kind, record.nbytes, record=record)
         return True
+
+    @staticmethod
+    def _only_loaded_from(record: Record) -> bool:
+        """Whether nothing but loads reads an extent in RAM that is out of date. See [Note: Written back behind its load]."""
+        ram = record.ram
+        return ram.state is State.STALE and ram.readers == record.loads and not ram.moving
 
     def _save_ram(self, record: Record, kind: Kind) -> bool:
         ram = record.ram
@@ -631,6 +645,7 @@ class Placement(Extents):
         if order.action is Action.H2D:
             assert record is not None
             record.ram.readers -= 1
+            record.loads -= 1
         elif order.action is Action.D2H:
             assert record is not None
             if order.version != record.version:
@@ -671,6 +686,7 @@ class Placement(Extents):
             tier = Tier.GPU if order.action is Action.H2D else Tier.RAM
             if order.action is Action.H2D:
                 record.ram.readers -= 1
+                record.loads -= 1
             if hung or order.number >= record.asked:
                 record.load_error = error
             if hung and order.action is Action.READ:

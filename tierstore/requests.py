@@ -80,6 +80,7 @@ class Record:
         "nvme_version",
         "nvme_writing",
         "ram",
+        "loads",
         "read_for_load",
         "readers",
         "save_error",
@@ -110,6 +111,7 @@ class Record:
         self.load_error: BaseException | None = None
         self.save_error: BaseException | None = None
         self.read_for_load = False
+        self.loads = 0
         self.vacating = False
         self.used_at = -1
 
