@@ -760,13 +760,15 @@ class Placement(Extents):
 
     # -- ahead of need ---------------------------------------------------------------------------------------------------
 
-    def look_ahead(self, now: int, protect: Collection[Record], claimed: Collection[Record] = ()) -> bool:
+    def look_ahead(self, now: int, protect: Collection[Record], claimed: Collection[Record] = (), *, to_device: bool = True) -> bool:
         """Order what the policy expects next.
 
         Args:
             now: Position of the next access.
             protect: Records not to evict.
             claimed: Records that somebody wants to himself; they are left alone.
+            to_device: Also copies to the device. They are carried out in the order given, so none goes ahead of one that is demanded and
+                cannot be ordered yet: its extent may come free late.
 
         Returns:
             Whether it stopped only to let others at the lock.
@@ -779,6 +781,8 @@ class Placement(Extents):
                 self.promised_bytes[tier] = 0
         again = False
         for tier in MEMORY_TIERS if self.has_nvme or self.has_models else (Tier.GPU,):
+            if tier is Tier.GPU and not to_device:
+                continue
             position = max(self._cursor[tier], now)
             for _ in range(SCAN):
                 number = self.policy.expected(position) if position - now < HORIZON else None

@@ -99,6 +99,7 @@ class Scheduler(Leases):
         self._hinted: dict[Record, int] = {}
         self._now = 0
         self._starved = False
+        self._coming_down = False  # of what is demanded, something is still on its way from the device to RAM
         self.closing = False  # nothing is fetched ahead any more
         self._favourite = -1
         self._tried: set[int] = set()
@@ -333,7 +334,7 @@ class Scheduler(Leases):
         claimed = {record for request in self.waiting.values() for record in alone(request)}
         again = self._serve_hints(protect, claimed) if not self.closing else False
         if not self._starved and not self.closing:
-            again |= self.placement.look_ahead(self._now, protect, claimed)
+            again |= self.placement.look_ahead(self._now, protect, claimed, to_device=not self._coming_down)
             self.placement.write_behind(protect)
         orders, self.placement.orders = self.placement.orders, []
         return orders, again or bool(self._accesses)
@@ -367,7 +368,7 @@ class Scheduler(Leases):
         """One pass over the waiting requests. Returns the records they need, which nothing less urgent may evict."""
         protect: set[Record] = set()
         claims = Claims()
-        self._starved = False
+        self._starved = self._coming_down = False
         for request in self.waiting.in_order(self._owned.keys(), self._favourite):
             if request.resolved:
                 continue
@@ -482,6 +483,8 @@ class Scheduler(Leases):
                     self._starved = space = True
             elif not self.placement.bring(record, Kind.DEMAND, protect=protect):
                 self._starved = space = True
+            elif gpu.state is State.RESERVED and record.ram.loading and not record.read_for_load:
+                self._coming_down = True
         request.cause = "nvme" if nvme else "space" if space else "copy"
         return settled
 

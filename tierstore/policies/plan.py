@@ -36,6 +36,9 @@ TOLERANCE = 0.02
 LAGS = (0, 1, 2, 4)
 SLOTS = (2, 3, 4, 6, 8, 12)
 OUTLINED = 3
+BESIDE = (0, 1, 2, 4)
+"""Where blocks are of different sizes: for how many of the median size room is left beside that for the largest."""
+
 REFINED = 12
 """Longest period for which a plan is refined use by use."""
 
@@ -179,15 +182,19 @@ def choose(
     inside = _either(turned(above, phase), held) if above else held
     candidates: list[tuple[Rule, bytes | None]] = [(_belady(lag), None) for lag in LAGS if not fixed]
     sizes = sorted(costs.nbytes.values())
-    one = sizes[-1] >= 2 * sizes[len(sizes) // 2]  # room for the largest is room for several of the others
-    variants = [(slots, False) for slots in ((1, *SLOTS) if one else SLOTS)]
+    largest, median = sizes[-1], sizes[len(sizes) // 2]
+    variants = [(slots * largest, False) for slots in SLOTS]
+    if largest >= 2 * median:  # room for the largest is room for several of the others
+        variants[:0] = [(largest + slots * median, False) for slots in BESIDE]
     if any(cycle.unread):
-        variants.append((OUTLINED, True))
-    for slots, by_worth in variants:
-        for kept in keep(cycle, costs, slots, inside, by_worth=by_worth):
+        variants.append((OUTLINED * largest, True))
+    tried = set()
+    for aside, by_worth in variants:
+        for kept in keep(cycle, costs, aside, inside, by_worth=by_worth):
             if kept is None:
                 yield None
-            else:
+            elif kept not in tried:
+                tried.add(kept)
                 there = turned(_either(kept, held), -phase)
                 candidates.append((_fixed(there, period), there))
     outcomes: list[Outcome] = []
@@ -228,7 +235,8 @@ def outline(cycle: Cycle, costs: Mapping[Tier, Costs], held: Mapping[Tier, bytes
     period = len(cycle.accesses)
     above, choices = bytes(period), {}
     for tier in (Tier.GPU, Tier.RAM):
-        for kept in keep(cycle, costs[tier], OUTLINED, _either(above, held[tier]), by_worth=any(cycle.unread)):
+        aside = OUTLINED * max(costs[tier].nbytes.values())
+        for kept in keep(cycle, costs[tier], aside, _either(above, held[tier]), by_worth=any(cycle.unread)):
             if kept is None:
                 yield None
             else:
@@ -420,8 +428,8 @@ class _Model:
         return self._save_free
 
 
-def keep(cycle: Cycle, costs: Costs, slots: int, above: bytes, *, by_worth: bool = False) -> Iterator[bytes | None]:
-    """Choose the uses behind which to keep the block, so that room for `slots` of the largest blocks stays. Yields as `choose`.
+def keep(cycle: Cycle, costs: Costs, aside: int, above: bytes, *, by_worth: bool = False) -> Iterator[bytes | None]:
+    """Choose the uses behind which to keep the block, so that `aside` bytes stay for the others to rotate through. Yields as `choose`.
 
     Keeping a block from one use to the next saves its return and takes its bytes in between: what saves most per byte and
     position comes first. Where that is the same, as on a cycle, they are spread over the period, so that the link is
@@ -432,8 +440,7 @@ def keep(cycle: Cycle, costs: Costs, slots: int, above: bytes, *, by_worth: bool
             positions, as at the turn from one pass to the next.
     """
     period = len(cycle.accesses)
-    largest = max(costs.nbytes.values())
-    room = _Room(period, costs.capacity_bytes - slots * largest)
+    room = _Room(period, costs.capacity_bytes - aside)
     bits = max(1, (period - 1).bit_length())
     ranked: list[tuple[float, float, int, int]] = []  # a heap, as sorting a long period at once would take milliseconds under the lock
     for position, block in enumerate(cycle.accesses):
