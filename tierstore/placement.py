@@ -32,11 +32,11 @@ the use that the cursor passes. What is to stay on the device is promised nothin
 serves others, unless RAM has been filled for positions behind which the block does come down.
 
 [Note: Written back behind its load]
-While a load reads an extent in RAM, nothing may be written to it. But a block that somebody has written on the device was loaded there as
-far as the device can tell, or he would have no lease: where copies are ordered by the device, the write-back, which waits for his use, comes
-behind the load, which his use has waited for. So it is ordered at once, and whoever needs the room need not wait until the host has
-heard of the load. Otherwise one who writes block after block waits for each of their loads, and runs ahead of the device by no more than the
-few extents that take turns. Where copies are not ordered so (the device is the CPU), a load has landed when a lease is given.
+While a load reads an extent in RAM, nothing may be written to it. But a block that somebody has written on the device was loaded there
+as far as the device can tell, or he would have no lease: where copies are ordered by the device, the write-back, which waits for his use,
+comes behind the load, which his use has waited for. So it is ordered at once, and whoever needs the room need not wait until the host has
+heard of the load. Otherwise one who writes block after block waits for each of their loads, and runs ahead of the device by no more than
+the few extents that take turns. Where copies are not ordered so (the device is the CPU), a load has landed when a lease is given.
 
 [Note: Writing behind]
 What a plan has leave a tier before its next use is written back as soon as its use is over, when fewer than `AT_LEAST` orders are under

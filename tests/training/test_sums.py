@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tierstore import TierStore
 from tierstore.catalog import PAGE
-from tierstore.training import gradients
+from tierstore.training import gradients, running
 from tierstore.training.gradients import Sum, Sums
 from tierstore.training.leasing import Buffers
 from tierstore.training.pieces import Piece
@@ -205,3 +205,28 @@ def test_parts_of_a_block_share_a_lease_while_they_are_small() -> None:
                 total.add({weight: values(weight, 1) for weight in block.weights})
         assert [len(names) for names in leased] == [2] * (len(total.parts) // 2) + [1] * (len(total.parts) % 2)
         assert [name for names in leased for name in names] == [part.name for part in reversed(total.parts)]
+
+
+@pytest.mark.parametrize("uses", [1, 2, 3])
+def test_a_sum_is_added_to_use_by_use_and_in_place(uses: int) -> None:
+    """As where the leaf is given the sum as a gradient. A copy of each sum was made for each micro-batch, of a whole layer at once."""
+    generator = torch.Generator().manual_seed(uses)
+    weight = torch.randn(32, 32, generator=generator, dtype=torch.bfloat16, requires_grad=True)
+    total: Tensor | None = None
+    places: list[int] = []
+    for number in range(5):
+        x = torch.randn(7, 32, generator=generator, dtype=torch.bfloat16)
+        for _ in range(uses):
+            x = torch.nn.functional.linear(x, weight)
+        roots, grads = [x], [torch.ones_like(x)]
+        if total is None:
+            (expected,) = torch.autograd.grad(roots, [weight], grads, retain_graph=True)
+        else:
+            (expected,) = torch.autograd.grad([weight, *roots], [weight], [total.clone(), *grads], retain_graph=True)
+            sums, total = [total], None
+            token: Tensor = running._Sums.apply(sums, weight)  # type: ignore[no-untyped-call]
+            roots, grads = [token, *roots], [token.detach(), *grads]
+        (total,) = torch.autograd.grad(roots, [weight], grads)
+        assert torch.equal(total, expected), number
+        places.append(total.data_ptr())
+    assert len(set(places[1:])) == 1

@@ -7,7 +7,8 @@ the results and, behind them, every input that needs a gradient once more: whoev
 gradient comes by here, and this unit's contributions are added to it one by one, last use first, which is the order in which autograd
 adds them where no unit stands in between. It also comes by in backward passes that go through later uses alone: those find nothing to
 compute here, and leave what the unit's own pass will need. The sums of parameters are handed on in the same way (`gradients`). In a
-recomputed graph a sum goes in as the gradient of the leaf itself, which autograd adds first of all.
+recomputed graph a sum goes in as the gradient of the leaf itself, which autograd adds first of all. It is handed over by a node of ours
+(`_Sums`) and nobody else holds it then, so that autograd adds to it in place: else a second sum of the whole unit would lie beside it.
 
 [Note: Only through the door]
 So nothing else may lead into a unit or out of it. A tensor that needs a gradient and comes in through an attribute, a closure or an object
@@ -318,6 +319,7 @@ class Call:
             None if split and arguments.sizes else grad for grad, split in zip(passed, arguments.splits, strict=True)
         ]
         chunks: list[list[Tensor | None]] = []
+        ours: set[Weight] = set()
         with torch.enable_grad(), tiered.leased(self.unit, wanted) as leaves, self._as_before() as put_back:
             for index in reversed(range(arguments.count)):
                 chunk = [
@@ -331,7 +333,7 @@ class Call:
                     for tensor, grad in zip(results, self._of_micro_batch(by_outputs, index), strict=True)
                     if grad is not None
                 ]
-                chunks.append(self._follow(roots, leaves, sums, chunk, needs, found))
+                chunks.append(self._follow(roots, leaves, sums, chunk, needs, found, ours))
                 del outputs, results, roots, chunk
                 tiered.between(index + 1)
         if wanted:
@@ -359,8 +361,12 @@ class Call:
         chunk: list[Tensor],
         needs: Sequence[bool],
         found: list[Tensor | None],
+        ours: set[Weight],
     ) -> list[Tensor | None]:
         """Gradients of one micro-batch. Adds to `sums`, and to `found` for what is not split.
+
+        `ours` are the parameters whose sum was made by an earlier micro-batch. One that comes out of the store is not added to in place: it
+        may lie there in another order of elements, and what adds them all up later would come to other last bits.
 
         Returns:
             The gradients by the rows of this micro-batch, where an input is split.
@@ -369,20 +375,27 @@ class Call:
         roots = [(tensor, grad) for tensor, grad in roots if tensor.requires_grad]
         weights = [weight for weight, leaf in leaves.items() if leaf.requires_grad]
         wanted = [position for position, need in enumerate(needs) if need]
-        seeds = [(leaves[weight], sums[weight]) for weight in weights if weight in sums]
+        sources = [leaves[weight] for weight in weights] + [chunk[position] for position in wanted]
+        if not roots or not sources:
+            return [None] * len(chunk)
+        seeds = [(leaves[weight], sums[weight]) for weight in weights if weight in sums and weight not in ours]
+        added_to = [weight for weight in weights if weight in sums and weight in ours]
+        if added_to:
+            token: Tensor = _Sums.apply(  # type: ignore[no-untyped-call]
+                [sums.pop(weight) for weight in added_to], *(leaves[weight] for weight in added_to)
+            )
+            seeds.append((token, token.detach()))
         for position in wanted:
             grad = found[position]
             if not splits[position] and grad is not None:
                 seeds.append((chunk[position], grad))
-        sources = [leaves[weight] for weight in weights] + [chunk[position] for position in wanted]
-        if not roots or not sources:
-            return [None] * len(chunk)
         results = torch.autograd.grad(
             [tensor for tensor, _ in [*seeds, *roots]], sources, [grad for _, grad in [*seeds, *roots]], allow_unused=True
         )
         for weight, grad in zip(weights, results, strict=False):
             if grad is not None:
                 sums[weight] = grad
+                ours.add(weight)
         rows: list[Tensor | None] = [None] * len(chunk)
         for position, grad in zip(wanted, results[len(weights) :], strict=True):
             if splits[position]:
@@ -423,6 +436,21 @@ class Call:
                 module._buffers[name] = buffer
             if now is not None:
                 now.set(device)
+
+
+class _Sums(torch.autograd.Function):
+    """Sums, as the first of the gradients by their leaves. See [Note: A unit in the graph]."""
+
+    @staticmethod
+    def forward(ctx: Any, sums: list[Tensor], *leaves: Tensor) -> Tensor:
+        ctx.sums = sums
+        return leaves[0].new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        handed_over = (None, *ctx.sums)
+        ctx.sums.clear()
+        return handed_over
 
 
 def _put_together(chunks: list[Tensor | None], whole: Tensor, sizes: Sequence[int], passed: Tensor | None) -> Tensor | None:
