@@ -1,4 +1,4 @@
-"""How long callers compute, told from the marks of their leases: on a clock, and on a device that the host runs ahead of."""
+"""How long callers compute, told from the marks of their leases: on a clock, and on a device that runs behind. How fast links are."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import weakref
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tierstore import TierStore
-from tierstore.pace import PAUSE, REMEMBERED, SETTLED_AT_ONCE, UNSETTLED, Pace
+from tierstore.pace import ENOUGH, PAUSE, REMEMBERED, SETTLED_AT_ONCE, UNSETTLED, Pace, Rates
 from tierstore.policies import Lookahead
+from tierstore.trace import Link
 
 
 def lease(pace: Pace, position: int, now: int, *, waits: int = 0, leased: int = 0, count: int = 1) -> int:
@@ -129,3 +132,75 @@ def test_after_the_end_neither_marks_are_kept_nor_who_compares_them() -> None:
     del store
     gc.collect()
     assert copies() is None
+
+
+ASSUMED = dict.fromkeys(Link, 1e-9)
+
+
+def test_a_rate_is_what_was_assumed_until_enough_was_measured() -> None:
+    rates = Rates(ASSUMED)
+    for _ in range(ENOUGH):
+        rates.took(Link.H2D, 1000, 5e-6)  # nobody wants to know
+    rates.measure(True)
+    for _ in range(ENOUGH - 1):
+        rates.took(Link.H2D, 1000, 2e-6)
+        assert rates.seconds_per_byte(Link.H2D) == 1e-9
+    rates.took(Link.H2D, 1000, 2e-6)
+    assert rates.seconds_per_byte(Link.H2D) == pytest.approx(2e-9)
+    assert rates.seconds_per_byte(Link.D2H) == 1e-9
+    rates.measure(False)
+    rates.took(Link.H2D, 1000, 1.0)
+    assert rates.seconds_per_byte(Link.H2D) == pytest.approx(2e-9)
+    rates.measure(True)
+    for _ in range(ENOUGH):
+        rates.took(Link.H2D, 1000, 3e-6)
+    assert rates.seconds_per_byte(Link.H2D) == pytest.approx(3e-9), "measured anew, not on average with what was"
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(1, 30), st.booleans()), min_size=ENOUGH, max_size=40))
+def test_transfers_side_by_side_share_the_time_in_which_any_was_under_way(drawn: list[tuple[int, int, bool]]) -> None:
+    rates = Rates(ASSUMED)
+    rates.measure(True)
+    transfers = [(begin, begin + lasts, 1000 * (not fails)) for begin, lasts, fails in drawn]
+    events = sorted([(end, 0, nbytes) for _, end, nbytes in transfers] + [(begin, 1, 0) for begin, _, _ in transfers])
+    for now, begins, nbytes in events:
+        if begins:
+            rates.started(Link.NVME_READ, now)
+        else:
+            rates.ended(Link.NVME_READ, nbytes, now)
+    if sum(nbytes > 0 for *_, nbytes in transfers) < ENOUGH:
+        assert rates.seconds_per_byte(Link.NVME_READ) == 1e-9
+        return
+    busy = len({tick for begin, end, _ in transfers for tick in range(begin, end)})
+    total = sum(nbytes for *_, nbytes in transfers)
+    assert rates.seconds_per_byte(Link.NVME_READ) <= busy / total / 1e9 * 1.000001
+    if all(nbytes for *_, nbytes in transfers):
+        assert rates.seconds_per_byte(Link.NVME_READ) == pytest.approx(busy / total / 1e9)
+
+
+def test_what_was_under_way_when_measuring_began_counts_from_then_on_only_by_what_it_takes() -> None:
+    rates = Rates(ASSUMED)
+    rates.started(Link.NVME_WRITE, 0)
+    rates.measure(True)
+    rates.ended(Link.NVME_WRITE, 1000, 100)
+    for number in range(ENOUGH):
+        rates.started(Link.NVME_WRITE, 1000 * number + 1000)
+        rates.ended(Link.NVME_WRITE, 1000, 1000 * number + 1100)
+    assert rates.seconds_per_byte(Link.NVME_WRITE) == pytest.approx(100e-9 / 1000)
+
+
+@pytest.mark.parametrize("policy", ["lookahead", "lru"])
+def test_a_store_plans_with_rates_that_it_has_measured(policy: str) -> None:
+    """Only a policy that plans has links measured."""
+    with TierStore(gpu="1MB", ram="4MB", device="cpu", policy=policy) as store:
+        assumed = {link: store.engine.placement.seconds_per_byte(link) for link in Link}
+        for number in range(8):
+            store.put(f"b{number}", torch.zeros(60_000))
+        for number in range(120):
+            with store.use(f"b{number % 8}", write=True) as tensor:
+                tensor.add_(1)
+        measured = {link: store.engine.placement.seconds_per_byte(link) for link in Link}
+        busy = store.engine.placement.rates._busy
+    assert all(each.under_way == 0 for each in busy.values())
+    changed = {link for link in Link if measured[link] != assumed[link]}
+    assert changed == ({Link.H2D, Link.D2H} if policy == "lookahead" else set())

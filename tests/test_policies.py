@@ -385,6 +385,40 @@ class Asked(FakeView):
         return 1e-6, 1e-6
 
 
+class Paced(FakeView):
+    """Says how fast links are."""
+
+    rate = 1e-10
+
+    def seconds_per_byte(self, link: Link) -> float:
+        return self.rate
+
+    def computed(self, position: int) -> tuple[float, float] | None:
+        return 1e-6, 0.0
+
+
+def test_another_plan_is_made_when_links_are_found_to_be_of_another_speed() -> None:
+    period, policy = 12, Lookahead()
+    view = Paced(period // 2 * PAGE)
+    view.sizes.update(dict.fromkeys(map(BlockId, range(period)), PAGE))
+    policy.bind(view)
+    position = 0
+
+    def plans(periods: int) -> int:
+        nonlocal position
+        for _ in range(periods * period):
+            policy.accessed(BlockId(position % period), write=True)
+            position += 1
+        return policy._num_plans
+
+    first = plans(200)
+    assert first
+    view.rate *= 1.2
+    assert plans(200) == first
+    view.rate *= 2
+    assert plans(200) == first + 1
+
+
 def test_what_a_plan_of_a_long_period_must_know_is_asked_in_small_pieces() -> None:
     period, policy, most = 1000, Lookahead(), 0
     view = Asked(period // 4 * PAGE)
@@ -617,6 +651,24 @@ def test_a_plan_made_at_another_time_keeps_the_same(ram: int) -> None:
         *_, choices = (choices for choices in policy._plan() if choices is not None)
         found.append({tier: choice.kept for tier, choice in choices.items()})
     assert all(kept == found[0] for kept in found)
+
+
+def test_beside_a_large_block_that_is_used_again_and_again_room_is_left_for_a_few_of_the_others() -> None:
+    """As weights that are updated chunk by chunk, with the next weights on their way."""
+    weights, chunks = [BlockId(number) for number in range(4)], 8
+    accesses: list[BlockId] = []
+    for layer, block in enumerate(weights):
+        for chunk in range(chunks):
+            accesses += [block, BlockId(100 + layer * chunks + chunk)]
+    cycle = Cycle(accesses, bytes([1] * len(accesses)))
+    nbytes = {block: 8 if block < 100 else 3 for block in cycle.uses}
+    seconds = {block: float(size) for block, size in nbytes.items()}
+    costs = Costs(20, nbytes, seconds, seconds, [2.5] * len(accesses), [0.0] * len(accesses))
+    *_, choice = (found for found in choose(cycle, costs, 0, fixed=True) if found is not None)
+    assert choice.kept is not None
+    ideal = sum(seconds.values())
+    assert choice.seconds <= 1.25 * max(ideal, 2.5 * len(accesses))
+    assert played(cycle, costs, choice).moved <= 2.1 * ideal, "no weights leave between two of their uses"
 
 
 def test_a_plan_hardly_better_than_the_one_gone_by_is_not_taken() -> None:

@@ -61,6 +61,31 @@ def test_a_written_block_goes_back_before_the_next_takes_its_room(device_ordered
 
 
 @MODES
+def test_what_is_written_anew_is_not_loaded_and_what_is_used_up_not_written_back(device_ordered: bool) -> None:
+    only = frozenset({"a"})
+    steps = [
+        Step(("a",), only, 10, fresh=only),
+        Step(("a",), only, 10, spent=only),
+        Step(("b",), compute_ns=10),
+        Step(("a",), only, 10, fresh=only),
+        Step(("b",), compute_ns=10),
+    ]
+    total = run(steps, {"a": 100, "b": 100}, gpu=100, ram=200, device_ordered=device_ordered).total
+    assert total.on(Link.H2D).bytes == 200, "b, twice"
+    assert total.on(Link.D2H).bytes == 100, "a, once: the first time nobody wanted it any more"
+    assert total.misses[Tier.GPU] == 2
+
+
+def test_a_host_that_runs_ahead_waits_for_no_load_to_land_before_the_next_is_ordered() -> None:
+    """Block after block is written, with room for one more than is leased: it is asked for all of them at once."""
+    names = [f"{number}" for number in range(20)]
+    steps = [Step((name,), frozenset({name}), 1000) for name in names]
+    total = run(steps, dict.fromkeys(names, 100), gpu=200, ram=2000).total
+    assert total.ns == 100 + 20 * 1000
+    assert set(total.wait_ns) == {"copy"}, "the host waits for nothing"
+
+
+@MODES
 def test_from_nvme_a_block_crosses_two_links(device_ordered: bool) -> None:
     """Block b finds no room in RAM at the start. To get in, a's first copy must be written down: it was never on NVMe."""
     total = run([Step(("b",), compute_ns=10)], {"a": 100, "b": 100}, gpu=100, ram=100, device_ordered=device_ordered).total
