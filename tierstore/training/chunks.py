@@ -47,6 +47,7 @@ class Chunk:
         tensors: By piece and key: the block that holds the tensor.
         values: By piece and key: what is kept here instead: numbers, and tensors of one element.
         part: The gradients of the same pieces.
+        weights: Of which it has pieces.
         unkept: State for which there was no room yet, or whose step failed: it is the pieces' as what is in the store is.
         version: Of the block of weights when the masters were last those of it; None: no step was taken yet.
     """
@@ -62,8 +63,10 @@ class Chunk:
     values: dict[Piece, dict[str, Any]] = field(default_factory=dict)
     unkept: New = field(default_factory=dict)
     version: int | None = None
+    weights: frozenset[Weight] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.weights = frozenset(piece.weight for piece in self.pieces)
         self.tensors = {piece: {} for piece in self.pieces}
         self.values = {piece: {} for piece in self.pieces}
 

@@ -693,11 +693,13 @@ class TieredOptimizer(torch.optim.Optimizer):
         """Chunks that are still to be updated, each with those of its weights that have a gradient."""
         left: list[tuple[Chunk, set[Weight]]] = []
         for chunk in self._chunks[block]:
+            if chunk in job.begun:
+                continue
             if job.given is not None:
-                weights = {piece.weight for piece in chunk.pieces} & job.given.keys()
+                weights = set(chunk.weights.intersection(job.given))
             else:
                 weights = job.gradients.get(chunk.part, set()) if chunk.part is not None else set()
-            if weights and chunk not in job.begun:
+            if weights:
                 left.append((chunk, weights))
         return left
 
@@ -708,7 +710,7 @@ class TieredOptimizer(torch.optim.Optimizer):
         chunks = self._chunks[block]
         before = self.tiered.version_of(block)
         written = [chunk for chunk in chunks if chunk.version not in (None, before)] if self.master_dtype is not None else []
-        covered = {piece.weight for chunk, _ in todo for piece in chunk.pieces}
+        covered = {weight for chunk, _ in todo for weight in chunk.weights}
         overwritten = job.torn or (
             self.master_dtype is not None
             and not written
@@ -736,7 +738,7 @@ class TieredOptimizer(torch.optim.Optimizer):
                             with self.tiered.buffers.lease_all(needs.names, write=needs.write, spent=needs.spent) as of_chunk:
                                 self._update_chunk(chunk, weights, values, of_chunk, job, written=chunk in written)
                             self._stepper.keep(chunk)
-                        if overwritten and len(weights) < len({piece.weight for piece in chunk.pieces}):
+                        if overwritten and len(weights) < len(chunk.weights):
                             self._rewrite([chunk], values)
                     if torn:
                         self._rewrite(chunks, values)
