@@ -47,6 +47,7 @@ class Case:
     groups: str = "one"
     schedule: str | None = None
     when: str = "deferred"
+    deferred_layers: int = 0
     accumulation: int = 1
     clip: str | None = None
     micro_batch: int | None = None
@@ -248,6 +249,7 @@ def attached(case: Case, directory: Path, gpu: int, moved: int) -> Iterator[tupl
                 recipe.factory,
                 params=recipe.params,
                 when=case.when,  # type: ignore[arg-type]
+                deferred_layers=case.deferred_layers,
                 master_dtype=case.master_dtype,
                 **recipe.options,
             )

@@ -167,7 +167,7 @@ class Tiered:
         _TIERED.add(self)
 
     def __repr__(self) -> str:
-        layers = sum(unit.kind is Kind.LAYER for unit in self.structure.units)
+        layers = len(self.structure.layers)
         numel = sum(weight.numel for weight in self.structure.weights)
         return f"<Tiered: {numel:,} parameters in {len(self.structure.blocks)} blocks, {layers} layers, {self.store!r}>"
 

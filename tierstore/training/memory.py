@@ -4,7 +4,8 @@
 Leased weights, gradients and state lie in the budget. What torch allocates while one layer runs does not, and nobody but the layer knows
 how much that is; all else follows from the shapes. With N the bytes of a layer's input for the whole batch, and G those of its gradients:
 
-    kept      the inputs of all layers, N each, until their backward passes; with activations="ram" or "nvme" only small ones
+    kept      the inputs of all layers, N each, until their backward passes; with activations="ram" or "nvme" only small ones. The
+              gradients of layers whose update waits for their next forward pass, G each
     forward   the input, the outputs of all micro-batches, and those put together: 3 N
     backward  what one layer takes by itself for one micro-batch, its gradients included; the sums over micro-batches, G, and one more
               gradient that is being added to them; the layer's input, the gradient of its output, those of its inputs by micro-batch, and
@@ -42,6 +43,7 @@ class Shapes:
         chunk: Of the gradients that one update takes at once, in the dtype of the masters. See `chunks`.
         widened: Of the largest parameter's gradient in the dtype of the masters, where gradients are clipped and there are masters.
         made: Of the state that one chunk's first step makes: it lies beside the store until that step is over. 0: of a later step.
+        deferred_layers: As in `TieredOptimizer`.
         temporaries: What the optimizer makes for itself, in multiples of `chunk`.
     """
 
@@ -56,11 +58,13 @@ class Shapes:
     temporaries: float = 2.0
     widened: int = 0
     made: int = 0
+    deferred_layers: int = 0
 
 
 def bytes_outside(shapes: Shapes) -> int:
     """Bytes on the device beside the store's budget, at most. See [Note: Outside the budget]."""
     kept = shapes.layers * shapes.inputs if shapes.activations == "device" or shapes.inputs < SMALL else 0
+    kept += shapes.deferred_layers * shapes.gradients
     forward = 3 * shapes.inputs
     backward = shapes.alone + shapes.gradients + shapes.gradient + 4 * shapes.inputs
     clip = shapes.gradients + shapes.gradient + shapes.widened + 4 * shapes.inputs

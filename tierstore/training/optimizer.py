@@ -12,6 +12,12 @@ weights are not held on the device, a layer's update is put off until the next o
 each of its micro-batches. The gradients wait in torch's memory until then. What is left when that layer is done, or at the end of the
 backward pass, or when somebody asks for the weights, is made at once; so is all of it where the device has no room for both layers.
 
+[Note: Updates in the next forward pass]
+With `backward`, links have nothing to do in forward passes once the room on the device is full of what the next backward pass begins with.
+Of `deferred_layers`, evenly spread among all, the update waits for the layer's next forward pass instead, its gradients in torch's memory.
+More than the forward pass can hide only makes it wait: a third of the layers where each way of the link needs about as long as all
+computing does.
+
 [Note: Hyper-parameters of a step]
 A schedule moves on, and `zero_grad()` is called, before a deferred update is carried out. So `step()` takes a snapshot of every option of
 every group, and of the clip coefficients; and `zero_grad()` takes gradients that are still to be used away from the parameters, but does
@@ -29,6 +35,7 @@ import contextlib
 import functools
 import logging
 import weakref
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -73,6 +80,7 @@ class Job:
         torn: An attempt at it has left the block of weights without content; all of it is in the masters.
         given: The gradients, where they are not in the store.
         spread: It is to be made behind the micro-batches of another layer; see [Note: Updates between micro-batches].
+        late: It is to be made before the next use of the weights; see [Note: Updates in the next forward pass].
     """
 
     hyper: Hyper
@@ -85,6 +93,7 @@ class Job:
     torn: bool = False
     given: Sums | None = None
     spread: bool = False
+    late: bool = False
 
     @contextlib.contextmanager
     def surroundings(self) -> Iterator[None]:
@@ -120,6 +129,8 @@ class TieredOptimizer(torch.optim.Optimizer):
         master_dtype: Keep copies of the weights in this dtype: gradients are widened to it, these are updated, and narrowed into the
             weights.
         when: "step", "deferred" or "backward"; see [Note: When weights are updated].
+        deferred_layers: With "backward", of so many layers the update is made in the next forward pass, when the links rest: that takes the
+            gradients of as many layers on the device, beside the store's budget.
         where: "device".
         name: Under which its state is kept in the store; by default its number among the model's optimizers.
         options: Of the factory.
@@ -138,6 +149,7 @@ class TieredOptimizer(torch.optim.Optimizer):
         params: Iterable[Any] | None = None,
         master_dtype: torch.dtype | None = None,
         when: Literal["step", "deferred", "backward"] = "step",
+        deferred_layers: int = 0,
         where: Literal["device"] = "device",
         name: str | None = None,
         **options: Any,
@@ -160,6 +172,16 @@ class TieredOptimizer(torch.optim.Optimizer):
         if when not in ("step", "deferred", "backward"):
             raise OptionError(
                 "when= is not understood", need="'step', 'deferred' or 'backward'", have=repr(when), remedy="give one of these"
+            )
+        if isinstance(deferred_layers, bool) or not isinstance(deferred_layers, int) or deferred_layers < 0:
+            raise OptionError(
+                "deferred_layers= is not understood", need="a number of layers", have=repr(deferred_layers), remedy="give one"
+            )
+        if deferred_layers and when != "backward":
+            raise OptionError(
+                "deferred_layers= says which updates of when='backward' wait",
+                have=f"when={when!r}",
+                remedy="give when='backward' as well, or leave it out: 'deferred' has all of them wait",
             )
         if where != "device":
             raise OptionError(
@@ -205,10 +227,26 @@ class TieredOptimizer(torch.optim.Optimizer):
         self._unerased = False  # plain torch would still have the gradients of the last step
         self._stepped: set[int] = set()  # groups that had gradients since the last step()
         self._chunks: dict[WeightBlock, list[Chunk]] = {}
+        self._late = self._spread_evenly(deferred_layers)
         tiered.finish()  # what other optimizers have put off is for gradients in the pieces in which they are
         self._cut()
         tiered.state.restore_optimizer(self)
         tiered.optimizers.append(self)
+
+    def _spread_evenly(self, count: int) -> set[WeightBlock]:
+        """What so many of the layers alone have of these parameters; the last layer is among them."""
+        structure = self.tiered.structure
+        used = Counter(block for unit in structure.units for block in unit.blocks)
+        mine = {weight.block for weight in self._weights}
+        layers = [found for unit in structure.layers if (found := {block for block in unit.blocks if used[block] == 1 and block in mine})]
+        if count > len(layers):
+            raise OptionError(
+                "deferred_layers= is more than there are",
+                need=f"at most {len(layers)}: layers that have parameters of this optimizer, and to themselves",
+                have=str(count),
+                remedy="give fewer",
+            )
+        return set().union(*(layers[(number + 1) * len(layers) // count - 1] for number in range(count)))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """For torch, while this is made. Afterwards groups are as they are: where state and gradients lie depends on them.
@@ -395,8 +433,9 @@ class TieredOptimizer(torch.optim.Optimizer):
         self._updated.add(block)
         self._stepped.update(self._weights[weight] for weight in mine)
         self._taken = self._snapshot()
-        job = Job(self._taken, [], {}, Autocast.off(self.tiered.device.type), given=mine, spread=spread)
-        if spread:
+        late = block in self._late
+        job = Job(self._taken, [], {}, Autocast.off(self.tiered.device.type), given=mine, spread=spread and not late, late=late)
+        if spread or late:
             self._put_off(block, job)
         else:
             self._run(block, job)
@@ -420,7 +459,7 @@ class TieredOptimizer(torch.optim.Optimizer):
 
     def catch_up(self) -> None:
         """Make all that is left of the updates whose gradients wait outside of the store."""
-        waiting = [block for block, job in list(self._pending.items()) if job.given is not None]
+        waiting = [block for block, job in list(self._pending.items()) if job.given is not None and not job.late]
         if waiting:
             self.settle(waiting)
 
@@ -475,7 +514,7 @@ class TieredOptimizer(torch.optim.Optimizer):
             raise OptionError("step() takes no closure", remedy="compute the loss before it, and use an optimizer that needs no closure")
         self.tiered._check_attached()
         self.tiered.state.warn_unless_resumed()
-        self.finish()
+        self._finish([block for block, job in self._pending.items() if not job.late])
         hyper = self._snapshot()
         if self._updated:
             self._check_as_taken(hyper)
@@ -623,7 +662,10 @@ class TieredOptimizer(torch.optim.Optimizer):
 
     def finish(self) -> None:
         """Carry out all that is pending, and have all state in the store."""
-        self.settle(list(self._pending))
+        self._finish(list(self._pending))
+
+    def _finish(self, blocks: Collection[WeightBlock]) -> None:
+        self.settle(blocks)
         for chunk in self.chunks:
             self._stepper.keep(chunk)
 

@@ -146,6 +146,10 @@ class Structure:
     weights: list[Weight]
 
     @property
+    def layers(self) -> list[Unit]:
+        return [unit for unit in self.units if unit.kind is Kind.LAYER]
+
+    @property
     def groups(self) -> list[list[Weight]]:
         """The parameters by the unit that owns them, in the order of their first parameters. What is shared belongs to the first layer."""
         owners: dict[Weight, Unit] = {}
