@@ -189,6 +189,34 @@ def test_what_was_under_way_when_measuring_began_counts_from_then_on_only_by_wha
     assert rates.seconds_per_byte(Link.NVME_WRITE) == pytest.approx(100e-9 / 1000)
 
 
+def test_to_say_again_that_links_are_to_be_measured_changes_nothing() -> None:
+    rates = Rates(ASSUMED)
+    for _ in range(ENOUGH):
+        rates.measure(True)
+        rates.took(Link.H2D, 1000, 2e-6)
+    assert rates.seconds_per_byte(Link.H2D) == pytest.approx(2e-9)
+
+
+def test_a_transfer_under_way_is_not_forgotten_by_beginning_to_measure() -> None:
+    rates = Rates(ASSUMED)
+    busy = rates._busy[Link.NVME_READ]
+    rates.measure(True)
+    assert rates._busy[Link.NVME_READ] is busy, "who counts a transfer on another thread holds it"
+
+
+@given(st.integers(1, 200), st.integers(0, 6))
+def test_copies_that_the_host_was_late_to_queue_do_not_make_a_link_slow(number: int, late: int) -> None:
+    """A mark before a copy may come long before the copy: the host gives up the interpreter's lock in between."""
+    rates = Rates(ASSUMED)
+    rates.measure(True)
+    for turn in range(ENOUGH + number):
+        rates.took(Link.H2D, 1000, 2e-6 + (turn % 2 and turn % 7 < late) * 1.0)
+        rates.took(Link.D2H, 10, 1.0)
+        rates.took(Link.D2H, 100_000, 3e-4)
+    assert rates.seconds_per_byte(Link.H2D) == pytest.approx(2e-9)
+    assert rates.seconds_per_byte(Link.D2H) == pytest.approx(3e-9), "by bytes, not by copies"
+
+
 @pytest.mark.parametrize("policy", ["lookahead", "lru"])
 def test_a_store_plans_with_rates_that_it_has_measured(policy: str) -> None:
     """Only a policy that plans has links measured."""

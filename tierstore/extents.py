@@ -221,6 +221,7 @@ class Extents:
             self._forget_prefetched(record, tier)
         if tier is Tier.GPU:
             self.left_device.append(record.id)
+            record.loads.clear()
         copy.apply(event)
         offset, copy.offset = copy.offset, -1
         del self._at[tier][offset]

@@ -17,17 +17,20 @@ found to take 50 ms more. So a policy says when it wants to know.
 
 [Note: Rates]
 What a plan is worth depends on how fast links are: at 13 GB/s, a step is best that moves few bytes, though nothing can be under way
-beside what is kept; at 50 GB/s the same step had its links at rest for a third of the time. Links differ by as much from one computer to
-the next. So they are measured together with computing: what copies take on the device's own clock, between two events, or the time in which
-anything was under way on a link. How much is under way at once belongs to it, and so does what crosses the other direction meanwhile.
+beside what is kept; at 50 GB/s the same step had its links at rest for a third of the time. Links differ by as much from one computer
+to the next. So they are measured together with computing. Of copies that the device times, between two events, the median by bytes
+counts: the host may be late to queue a copy behind its first event. Of others, the time in which anything was under way on the link: how
+much is under way at once belongs to it. What crosses in the other direction meanwhile belongs to both.
 """
 
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from tierstore.trace import Link
@@ -48,8 +51,11 @@ SETTLED_AT_ONCE = 32
 """Leases asked for from one look at those marks to the next."""
 
 
-ENOUGH = 8
-"""Copies from which on a rate counts as measured."""
+ENOUGH, SAMPLES = 8, 256
+"""Copies from which on a rate counts as measured, and how many timed ones are looked at."""
+
+SHORTEST = 1e-15
+"""Seconds that a byte takes at least: a clock may stand still."""
 
 
 @dataclass(slots=True)
@@ -146,6 +152,7 @@ class _Busy:
     """A link's work since it began to be measured.
 
     Attributes:
+        samples: Of copies timed by themselves: (seconds per byte, bytes), ascending.
         under_way: Transfers that are timed by the clock, and have not ended.
         since_ns: Up to when the time of those has been counted.
     """
@@ -153,17 +160,23 @@ class _Busy:
     transfers: int = 0
     nbytes: int = 0
     seconds: float = 0.0
+    samples: list[tuple[float, int]] = field(default_factory=list)
     under_way: int = 0
     since_ns: int = 0
 
-    def add(self, nbytes: int, seconds: float) -> None:
-        self.transfers += 1
-        self.nbytes += nbytes
-        self.seconds += seconds
+    def begin(self) -> None:
+        self.transfers, self.nbytes, self.seconds = 0, 0, 0.0
+        self.samples.clear()
+
+    @property
+    def median(self) -> float:
+        """Seconds per byte of the copy that half of all bytes took no longer than."""
+        counted = list(accumulate(nbytes for _, nbytes in self.samples))
+        return self.samples[bisect_left(counted, counted[-1] / 2)][0]
 
 
 class Rates:
-    """Learns how long a byte takes on each link. See [Note: Rates]. What concerns one link comes from one thread at a time.
+    """Learns how long a byte takes on each link. See [Note: Rates]. Every call comes from under the store's lock.
 
     Args:
         assumed: Seconds per byte, for as long as nothing was measured.
@@ -178,16 +191,19 @@ class Rates:
         return self._seconds_per_byte[link]
 
     def measure(self, wanted: bool) -> None:
-        """Measure anew from now on, or leave it at what was found."""
-        if wanted:
-            for link, busy in self._busy.items():
-                self._busy[link] = _Busy(under_way=busy.under_way, since_ns=busy.since_ns)
+        """Measure anew from now on, or leave it at what was found. To say so again changes nothing."""
+        if wanted and not self._measuring:
+            for busy in self._busy.values():
+                busy.begin()
         self._measuring = wanted
 
     def took(self, link: Link, nbytes: int, seconds: float) -> None:
         """One copy, timed by itself."""
-        self._busy[link].add(nbytes, seconds)
-        self._learn(link)
+        busy = self._busy[link]
+        if self._measuring and nbytes and len(busy.samples) < SAMPLES:
+            insort(busy.samples, (seconds / nbytes, nbytes))
+            if len(busy.samples) >= ENOUGH:
+                self._seconds_per_byte[link] = max(busy.median, SHORTEST)
 
     def started(self, link: Link, now_ns: int) -> None:
         busy = self._busy[link]
@@ -200,11 +216,9 @@ class Rates:
         busy = self._busy[link]
         busy.under_way -= 1
         if nbytes:
-            busy.add(nbytes, max(0, now_ns - busy.since_ns) / 1e9)
+            busy.transfers += 1
+            busy.nbytes += nbytes
+            busy.seconds += max(0, now_ns - busy.since_ns) / 1e9
         busy.since_ns = max(busy.since_ns, now_ns)
-        self._learn(link)
-
-    def _learn(self, link: Link) -> None:
-        busy = self._busy[link]
-        if self._measuring and busy.transfers >= ENOUGH and busy.seconds > 0:
-            self._seconds_per_byte[link] = busy.seconds / busy.nbytes
+        if self._measuring and busy.transfers >= ENOUGH:
+            self._seconds_per_byte[link] = max(busy.seconds / busy.nbytes, SHORTEST)

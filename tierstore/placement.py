@@ -32,11 +32,12 @@ the use that the cursor passes. What is to stay on the device is promised nothin
 serves others, unless RAM has been filled for positions behind which the block does come down.
 
 [Note: Written back behind its load]
-While a load reads an extent in RAM, nothing may be written to it. But a block that somebody has written on the device was loaded there
-as far as the device can tell, or he would have no lease: where copies are ordered by the device, the write-back, which waits for his use,
-comes behind the load, which his use has waited for. So it is ordered at once, and whoever needs the room need not wait until the host has
-heard of the load. Otherwise one who writes block after block waits for each of their loads, and runs ahead of the device by no more than
-the few extents that take turns. Where copies are not ordered so (the device is the CPU), a load has landed when a lease is given.
+While a load reads an extent in RAM, nothing may be written to it. But where copies are ordered by the device, a write-back from an extent
+waits for all that was done in it, and so comes behind the load that filled it. So it is ordered at once, and whoever needs the room need
+not wait until the host has heard of the load. Otherwise one who writes block after block waits for each of their loads, and runs ahead of
+the device by no more than the few extents that take turns. A load into an extent that the block has left meanwhile, before it was written
+anew in another one, is ordered before nothing of the kind: that one must have landed. Where copies are not ordered (the device is the
+CPU), a load has landed when a lease is given.
 
 [Note: Writing behind]
 What a plan has leave a tier before its next use is written back as soon as its use is over, when fewer than `AT_LEAST` orders are under
@@ -459,12 +460,12 @@ class Placement(Extents):
     def _load(self, record: Record, kind: Kind) -> None:
         self.start_load(record, Tier.GPU)
         record.ram.readers += 1
-        record.loads += 1
         if not record.read_for_load:
             self.ram_hits += 1
         record.read_for_load = False
         self.arrived(record, Tier.RAM)
         self.policy.touched(record.id, Tier.RAM)
+        record.loads.add(self._num_orders)
         self._order(Action.H2D, kind, record.nbytes, record=record)
 
     def fetch(self, record: Record, kind: Kind, *, protect: Collection[Record] = (), before: float | None = None) -> bool:
@@ -511,9 +512,12 @@ class Placement(Extents):
 
     @staticmethod
     def _only_loaded_from(record: Record) -> bool:
-        """Whether nothing but loads reads an extent in RAM that is out of date. See [Note: Written back behind its load]."""
+        """Whether nothing reads an extent in RAM that is out of date but loads into the extent that the block has on the device.
+
+        See [Note: Written back behind its load].
+        """
         ram = record.ram
-        return ram.state is State.STALE and ram.readers == record.loads and not ram.moving
+        return ram.state is State.STALE and ram.readers == len(record.loads) and not ram.moving
 
     def _save_ram(self, record: Record, kind: Kind) -> bool:
         ram = record.ram
@@ -645,7 +649,7 @@ class Placement(Extents):
         if order.action is Action.H2D:
             assert record is not None
             record.ram.readers -= 1
-            record.loads -= 1
+            record.loads.discard(order.number)
         elif order.action is Action.D2H:
             assert record is not None
             if order.version != record.version:
@@ -686,7 +690,7 @@ class Placement(Extents):
             tier = Tier.GPU if order.action is Action.H2D else Tier.RAM
             if order.action is Action.H2D:
                 record.ram.readers -= 1
-                record.loads -= 1
+                record.loads.discard(order.number)
             if hung or order.number >= record.asked:
                 record.load_error = error
             if hung and order.action is Action.READ:

@@ -54,6 +54,7 @@ class Record:
         version: Counts the times the block was written; the newest content has this number.
         nvme_version: Version of the content of the shard, or of the model file that the block was adopted from; -1 without one.
         nvme_writing: A write of this block to NVMe is under way.
+        loads: Orders under way that load the extent that it has on the device now.
         readers: Read leases per owner. writer, writer_depth: the write lease.
         born: When its `put` finished, in the sequence of requests; None before.
         blank: It has no content: declared and not written yet, or given up by its last lease. No tier holds bytes that anybody wants, and
@@ -111,7 +112,7 @@ class Record:
         self.load_error: BaseException | None = None
         self.save_error: BaseException | None = None
         self.read_for_load = False
-        self.loads = 0
+        self.loads: set[int] = set()
         self.vacating = False
         self.used_at = -1
 

@@ -207,6 +207,20 @@ def test_parts_of_a_block_share_a_lease_while_they_are_small() -> None:
         assert [name for names in leased for name in names] == [part.name for part in reversed(total.parts)]
 
 
+def test_where_a_leaf_is_itself_a_result_its_sum_still_comes_first() -> None:
+    """A node of ours comes first by its number in the graph only; a leaf that is a result is given gradients before that."""
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randn(500, generator=generator, requires_grad=True)
+    leaf, made = (weight, torch.ones(500)), (weight * 2, torch.ones(500))
+    assert running._comes_first([made], [weight])
+    assert not running._comes_first([made, leaf], [weight])
+    total, first, second = (torch.randn(500, generator=generator) * scale for scale in (1.0, 1e3, 1e-3))
+    (wanted,) = torch.autograd.grad([weight, weight, weight], [weight], [total, first, second])
+    token: Tensor = running._Sums.apply([total.clone()], weight)  # type: ignore[no-untyped-call]
+    (other,) = torch.autograd.grad([token, weight, weight], [weight], [token.detach(), first, second])
+    assert not torch.equal(wanted, other), "nothing is shown"
+
+
 @pytest.mark.parametrize("uses", [1, 2, 3])
 def test_a_sum_is_added_to_use_by_use_and_in_place(uses: int) -> None:
     """As where the leaf is given the sum as a gradient. A copy of each sum was made for each micro-batch, of a whole layer at once."""

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import torch
 
-from tierstore.catalog import PAGE, round_up
+from tierstore.catalog import extent_bytes
 from tierstore.errors import CapacityError
 from tierstore.finetune.data import Batch
 from tierstore.finetune.options import Recipe
 from tierstore.finetune.tuning import Tuning
 from tierstore.residency import Tier
 from tierstore.sync import TierStore
+from tierstore.training.leasing import rounded
 from tierstore.training.traffic import SLOTS, Settings, Traffic, share_in_ram, traffic
 from tierstore.units import LinkRates, format_bytes, format_duration
 
@@ -120,8 +121,9 @@ def _chunks(tuning: Tuning) -> Iterator[tuple[int, int]]:
     masters = tuning.has_masters
     for chunk in tuning.optimizer.chunks:
         itemsizes = [(piece.numel, piece.weight.dtype.itemsize) for piece in chunk.pieces]
-        state = sum(numel * ((MOMENTS + 1) * 4 if masters else MOMENTS * size) for numel, size in itemsizes)
-        yield round_up(state, PAGE), round_up(sum(numel * size for numel, size in itemsizes), PAGE)
+        gradients = rounded(extent_bytes(numel * size for numel, size in itemsizes))
+        state = extent_bytes(numel * (4 if masters else size) for numel, size in itemsizes for _ in range(MOMENTS + masters))
+        yield rounded(state, gradients), gradients
 
 
 def _with_weights(settings: Settings, moved: Traffic, ram: int, *, held: bool) -> Traffic:

@@ -547,7 +547,8 @@ class Engine:
                 self._soon(self._transfer, order)
             return
         if order.action in LINK_OF and not self.copies.asynchronous:
-            self.placement.rates.started(LINK_OF[order.action], now_ns)
+            with self.lock:
+                self.placement.rates.started(LINK_OF[order.action], now_ns)
         try:
             self.copies.start(order, self._ordered, self._done)
         except Exception as error:  # of the driver, or of a thread pool that is shutting down
@@ -555,7 +556,8 @@ class Engine:
 
     def _transfer(self, order: Order) -> None:
         """Start what the drive has to do. On the loop."""
-        self.placement.rates.started(LINK_OF[order.action], self.clock.now_ns())
+        with self.lock:
+            self.placement.rates.started(LINK_OF[order.action], self.clock.now_ns())
         self._spawn(self._read(order) if order.action is Action.READ else self._write(order))
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
@@ -729,9 +731,11 @@ class Engine:
             return
         took_s = self.copies.took(order)
         if not self.copies.asynchronous or order.action in (Action.READ, Action.WRITE):
-            self.placement.rates.ended(link, 0 if error is not None else order.nbytes, end_ns)
+            with self.lock:
+                self.placement.rates.ended(link, 0 if error is not None else order.nbytes, end_ns)
         elif took_s is not None and error is None:
-            self.placement.rates.took(link, order.nbytes, took_s)
+            with self.lock:
+                self.placement.rates.took(link, order.nbytes, took_s)
         if error is not None:
             self.links[link].failures += 1
         else:

@@ -374,11 +374,10 @@ class TieredOptimizer(torch.optim.Optimizer):
     def _need(self, chunk: Chunk) -> int:
         """Bytes of the device with which an update of a chunk certainly finds room."""
         weights = self.tiered.buffers.bytes_of(chunk.block.name)
-        gradient = 0
-        if self.when != "backward":
-            gradient = rounded(extent_bytes(piece.numel * piece.weight.dtype.itemsize for piece in chunk.pieces))
+        part = rounded(extent_bytes(piece.numel * piece.weight.dtype.itemsize for piece in chunk.pieces))
+        gradient = 0 if self.when == "backward" else part
         state = extent_bytes(size for piece in chunk.pieces for size in self._state_sizes(piece))
-        state = state and rounded(state, gradient)
+        state = state and rounded(state, part)
         need = weights + max(0, 2 * gradient - PAGE)
         if state:
             need = max(need, weights + gradient + max(0, (3 if gradient else 2) * (state - PAGE)) + PAGE)

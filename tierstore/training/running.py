@@ -380,7 +380,9 @@ class Call:
             return [None] * len(chunk)
         seeds = [(leaves[weight], sums[weight]) for weight in weights if weight in sums and weight not in ours]
         added_to = [weight for weight in weights if weight in sums and weight in ours]
-        if added_to:
+        if added_to and not _comes_first(roots, [leaves[weight] for weight in added_to]):
+            seeds += [(leaves[weight], sums[weight]) for weight in added_to]
+        elif added_to:
             token: Tensor = _Sums.apply(  # type: ignore[no-untyped-call]
                 [sums.pop(weight) for weight in added_to], *(leaves[weight] for weight in added_to)
             )
@@ -436,6 +438,15 @@ class Call:
                 module._buffers[name] = buffer
             if now is not None:
                 now.set(device)
+
+
+def _comes_first(roots: Sequence[tuple[Tensor, Tensor]], leaves: Sequence[Tensor]) -> bool:
+    """Whether a node made after all others is the first to give these leaves a gradient.
+
+    Roots that are leaves are given theirs at once, and each device has a thread of its own. Nodes that a layer makes on several threads
+    are not told apart.
+    """
+    return all(not root.is_leaf and root.device == leaf.device for root, _ in roots for leaf in leaves[:1])
 
 
 class _Sums(torch.autograd.Function):
