@@ -40,6 +40,8 @@ class Regime:
         nvme: Whether there is a drive.
         trains: False: forward only.
         micro_batch: Rows that a layer runs at a time.
+        deferred_layers: Without clipping, so many layers are updated in their next forward pass. Their gradients take room on the device:
+            the budget is smaller by that.
         repeats: Every step is taken on the same batch, so that its loss has to fall.
         targets: Least fraction without clipping, and with it.
     """
@@ -52,6 +54,7 @@ class Regime:
     nvme: bool = False
     trains: bool = True
     micro_batch: int | None = None
+    deferred_layers: int = 0
     repeats: bool = False
     targets: tuple[float | None, float | None] = (None, None)
 
@@ -142,6 +145,8 @@ def measure(
     """Take steps of it, and put them beside the floor."""
     shape = SHAPES[regime.model]
     when: Literal["deferred", "backward"] = "deferred" if clipped else "backward"
+    late = 0 if clipped else regime.deferred_layers
+    regime = replace(regime, gpu=regime.gpu - late * 2 * shape.layer_parameters)
     begun = time.perf_counter()
     process = psutil.Process()
     probe.forget_drive()
@@ -149,7 +154,13 @@ def measure(
         optimizer: Any = None
         if regime.trains:
             optimizer = TieredOptimizer(
-                tiered, torch.optim.AdamW, lr=1e-4, master_dtype=torch.float32, when=when, fused=device.type == "cuda"
+                tiered,
+                torch.optim.AdamW,
+                lr=1e-4,
+                master_dtype=torch.float32,
+                when=when,
+                deferred_layers=late,
+                fused=device.type == "cuda",
             )
         say(f"  {name}{' clipped' if clipped else ''}: open and filled after {time.perf_counter() - begun:.0f} s")
         losses: list[Tensor] = []
