@@ -36,12 +36,21 @@ def alone(rows: int) -> int:
     return live.peak
 
 
-def measured(rows: int, micro_batch: int | None, when: When, activations: Activations, masters: bool, directory: Path) -> tuple[int, int]:
+def measured(
+    rows: int, micro_batch: int | None, when: When, activations: Activations, masters: bool, directory: Path, *, deferred_layers: int = 0
+) -> tuple[int, int]:
     """Peak of a step, once all state is there, and the bytes of the largest chunk of gradients in the dtype of what is updated."""
     model = Wide(LAYERS, WIDTH).to(torch.bfloat16 if masters else torch.float32)
     with TierStore(BUDGET, 64 << 20, directory, device="cpu") as store:
         tiered = attach(model, store, model.layers, micro_batch=micro_batch, activations=activations)
-        optimizer = TieredOptimizer(tiered, torch.optim.AdamW, lr=1e-3, when=when, master_dtype=torch.float32 if masters else None)
+        optimizer = TieredOptimizer(
+            tiered,
+            torch.optim.AdamW,
+            lr=1e-3,
+            when=when,
+            master_dtype=torch.float32 if masters else None,
+            deferred_layers=deferred_layers,
+        )
         for _ in range(3):
             with Live() as live:
                 x = torch.randn(rows, WIDTH).to(torch.bfloat16 if masters else torch.float32)
@@ -81,3 +90,21 @@ def test_what_is_taken_beside_the_budget(
     assert peak <= bytes_outside(shapes) + ROUNDED
     # With one micro-batch there are no sums over several, and an update's gradients are gone before the next chunk's come.
     assert peak > 0.45 * bytes_outside(shapes), "the formula promises nothing"
+
+
+@pytest.mark.parametrize("deferred_layers", [1, LAYERS])
+def test_gradients_of_deferred_layers_are_taken_beside_it_too(deferred_layers: int, tmp_path: Path) -> None:
+    parameter, rows = 4 * WIDTH * WIDTH, 32
+    peak, chunk = measured(rows, None, "backward", "ram", False, tmp_path / "swap", deferred_layers=deferred_layers)
+    shapes = Shapes(
+        alone=alone(rows),
+        gradients=2 * parameter * 4,
+        gradient=parameter * 4,
+        inputs=rows * WIDTH * 4,
+        layers=LAYERS,
+        when="backward",
+        activations="ram",
+        chunk=chunk,
+        deferred_layers=deferred_layers,
+    )
+    assert deferred_layers * shapes.gradients < peak <= bytes_outside(shapes) + ROUNDED
