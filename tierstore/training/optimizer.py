@@ -513,7 +513,7 @@ class TieredOptimizer(torch.optim.Optimizer):
             raise OptionError("step() takes no closure", remedy="compute the loss before it, and use an optimizer that needs no closure")
         self.tiered._check_attached()
         self.tiered.state.warn_unless_resumed()
-        self._finish([block for block, job in self._pending.items() if not job.late])
+        self._finish([block for block, job in list(self._pending.items()) if not job.late])
         hyper = self._snapshot()
         if self._updated:
             self._check_as_taken(hyper)
