@@ -165,18 +165,14 @@ class _Busy:
     since_ns: int = 0
 
     def begin(self) -> None:
-        self.transfers, self.nbytes, self.seconds = 0, 0, 0.0
-        self.samples.clear()
-
-    @property
-    def median(self) -> float:
-        """Seconds per byte of the copy that half of all bytes took no longer than."""
-        counted = list(accumulate(nbytes for _, nbytes in self.samples))
-        return self.samples[bisect_left(counted, counted[-1] / 2)][0]
+        """Anew. Who is just adding a transfer on another thread spoils no more than one sample: what is under way stays."""
+        self.transfers, self.nbytes, self.seconds, self.samples = 0, 0, 0.0, []
 
 
 class Rates:
-    """Learns how long a byte takes on each link. See [Note: Rates]. Every call comes from under the store's lock.
+    """Learns how long a byte takes on each link. See [Note: Rates].
+
+    `measure` comes from under the store's lock; what else concerns one link, from one thread at a time, without it.
 
     Args:
         assumed: Seconds per byte, for as long as nothing was measured.
@@ -199,11 +195,11 @@ class Rates:
 
     def took(self, link: Link, nbytes: int, seconds: float) -> None:
         """One copy, timed by itself."""
-        busy = self._busy[link]
-        if self._measuring and nbytes and len(busy.samples) < SAMPLES:
-            insort(busy.samples, (seconds / nbytes, nbytes))
-            if len(busy.samples) >= ENOUGH:
-                self._seconds_per_byte[link] = max(busy.median, SHORTEST)
+        samples = self._busy[link].samples
+        if self._measuring and nbytes and len(samples) < SAMPLES:
+            insort(samples, (seconds / nbytes, nbytes))
+            if len(samples) >= ENOUGH:
+                self._seconds_per_byte[link] = max(_median(samples), SHORTEST)
 
     def started(self, link: Link, now_ns: int) -> None:
         busy = self._busy[link]
@@ -220,5 +216,12 @@ class Rates:
             busy.nbytes += nbytes
             busy.seconds += max(0, now_ns - busy.since_ns) / 1e9
         busy.since_ns = max(busy.since_ns, now_ns)
-        if self._measuring and busy.transfers >= ENOUGH:
-            self._seconds_per_byte[link] = max(busy.seconds / busy.nbytes, SHORTEST)
+        transfers, total, seconds = busy.transfers, busy.nbytes, busy.seconds
+        if self._measuring and transfers >= ENOUGH and total:
+            self._seconds_per_byte[link] = max(seconds / total, SHORTEST)
+
+
+def _median(samples: list[tuple[float, int]]) -> float:
+    """Of ascending (seconds per byte, bytes): that of the copy which half of all bytes took no longer than."""
+    counted = list(accumulate(nbytes for _, nbytes in samples))
+    return samples[bisect_left(counted, counted[-1] / 2)][0]

@@ -547,8 +547,7 @@ class Engine:
                 self._soon(self._transfer, order)
             return
         if order.action in LINK_OF and not self.copies.asynchronous:
-            with self.lock:
-                self.placement.rates.started(LINK_OF[order.action], now_ns)
+            self.placement.rates.started(LINK_OF[order.action], now_ns)
         try:
             self.copies.start(order, self._ordered, self._done)
         except Exception as error:  # of the driver, or of a thread pool that is shutting down
@@ -556,8 +555,7 @@ class Engine:
 
     def _transfer(self, order: Order) -> None:
         """Start what the drive has to do. On the loop."""
-        with self.lock:
-            self.placement.rates.started(LINK_OF[order.action], self.clock.now_ns())
+        self.placement.rates.started(LINK_OF[order.action], self.clock.now_ns())
         self._spawn(self._read(order) if order.action is Action.READ else self._write(order))
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
@@ -731,11 +729,9 @@ class Engine:
             return
         took_s = self.copies.took(order)
         if not self.copies.asynchronous or order.action in (Action.READ, Action.WRITE):
-            with self.lock:
-                self.placement.rates.ended(link, 0 if error is not None else order.nbytes, end_ns)
+            self.placement.rates.ended(link, 0 if error is not None else order.nbytes, end_ns)
         elif took_s is not None and error is None:
-            with self.lock:
-                self.placement.rates.took(link, order.nbytes, took_s)
+            self.placement.rates.took(link, order.nbytes, took_s)
         if error is not None:
             self.links[link].failures += 1
         else:
