@@ -475,15 +475,18 @@ class Engine:
         self._book_landed()
         if self.closed or self.failure is not None:
             return
-        if self.captures and threading.current_thread() is not self._thread:
-            self._wake()  # what it takes hold of for a commit is the loop's
-            return
         with self.lock:
-            orders, again = self.scheduler.advance()
-            self.device.invalidate(self.placement.left_device)
-            self._capture()
-            resolved, self.scheduler.resolved = self.scheduler.resolved, []
-            answers = [(request, self._futures.pop(request, None)) for request in resolved]
+            # What it takes hold of for a commit is the loop's. Asked here: a commit may begin while this waits for the lock.
+            elsewhere = bool(self.captures) and threading.current_thread() is not self._thread
+            if not elsewhere:
+                orders, again = self.scheduler.advance()
+                self.device.invalidate(self.placement.left_device)
+                self._capture()
+                resolved, self.scheduler.resolved = self.scheduler.resolved, []
+                answers = [(request, self._futures.pop(request, None)) for request in resolved]
+        if elsewhere:
+            self._wake()
+            return
         for request, future in answers:
             if future is None:
                 if request.error is not None:
