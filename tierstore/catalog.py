@@ -9,7 +9,7 @@ pointers); the payload's length is a multiple of 4096, so that direct I/O can ta
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NewType
 
@@ -103,14 +103,7 @@ class Block:
     frozen: bool = False
 
 
-def lay_out(
-    name: str,
-    tensors: Iterable[tuple[str, str, tuple[int, ...]]],
-    *,
-    single: bool = False,
-    frozen: bool = False,
-    rounded: Callable[[int], int] = lambda nbytes: nbytes,
-) -> Block:
+def lay_out(name: str, tensors: Iterable[tuple[str, str, tuple[int, ...]]], *, single: bool = False, frozen: bool = False) -> Block:
     """Place tensors one behind the other, each at the next multiple of 256 bytes.
 
     Args:
@@ -118,7 +111,6 @@ def lay_out(
         tensors: (name, safetensors dtype, shape) of each, in the order to keep.
         single: It was given as one bare tensor.
         frozen: It is never written.
-        rounded: Of the bytes that it has to take, how many it takes: not less, in whole pages.
 
     Raises:
         TensorError: A name no shard can hold, or a dtype that is not known.
@@ -154,7 +146,7 @@ def lay_out(
             )
         specs.append(TensorSpec(tensor, dtype, tuple(shape), offset))
         offset = round_up(offset + specs[-1].nbytes, TENSOR_ALIGNMENT)
-    return Block(name, tuple(specs), rounded(max(PAGE, round_up(offset, PAGE))), single, frozen)
+    return Block(name, tuple(specs), max(PAGE, round_up(offset, PAGE)), single, frozen)
 
 
 def check_text(text: object, *, what: str, block: object) -> None:

@@ -18,6 +18,7 @@ from tierstore.finetune.options import Recipe
 from tierstore.finetune.tuning import Tuning
 from tierstore.residency import Tier
 from tierstore.sync import TierStore
+from tierstore.training.gradients import part_bytes
 from tierstore.training.leasing import rounded
 from tierstore.training.traffic import SLOTS, Settings, Traffic, share_in_ram, traffic
 from tierstore.units import LinkRates, format_bytes, format_duration
@@ -120,9 +121,9 @@ def _chunks(tuning: Tuning) -> Iterator[tuple[int, int]]:
     """Bytes of state and of gradients of each chunk."""
     masters = tuning.has_masters
     for chunk in tuning.optimizer.chunks:
-        itemsizes = [(piece.numel, piece.weight.dtype.itemsize) for piece in chunk.pieces]
-        gradients = rounded(extent_bytes(numel * size for numel, size in itemsizes))
-        state = extent_bytes(numel * (4 if masters else size) for numel, size in itemsizes for _ in range(MOMENTS + masters))
+        gradients = part_bytes(chunk.pieces)
+        sizes = [piece.numel * (4 if masters else piece.weight.dtype.itemsize) for piece in chunk.pieces]
+        state = extent_bytes(sizes * (MOMENTS + masters))
         yield rounded(state, gradients), gradients
 
 

@@ -61,7 +61,12 @@ class Part:
     @property
     def block_bytes(self) -> int:
         """What the block takes."""
-        return rounded(extent_bytes(piece.numel * piece.weight.dtype.itemsize for piece in self.pieces))
+        return part_bytes(self.pieces)
+
+
+def part_bytes(pieces: Iterable[Piece]) -> int:
+    """What a block with the gradients of these pieces takes."""
+    return rounded(extent_bytes(piece.numel * piece.weight.dtype.itemsize for piece in pieces))
 
 
 class Sum:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 
 import torch
 
@@ -154,7 +155,8 @@ class Buffers:
         """
         engine = self.store.engine
         layout = [(tensor, NAMES[dtype], tuple(shape)) for tensor, dtype, shape in tensors]
-        block = lay_out(name, layout, rounded=lambda nbytes: rounded(nbytes, part))
+        block = lay_out(name, layout)
+        block = replace(block, nbytes=rounded(block.nbytes, part))
         if name in self.store:
             with engine.lock:
                 present = engine.scheduler.find(name).block

@@ -47,7 +47,7 @@ from torch import Tensor
 from tierstore.catalog import PAGE, extent_bytes
 from tierstore.errors import CapacityError, DeadlockError, OptionError, TrainingError
 from tierstore.training.chunks import ALIGN, MASTER, PREFIX, Chunk, Stepper, cut, even_share
-from tierstore.training.gradients import Observe, Part, Sums
+from tierstore.training.gradients import Observe, Part, Sums, part_bytes
 from tierstore.training.instances import Factory, Hyper, Rehearsal, in_group, may_change, own_options
 from tierstore.training.layers import Tiered
 from tierstore.training.leasing import chunk_bytes, rounded
@@ -80,7 +80,6 @@ class Job:
         torn: An attempt at it has left the block of weights without content; all of it is in the masters.
         given: The gradients, where they are not in the store.
         spread: It is to be made behind the micro-batches of another layer; see [Note: Updates between micro-batches].
-        late: It is to be made before the next use of the weights; see [Note: Updates in the next forward pass].
     """
 
     hyper: Hyper
@@ -93,7 +92,6 @@ class Job:
     torn: bool = False
     given: Sums | None = None
     spread: bool = False
-    late: bool = False
 
     @contextlib.contextmanager
     def surroundings(self) -> Iterator[None]:
@@ -374,7 +372,7 @@ class TieredOptimizer(torch.optim.Optimizer):
     def _need(self, chunk: Chunk) -> int:
         """Bytes of the device with which an update of a chunk certainly finds room."""
         weights = self.tiered.buffers.bytes_of(chunk.block.name)
-        part = rounded(extent_bytes(piece.numel * piece.weight.dtype.itemsize for piece in chunk.pieces))
+        part = part_bytes(chunk.pieces)
         gradient = 0 if self.when == "backward" else part
         state = extent_bytes(size for piece in chunk.pieces for size in self._state_sizes(piece))
         state = state and rounded(state, part)
@@ -433,7 +431,7 @@ class TieredOptimizer(torch.optim.Optimizer):
         self._stepped.update(self._weights[weight] for weight in mine)
         self._taken = self._snapshot()
         late = block in self._late
-        job = Job(self._taken, [], {}, Autocast.off(self.tiered.device.type), given=mine, spread=spread and not late, late=late)
+        job = Job(self._taken, [], {}, Autocast.off(self.tiered.device.type), given=mine, spread=spread and not late)
         if spread or late:
             self._put_off(block, job)
         else:
@@ -458,7 +456,7 @@ class TieredOptimizer(torch.optim.Optimizer):
 
     def catch_up(self) -> None:
         """Make all that is left of the updates whose gradients wait outside of the store."""
-        waiting = [block for block, job in list(self._pending.items()) if job.given is not None and not job.late]
+        waiting = [block for block, job in list(self._pending.items()) if job.given is not None and block not in self._late]
         if waiting:
             self.settle(waiting)
 
@@ -513,7 +511,7 @@ class TieredOptimizer(torch.optim.Optimizer):
             raise OptionError("step() takes no closure", remedy="compute the loss before it, and use an optimizer that needs no closure")
         self.tiered._check_attached()
         self.tiered.state.warn_unless_resumed()
-        self._finish([block for block, job in list(self._pending.items()) if not job.late])
+        self._finish([block for block in list(self._pending) if block not in self._late])
         hyper = self._snapshot()
         if self._updated:
             self._check_as_taken(hyper)

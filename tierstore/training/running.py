@@ -378,15 +378,12 @@ class Call:
         sources = [leaves[weight] for weight in weights] + [chunk[position] for position in wanted]
         if not roots or not sources:
             return [None] * len(chunk)
-        seeds = [(leaves[weight], sums[weight]) for weight in weights if weight in sums and weight not in ours]
-        added_to = [weight for weight in weights if weight in sums and weight in ours]
-        if added_to and not _comes_first(roots, [leaves[weight] for weight in added_to]):
-            seeds += [(leaves[weight], sums[weight]) for weight in added_to]
-        elif added_to:
-            token: Tensor = _Sums.apply(  # type: ignore[no-untyped-call]
-                [sums.pop(weight) for weight in added_to], *(leaves[weight] for weight in added_to)
-            )
+        seeds: list[tuple[Tensor, Tensor]] = []
+        added_to = {weight: leaves[weight] for weight in weights if weight in ours}
+        if added_to and _comes_first(roots, [*added_to.values()]):
+            token: Tensor = _Sums.apply([sums.pop(weight) for weight in added_to], *added_to.values())  # type: ignore[no-untyped-call]
             seeds.append((token, token.detach()))
+        seeds += [(leaves[weight], sums[weight]) for weight in weights if weight in sums]
         for position in wanted:
             grad = found[position]
             if not splits[position] and grad is not None:
