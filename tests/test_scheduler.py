@@ -1024,6 +1024,27 @@ def test_on_an_ordered_device_a_block_is_written_back_behind_its_load_and_makes_
 
 
 @pytest.mark.parametrize("has_nvme", [False, True])
+def test_who_asks_for_a_block_on_its_way_down_waits_for_a_copy(has_nvme: bool) -> None:
+    """It said that he waited for the drive, in a store without one."""
+    sim = Sim(gpu=2, ram=16, has_nvme=has_nvme, device_is_ordered=True)
+    record, *others = (sim.put(f"{index}", 1) for index in range(3))
+    sim.use(record, write=True)
+    for other in others:
+        answer = sim.ask("one", (other,))
+        sim.pump()
+        sim.release(answer.lease if isinstance(answer, Use) else answer)
+    assert record.coming_down
+    answer = sim.ask("one", (record,))
+    assert isinstance(answer, Use)
+    sim.pump()
+    assert answer.lease is None
+    assert answer.cause == "copy"
+    sim.settle()
+    assert answer.lease is not None
+    assert answer.cause == "copy"
+
+
+@pytest.mark.parametrize("has_nvme", [False, True])
 def test_a_block_written_anew_elsewhere_is_not_written_back_over_what_an_older_load_still_reads(has_nvme: bool) -> None:
     """Two streams: nothing orders what the second does in its extent behind a load into another one, which the first waits for."""
     sim = Sim(gpu=3, ram=16, has_nvme=has_nvme, device_is_ordered=True)

@@ -128,6 +128,11 @@ class Record:
         return bool(self.readers) or self.writer is not None
 
     @property
+    def coming_down(self) -> bool:
+        """Whether its content is on the way from the device to RAM, and in RAM only once it has landed."""
+        return self.ram.loading and not self.read_for_load
+
+    @property
     def tiers(self) -> tuple[Tier, ...]:
         """Tiers that hold the newest content."""
         found = [tier for tier in (Tier.GPU, Tier.RAM) if self.copy(tier).valid]

@@ -473,7 +473,7 @@ class Scheduler(Leases):
             if gpu.valid or gpu.loading:
                 continue
             fresh = record.id in request.fresh
-            nvme = nvme or not (record.ram.valid or fresh)
+            nvme = nvme or not (record.ram.valid or record.coming_down or fresh)
             if self._starved and gpu.state is State.ABSENT:
                 space = True
             elif fresh:
@@ -483,7 +483,7 @@ class Scheduler(Leases):
                     self._starved = space = True
             elif not self.placement.bring(record, Kind.DEMAND, protect=protect):
                 self._starved = space = True
-            elif gpu.state is State.RESERVED and record.ram.loading and not record.read_for_load:
+            elif gpu.state is State.RESERVED and record.coming_down:
                 self._coming_down = True
         request.cause = "nvme" if nvme else "space" if space else "copy"
         return settled

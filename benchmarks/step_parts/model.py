@@ -133,8 +133,12 @@ class Draws:
 
 
 def batches(rows: int, tokens: int, device: torch.device, *, vocabulary: int = VOCABULARY) -> Iterator[tuple[Tensor, Tensor]]:
-    """Random tokens and those that follow, the same in each run; on the device already."""
+    """Random tokens and those that follow, the same in each run; on the device already.
+
+    From page-locked memory: a copy from any other would have the host wait for all that is queued, in each step.
+    """
     generator = torch.Generator().manual_seed(1)
     while True:
-        drawn = torch.randint(vocabulary, (rows, tokens + 1), generator=generator).to(device)
+        drawn = torch.randint(vocabulary, (rows, tokens + 1), generator=generator, pin_memory=device.type == "cuda")
+        drawn = drawn.to(device, non_blocking=True)
         yield drawn[:, :-1].contiguous(), drawn[:, 1:].contiguous()

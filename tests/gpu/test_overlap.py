@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.step_parts.model import batches
 from tierstore import TierStore
 from tierstore.mover.streams import CudaCopies
 from tierstore.training import TieredOptimizer, attach
@@ -69,6 +70,18 @@ def train(steps: int, after_warm_up: Callable[[], None] = lambda: None) -> tuple
 def test_the_loop_synchronises_nowhere() -> None:
     try:
         train(MEASURED, lambda: torch.cuda.set_sync_debug_mode("error"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+def test_the_data_of_benchmarks_keep_the_host_from_nothing() -> None:
+    """Each step's tokens came from pageable memory, and so the host began each step when the device was done with the last."""
+    data = batches(4, 16, torch.device("cuda"))
+    next(data)
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        next(data)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
