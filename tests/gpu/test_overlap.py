@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from benchmarks.step_parts.model import batches
 from tierstore import TierStore
 from tierstore.mover.streams import CudaCopies
 from tierstore.training import TieredOptimizer, attach
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks.step_parts.model import batches  # noqa: E402 - the path is set only now
 
 pytestmark = pytest.mark.cuda
 
