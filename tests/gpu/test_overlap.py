@@ -18,7 +18,7 @@ from tierstore.training import TieredOptimizer, attach
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks.step_parts.model import batches  # noqa: E402 - the path is set only now
+from benchmarks.step_parts.model import batches
 
 pytestmark = pytest.mark.cuda
 
