@@ -40,8 +40,8 @@ class Regime:
         nvme: Whether there is a drive.
         trains: False: forward only.
         micro_batch: Rows that a layer runs at a time.
-        deferred_layers: Without clipping, so many layers are updated in their next forward pass. Their gradients take room on the device:
-            the budget is smaller by that.
+        deferred_layers: Without clipping, so many layers are updated in their next forward pass. Their gradients lie beside the budget.
+        gpu_unclipped: The budget without clipping, if it is another.
         repeats: Every step is taken on the same batch, so that its loss has to fall.
         targets: Least fraction without clipping, and with it.
     """
@@ -55,6 +55,7 @@ class Regime:
     trains: bool = True
     micro_batch: int | None = None
     deferred_layers: int = 0
+    gpu_unclipped: int | None = None
     repeats: bool = False
     targets: tuple[float | None, float | None] = (None, None)
 
@@ -146,7 +147,8 @@ def measure(
     shape = SHAPES[regime.model]
     when: Literal["deferred", "backward"] = "deferred" if clipped else "backward"
     late = 0 if clipped else regime.deferred_layers
-    regime = replace(regime, gpu=regime.gpu - late * 2 * shape.layer_parameters)
+    if not clipped and regime.gpu_unclipped is not None:
+        regime = replace(regime, gpu=regime.gpu_unclipped)
     begun = time.perf_counter()
     process = psutil.Process()
     probe.forget_drive()
