@@ -564,6 +564,11 @@ class Tiered:
         for optimizer in self.optimizers:
             optimizer.make_share(shares)
 
+    def ahead(self, unit: Unit, done: int, count: int) -> None:
+        """So many of the micro-batches of a unit's forward pass have been queued: make a part of a later layer's update that has waited."""
+        for optimizer in self.optimizers:
+            optimizer.make_share_ahead(unit, done, count)
+
     def add_gradients(self, unit: Unit, sums: Sums, *, spread: bool = False) -> None:
         """A unit's contributions are complete: add the sums to the gradients, or hand them on to who is still to come.
 

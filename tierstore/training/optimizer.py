@@ -16,7 +16,9 @@ backward pass, or when somebody asks for the weights, is made at once; so is all
 With `backward`, links have nothing to do in forward passes once the room on the device is full of what the next backward pass begins with.
 Of `deferred_layers`, evenly spread among all, the update waits for the layer's next forward pass instead, its gradients in torch's memory.
 More than the forward pass can hide only makes it wait: a third of the layers where each way of the link needs about as long as all
-computing does.
+computing does. Where layers run in micro-batches and their weights stream, there is no room for all of a layer's state at once: its
+chunks are updated one by one behind the micro-batches of the layers since the last one that had waited. The last layers are not among
+those that wait: their gradients would lie beside what all other layers keep for their backward pass.
 
 [Note: Hyper-parameters of a step]
 A schedule moves on, and `zero_grad()` is called, before a deferred update is carried out. So `step()` takes a snapshot of every option of
@@ -36,7 +38,7 @@ import functools
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -56,7 +58,7 @@ from tierstore.training.parameters import grouped
 from tierstore.training.pieces import Piece, Stored, gather
 from tierstore.training.probe import MAX_NDIM, PLAIN, SHAPES, Kind, same
 from tierstore.training.rules import Rules, resolved_implementation, rules_of
-from tierstore.training.structure import Weight, WeightBlock
+from tierstore.training.structure import Unit, Weight, WeightBlock
 from tierstore.training.surroundings import Autocast
 
 log = logging.getLogger("tierstore")
@@ -79,7 +81,8 @@ class Job:
         failed: An attempt at it has failed.
         torn: An attempt at it has left the block of weights without content; all of it is in the masters.
         given: The gradients, where they are not in the store.
-        spread: It is to be made behind the micro-batches of another layer; see [Note: Updates between micro-batches].
+        spread: It is to be made behind the micro-batches of another layer; see [Note: Updates between micro-batches] and
+            [Note: Updates in the next forward pass].
     """
 
     hyper: Hyper
@@ -110,6 +113,21 @@ class _Needs:
     names: list[str]
     write: list[str]
     spent: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Ahead:
+    """What is updated behind the micro-batches of a layer's forward pass.
+
+    Attributes:
+        blocks: Of a later layer.
+        place: Of this layer among those behind whose micro-batches that is done.
+        count: How many these are.
+    """
+
+    blocks: set[WeightBlock]
+    place: int
+    count: int
 
 
 class TieredOptimizer(torch.optim.Optimizer):
@@ -225,18 +243,21 @@ class TieredOptimizer(torch.optim.Optimizer):
         self._unerased = False  # plain torch would still have the gradients of the last step
         self._stepped: set[int] = set()  # groups that had gradients since the last step()
         self._chunks: dict[WeightBlock, list[Chunk]] = {}
-        self._late = self._spread_evenly(deferred_layers)
+        self._late: set[WeightBlock] = set()
+        self._ahead: dict[Unit, _Ahead] = {}
+        self._spread_evenly(deferred_layers)
         tiered.finish()  # what other optimizers have put off is for gradients in the pieces in which they are
         self._cut()
         tiered.state.restore_optimizer(self)
         tiered.optimizers.append(self)
 
-    def _spread_evenly(self, count: int) -> set[WeightBlock]:
-        """What so many of the layers alone have of these parameters; the last layer is among them."""
+    def _spread_evenly(self, count: int) -> None:
+        """Choose so many of the layers: what each alone has of these parameters waits. The last is among them only where most are."""
         structure = self.tiered.structure
         used = Counter(block for unit in structure.units for block in unit.blocks)
         mine = {weight.block for weight in self._weights}
-        layers = [found for unit in structure.layers if (found := {block for block in unit.blocks if used[block] == 1 and block in mine})]
+        own = {unit: {block for block in unit.blocks if used[block] == 1 and block in mine} for unit in structure.layers}
+        layers = [unit for unit, blocks in own.items() if blocks]
         if count > len(layers):
             raise OptionError(
                 "deferred_layers= is more than there are",
@@ -244,7 +265,15 @@ class TieredOptimizer(torch.optim.Optimizer):
                 have=str(count),
                 remedy="give fewer",
             )
-        return set().union(*(layers[(number + 1) * len(layers) // count - 1] for number in range(count)))
+        begin = 0
+        for number in range(count):
+            spacing = len(layers) // count
+            end = (number + 1) * len(layers) // count - 1 - (max(1, spacing // 4) if spacing > 1 else 0)
+            blocks = own[layers[end]]
+            self._late |= blocks
+            for place, unit in enumerate(layers[begin:end]):
+                self._ahead[unit] = _Ahead(blocks, place, end - begin)
+            begin = end + 1
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """For torch, while this is made. Afterwards groups are as they are: where state and gradients lie depends on them.
@@ -430,18 +459,46 @@ class TieredOptimizer(torch.optim.Optimizer):
         self._updated.add(block)
         self._stepped.update(self._weights[weight] for weight in mine)
         self._taken = self._snapshot()
-        late = block in self._late
-        job = Job(self._taken, [], {}, Autocast.off(self.tiered.device.type), given=mine, spread=spread and not late)
-        if spread or late:
+        job = Job(self._taken, [], {}, Autocast.off(self.tiered.device.type), given=mine, spread=spread)
+        if spread or block in self._late:
             self._put_off(block, job)
         else:
             self._run(block, job)
         return {weight: grad for weight, grad in sums.items() if weight not in mine}
 
     def make_share(self, shares: int) -> None:
-        """Make a part of the updates that are spread: one of so many shares of what is left. On the thread of a backward pass.
+        """Make a part of the updates that are spread: one of so many shares of what is left. On the thread of a backward pass."""
 
-        Whoever else is just settling makes them, or has their room; this one holds a lease, and must not wait for him.
+        def share(block: WeightBlock, left: int) -> int:
+            return 0 if block in self._late else -(-left // shares)
+
+        self._make_shares(share)
+
+    def make_share_ahead(self, unit: Unit, done: int, count: int) -> None:
+        """The same in a forward pass, of what waits for a later layer's turn. See [Note: Updates in the next forward pass].
+
+        Args:
+            unit: The layer that runs.
+            done: Micro-batches of it that have been queued.
+            count: How many it has.
+        """
+        ahead = self._ahead.get(unit) if self._pending else None
+        if ahead is None:
+            return
+
+        def share(block: WeightBlock, left: int) -> int:
+            if block not in ahead.blocks:
+                return 0
+            shares = ahead.count * count
+            still = shares - ahead.place * count - done
+            return left - len(self._chunks[block]) * still // shares
+
+        self._make_shares(share)
+
+    def _make_shares(self, share: Callable[[WeightBlock, int], int]) -> None:
+        """Of updates that are spread, make as many chunks as `share` says, which is told how many are left.
+
+        Whoever else is just settling makes them, or has their room; this thread holds a lease, and must not wait for him.
         """
         spread = [(block, job) for block, job in list(self._pending.items()) if job.spread]
         if not spread or not self.tiered.settling.acquire(blocking=False):
@@ -450,7 +507,10 @@ class TieredOptimizer(torch.optim.Optimizer):
             with torch.inference_mode(False), torch.no_grad():
                 for block, job in spread:
                     if self._pending.get(block) is job:
-                        self._make_share_of(block, job, shares)
+                        left = self._left(block, job)
+                        wanted = share(block, len(left))
+                        if wanted > 0:
+                            self._make_share_of(block, job, left, wanted)
         finally:
             self.tiered.settling.release()
 
@@ -460,9 +520,7 @@ class TieredOptimizer(torch.optim.Optimizer):
         if waiting:
             self.settle(waiting)
 
-    def _make_share_of(self, block: WeightBlock, job: Job, shares: int) -> None:
-        left = self._left(block, job)
-        count = -(-len(left) // shares)
+    def _make_share_of(self, block: WeightBlock, job: Job, left: Sequence[tuple[Chunk, set[Weight]]], count: int) -> None:
         try:
             if count < len(left):
                 self._run(block, job, count)

@@ -139,6 +139,8 @@ class Call:
                 self._check_closed(result, [*leaves.values(), *mine])
             self._buffers.append(watched.changed())
             self._random.append(None if generators.are_now(self.tiered.device) else generators)
+            if self.arguments.count > 1:
+                self.tiered.ahead(self.unit, index + 1, self.arguments.count)
             return result
 
         with torch.enable_grad(), self._placed() as leaves:
