@@ -53,7 +53,9 @@ REGIMES = {
         targets=(0.95, 0.90),
     ),
     "weights-resident-4k": Regime("1.3B", 4_096, 5_500_000_000, 20 * GIB, "gpu", targets=(0.92, 0.90)),
-    "weights-streamed": Regime("6.7B", 16_384, 1_500_000_000, 112_000_000_000, "ram", micro_batch=1, targets=(0.92, 0.88)),
+    "weights-streamed": Regime(
+        "6.7B", 16_384, 1_600_000_000, 112_000_000_000, "ram", micro_batch=1, deferred_layers=4, targets=(0.92, 0.88)
+    ),
     "state-on-nvme": Regime("1.3B", 16_384, 4_300_000_000, 7 * GIB, "gpu", nvme=True, micro_batch=8, targets=(0.90, 0.88)),
     "all-on-nvme": Regime("1.3B", 16_384, 4_300_000_000, 4_000_000_000, "nvme", nvme=True, micro_batch=8, targets=(0.90, None)),
     "inference": Regime("6.7B", 1_024, 5_000_000_000, 16_000_000_000, "ram", trains=False, targets=(0.95, None)),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tierstore import TierStore
 from tierstore.catalog import PAGE
-from tierstore.training import gradients, running
+from tierstore.training import attach, chunked_loss, gradients, running
 from tierstore.training.gradients import Sum, Sums
 from tierstore.training.leasing import Buffers
 from tierstore.training.pieces import Piece
@@ -244,3 +244,25 @@ def test_a_sum_is_added_to_use_by_use_and_in_place(uses: int) -> None:
         assert torch.equal(total, expected), number
         places.append(total.data_ptr())
     assert len(set(places[1:])) == 1
+
+
+def test_sums_stay_where_the_first_micro_batch_has_put_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A linear layer's gradient comes as a view. That of a head was copied by the second micro-batch: it lay there three times."""
+    places: dict[str, list[int]] = {}
+    follow = running.Call._follow
+
+    def noted(self: Any, roots: Any, leaves: Any, sums: Any, *rest: Any) -> Any:
+        found = follow(self, roots, leaves, sums, *rest)
+        for weight, total in sums.items():
+            places.setdefault(weight.name, []).append(total.data_ptr())
+        return found
+
+    monkeypatch.setattr(running.Call, "_follow", noted)
+    model = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.LayerNorm(32)), torch.nn.Linear(32, 64, bias=False))
+    with TierStore(1 << 20, 1 << 22, tmp_path, device="cpu") as store:
+        attach(model, store, [model[0]], micro_batch=2)
+        chunked_loss(model[1], model[0](torch.randn(8, 32)), torch.zeros(8, dtype=torch.long), chunk=2).backward()
+        store.commit()
+    assert {name: len(found) for name, found in places.items()} == dict.fromkeys(places, 4)
+    assert {"0.0.weight", "0.0.bias", "0.1.weight", "1.weight"} <= places.keys()
+    assert all(len(set(found)) == 1 for found in places.values())

@@ -395,7 +395,7 @@ class Call:
         )
         for weight, grad in zip(weights, results, strict=False):
             if grad is not None:
-                sums[weight] = grad
+                sums[weight] = _without_base(grad) if weight not in ours else grad
                 ours.add(weight)
         rows: list[Tensor | None] = [None] * len(chunk)
         for position, grad in zip(wanted, results[len(weights) :], strict=True):
@@ -446,6 +446,14 @@ def _comes_first(roots: Sequence[tuple[Tensor, Tensor]], leaves: Sequence[Tensor
     are not told apart.
     """
     return all(not root.is_leaf and root.device == leaf.device for root, _ in roots for leaf in leaves[:1])
+
+
+def _without_base(tensor: Tensor) -> Tensor:
+    """The same elements, as no view: autograd adds in place only to what has its storage to itself, and the base of a view has it too."""
+    if not tensor._is_view():
+        return tensor
+    alone = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return alone.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 class _Sums(torch.autograd.Function):
