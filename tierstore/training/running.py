@@ -452,8 +452,7 @@ def _without_base(tensor: Tensor) -> Tensor:
     """The same elements, as no view: autograd adds in place only to what has its storage to itself, and the base of a view has it too."""
     if not tensor._is_view():
         return tensor
-    alone = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    return alone.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+    return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor)  # type: ignore[call-overload, no-any-return]
 
 
 class _Sums(torch.autograd.Function):
