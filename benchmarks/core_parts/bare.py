@@ -67,6 +67,8 @@ class Drive:
 class Copier:
     """Blocks in host memory and extents on the device, copied by `copy_` alone: a thread or a stream per direction.
 
+    Extents take room only while they are copied: what is measured beside them may need all there is.
+
     Args:
         device: Where to.
         nbytes: Length of one copy.
@@ -77,7 +79,6 @@ class Copier:
         cuda = device.type == "cuda"
         self._device = device
         self._host = [torch.ones(nbytes, dtype=torch.uint8, pin_memory=cuda) for _ in range(count)]
-        self._there = [torch.ones(nbytes, dtype=torch.uint8, device=device) for _ in range(count)]
         self._streams = (torch.cuda.Stream(device), torch.cuda.Stream(device)) if cuda else None
         self._threads = None if cuda else (ThreadPoolExecutor(1), ThreadPoolExecutor(1))
 
@@ -86,21 +87,22 @@ class Copier:
         half = len(self._host) // 2 if into and out else len(self._host)
         ins = range(half) if into else range(0)
         outs = range(len(self._host) - half, len(self._host)) if out else range(0)
+        there = [torch.ones_like(block, device=self._device) for block in self._host]
         if self._streams is not None:
             torch.cuda.synchronize(self._device)
         start = time.perf_counter()
         if self._streams is not None:
             with torch.cuda.stream(self._streams[0]):
                 for number in ins:
-                    self._there[number].copy_(self._host[number], non_blocking=True)
+                    there[number].copy_(self._host[number], non_blocking=True)
             with torch.cuda.stream(self._streams[1]):
                 for number in outs:
-                    self._host[number].copy_(self._there[number], non_blocking=True)
+                    self._host[number].copy_(there[number], non_blocking=True)
             torch.cuda.synchronize(self._device)
         else:
             assert self._threads is not None
-            copies = [self._threads[0].submit(self._there[number].copy_, self._host[number]) for number in ins]
-            copies += [self._threads[1].submit(self._host[number].copy_, self._there[number]) for number in outs]
+            copies = [self._threads[0].submit(there[number].copy_, self._host[number]) for number in ins]
+            copies += [self._threads[1].submit(self._host[number].copy_, there[number]) for number in outs]
             for copy in copies:
                 copy.result()
         return time.perf_counter() - start

@@ -58,6 +58,8 @@ class Probe:
             directory.mkdir(parents=True, exist_ok=True)
             self._drives = [Drive(directory / name, FILES, noise, direct=True) for name in ("in", "out")]
         self.links()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def links(self) -> None:
         """The device's link: some tens of milliseconds."""

@@ -41,7 +41,6 @@ class Regime:
         trains: False: forward only.
         micro_batch: Rows that a layer runs at a time.
         deferred_layers: Without clipping, so many layers are updated in their next forward pass. Their gradients lie beside the budget.
-        gpu_unclipped: The budget without clipping, if it is another.
         repeats: Every step is taken on the same batch, so that its loss has to fall.
         targets: Least fraction without clipping, and with it.
     """
@@ -55,7 +54,6 @@ class Regime:
     trains: bool = True
     micro_batch: int | None = None
     deferred_layers: int = 0
-    gpu_unclipped: int | None = None
     repeats: bool = False
     targets: tuple[float | None, float | None] = (None, None)
 
@@ -147,8 +145,6 @@ def measure(
     shape = SHAPES[regime.model]
     when: Literal["deferred", "backward"] = "deferred" if clipped else "backward"
     late = 0 if clipped else regime.deferred_layers
-    if not clipped and regime.gpu_unclipped is not None:
-        regime = replace(regime, gpu=regime.gpu_unclipped)
     begun = time.perf_counter()
     process = psutil.Process()
     probe.forget_drive()
@@ -215,6 +211,7 @@ def measure(
         memory = {
             "device peak": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
             "device reserved": torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0,
+            "retries": _retries(device),
             "gpu budget": regime.gpu,
             "gpu peak": after.tiers["gpu"].peak_bytes,
             "ram budget": regime.ram,
@@ -251,6 +248,11 @@ def measure(
         memory=memory,
         losses=values,
     )
+
+
+def _retries(device: torch.device) -> int:
+    """How often torch's allocator came upon the cap, since the process began, and had the device give back what it kept: that waits."""
+    return int(torch.cuda.memory_stats(device).get("num_alloc_retries", 0)) if device.type == "cuda" else 0
 
 
 class Host:

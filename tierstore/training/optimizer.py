@@ -17,8 +17,8 @@ With `backward`, links have nothing to do in forward passes once the room on the
 Of `deferred_layers`, evenly spread among all, the update waits for the layer's next forward pass instead, its gradients in torch's memory.
 More than the forward pass can hide only makes it wait: a third of the layers where each way of the link needs about as long as all
 computing does. Where layers run in micro-batches and their weights stream, there is no room for all of a layer's state at once: its
-chunks are updated one by one behind the micro-batches of the layers since the last one that had waited. The last layers are not among
-those that wait: their gradients would lie beside what all other layers keep for their backward pass.
+chunks are updated one by one behind the micro-batches of the layers since the last one that had waited. The last layer is not among
+those that wait, unless they are more than half: its gradients would lie beside what all other layers keep for their backward pass.
 
 [Note: Hyper-parameters of a step]
 A schedule moves on, and `zero_grad()` is called, before a deferred update is carried out. So `step()` takes a snapshot of every option of
@@ -252,7 +252,7 @@ class TieredOptimizer(torch.optim.Optimizer):
         tiered.optimizers.append(self)
 
     def _spread_evenly(self, count: int) -> None:
-        """Choose so many of the layers: what each alone has of these parameters waits. The last is among them only where most are."""
+        """Choose so many of the layers: what each alone has of these parameters waits."""
         structure = self.tiered.structure
         used = Counter(block for unit in structure.units for block in unit.blocks)
         mine = {weight.block for weight in self._weights}
