@@ -266,3 +266,36 @@ def test_sums_stay_where_the_first_micro_batch_has_put_them(tmp_path: Path, monk
     assert {name: len(found) for name, found in places.items()} == dict.fromkeys(places, 4)
     assert {"0.0.weight", "0.0.bias", "0.1.weight", "1.weight"} <= places.keys()
     assert all(len(set(found)) == 1 for found in places.values())
+
+
+def test_a_gradient_that_is_negated_when_it_is_read_keeps_its_sign(tmp_path: Path) -> None:
+    """Of a complex matrix made of two real parameters, one gradient comes as a view with its sign still to be turned."""
+    lazy = torch.randn(3, dtype=torch.complex64).conj().imag
+    assert lazy.is_neg()
+    assert torch.equal(running._without_base(lazy), lazy)
+    parts = torch.randn(6).chunk(2)
+    assert running._without_base(parts[0]) is parts[0], "all of the storage would live as long"
+
+    class Complex(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.re, self.im = (torch.nn.Parameter(torch.randn(8, 8)) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(x.to(torch.complex64) @ torch.complex(self.re, self.im).mH).abs()
+
+    x = torch.randn(6, 8)
+    for micro_batch in (None, 2):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(Complex(), Complex())
+        for rows in x.split(micro_batch or 6):
+            model(rows).sum().backward()
+        expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+        with TierStore(1 << 20, 1 << 22, tmp_path / str(micro_batch), device="cpu") as store:
+            tiered = attach(model, store, list(model), micro_batch=micro_batch)
+            model(x).sum().backward()
+            for name, gradient in expected.items():
+                assert gradient is not None
+                found = tiered.gradient(name)
+                assert found is not None
+                torch.testing.assert_close(found, gradient)

@@ -17,8 +17,9 @@ With `backward`, links have nothing to do in forward passes once the room on the
 Of `deferred_layers`, evenly spread among all, the update waits for the layer's next forward pass instead, its gradients in torch's memory.
 More than the forward pass can hide only makes it wait: a third of the layers where each way of the link needs about as long as all
 computing does. Where layers run in micro-batches and their weights stream, there is no room for all of a layer's state at once: its
-chunks are updated one by one behind the micro-batches of the layers since the last one that had waited. The last layer is not among
-those that wait, unless they are more than half: its gradients would lie beside what all other layers keep for their backward pass.
+chunks are updated one by one behind the micro-batches of the layers since the last one that had waited, of those that this optimizer
+updates. The last layer is not among those that wait, unless they are more than half: its gradients would lie beside what all other layers
+keep for their backward pass.
 
 [Note: Hyper-parameters of a step]
 A schedule moves on, and `zero_grad()` is called, before a deferred update is carried out. So `step()` takes a snapshot of every option of

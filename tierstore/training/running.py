@@ -139,7 +139,7 @@ class Call:
                 self._check_closed(result, [*leaves.values(), *mine])
             self._buffers.append(watched.changed())
             self._random.append(None if generators.are_now(self.tiered.device) else generators)
-            if self.arguments.count > 1:
+            if self.arguments.count > 1 and torch._C._current_graph_task_id() < 0:  # not in a backward pass that computes a part once more
                 self.tiered.ahead(self.unit, index + 1, self.arguments.count)
             return result
 
@@ -395,7 +395,7 @@ class Call:
         )
         for weight, grad in zip(weights, results, strict=False):
             if grad is not None:
-                sums[weight] = _without_base(grad) if weight not in ours else grad
+                sums[weight] = _without_base(grad) if self.arguments.count > 1 and weight not in ours else grad
                 ours.add(weight)
         rows: list[Tensor | None] = [None] * len(chunk)
         for position, grad in zip(wanted, results[len(weights) :], strict=True):
@@ -449,8 +449,12 @@ def _comes_first(roots: Sequence[tuple[Tensor, Tensor]], leaves: Sequence[Tensor
 
 
 def _without_base(tensor: Tensor) -> Tensor:
-    """The same elements, as no view: autograd adds in place only to what has its storage to itself, and the base of a view has it too."""
-    if not tensor._is_view():
+    """The same elements, as no view: autograd adds in place only to what has its storage to itself, and the base of a view has it too.
+
+    What is only a part of its base stays as it is, since all of that would live on; and so does what is negated or conjugated when read.
+    """
+    base = tensor._base
+    if base is None or tensor.is_neg() or tensor.is_conj() or tensor._is_zerotensor() or base.nbytes != tensor.nbytes:
         return tensor
     return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor)  # type: ignore[call-overload, no-any-return]
 
