@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -141,11 +141,6 @@ class Buffers:
             return
         with self.lease(*names, write=write, fresh=fresh, spent=spent) as leased:
             yield dict(zip(names, (leased,) if len(names) == 1 else leased, strict=True))
-
-    def are_on_device(self, names: Iterable[str]) -> bool:
-        """Whether these blocks are there now, in full. They may leave as soon as this has returned."""
-        records = self.store.engine.scheduler.names
-        return all((record := records.get(name)) is not None and record.gpu.valid for name in names)
 
     def declare(
         self, name: str, tensors: Collection[tuple[str, torch.dtype, tuple[int, ...]]], hold: str | None = None, *, part: int = 0

@@ -66,8 +66,6 @@ log = logging.getLogger("tierstore")
 
 Scope = Literal["global", "layer"]
 Coefficient = Tensor | dict[Weight, Tensor]
-_Todo = tuple[Chunk, set[Weight]]
-"""A chunk to be updated, and those of its weights that have a gradient."""
 
 
 @dataclass(eq=False, slots=True)
@@ -523,7 +521,7 @@ class TieredOptimizer(torch.optim.Optimizer):
         if waiting:
             self.settle(waiting)
 
-    def _make_share_of(self, block: WeightBlock, job: Job, left: Sequence[_Todo], count: int) -> None:
+    def _make_share_of(self, block: WeightBlock, job: Job, left: Sequence[tuple[Chunk, set[Weight]]], count: int) -> None:
         try:
             if count < len(left):
                 self._run(block, job, count)
@@ -789,9 +787,9 @@ class TieredOptimizer(torch.optim.Optimizer):
         if self._rehearsal is not None:
             self._rehearsal.go_on()
 
-    def _left(self, block: WeightBlock, job: Job) -> list[_Todo]:
+    def _left(self, block: WeightBlock, job: Job) -> list[tuple[Chunk, set[Weight]]]:
         """Chunks that are still to be updated, each with those of its weights that have a gradient."""
-        left: list[_Todo] = []
+        left: list[tuple[Chunk, set[Weight]]] = []
         for chunk in self._chunks[block]:
             if chunk in job.begun:
                 continue
@@ -823,21 +821,23 @@ class TieredOptimizer(torch.optim.Optimizer):
         # One lease of a block and of all there is to its only chunk costs half as much as two. But a fresh lease must not be left by an
         # exception, by which alone what is spent keeps its content.
         single = len(todo) == 1 and not (overwritten and job.detached)
-        together = self._needs([todo[0][0]], job) if single else _Needs([], [], [])
+        together = self._needs(todo[0][0], job) if single else _Needs([], [], [])
         names, write = [block.name, *together.names], [block.name, *together.write]
         fresh = [block.name] if overwritten else []
         try:
             with self.tiered.buffers.lease_all(names, write=write, fresh=fresh, spent=together.spent) as leased:
                 values = leased[block.name]
                 try:
-                    for several in [todo] if single else self._groups(todo, job):
+                    for chunk, weights in todo:
                         if single:
-                            self._update_chunks(several, values, leased, job, written)
+                            self._update_chunk(chunk, weights, values, leased, job, written=chunk in written)
                         else:
-                            self._lease_and_update(several, values, job, written)
-                        for chunk, weights in several if overwritten else ():
-                            if len(weights) < len(chunk.weights):
-                                self._rewrite([chunk], values)
+                            needs = self._needs(chunk, job)
+                            with self.tiered.buffers.lease_all(needs.names, write=needs.write, spent=needs.spent) as of_chunk:
+                                self._update_chunk(chunk, weights, values, of_chunk, job, written=chunk in written)
+                            self._stepper.keep(chunk)
+                        if overwritten and len(weights) < len(chunk.weights):
+                            self._rewrite([chunk], values)
                     if torn:
                         self._rewrite(chunks, values)
                 except BaseException as error:
@@ -863,64 +863,16 @@ class TieredOptimizer(torch.optim.Optimizer):
                 raise
 
     @staticmethod
-    def _needs(chunks: Iterable[Chunk], job: Job) -> _Needs:
-        """What to lease for chunks, beside their weights."""
-        needs = _Needs([], [], [])
-        for chunk in chunks:
-            needs.names.extend(chunk.blocks)
-            needs.write.extend(chunk.blocks)
-            if job.given is None:
-                assert chunk.part is not None
-                needs.names.append(chunk.part.name)
-                if job.detached:
-                    needs.write.append(chunk.part.name)
-                    needs.spent.append(chunk.part.name)
-        return needs
-
-    def _groups(self, todo: Sequence[_Todo], job: Job) -> Iterator[list[_Todo]]:
-        """Chunks to be leased together: such as are on the device already, in turn, and each other one by itself.
-
-        Each lease costs the host as much as any other. Where the links are behind, nothing should wait for more than it needs; where the
-        host is, all has come.
-        """
-        group: list[_Todo] = []
-        for chunk, weights in todo:
-            there = bool(chunk.blocks) and not chunk.unkept and self.tiered.buffers.are_on_device(self._needs([chunk], job).names)
-            if group and not there:
-                yield group
-                group = []
-            group.append((chunk, weights))
-            if not there:
-                yield group
-                group = []
-        if group:
-            yield group
-
-    def _lease_and_update(self, several: Sequence[_Todo], values: Mapping[str, Tensor], job: Job, written: Collection[Chunk]) -> None:
-        """Update chunks under one lease, or each under its own where they find no room together: one may have left the device again."""
-        needs = self._needs([chunk for chunk, _ in several], job)
-        try:
-            with self.tiered.buffers.lease_all(needs.names, write=needs.write, spent=needs.spent) as leased:
-                self._update_chunks(several, values, leased, job, written)
-        except (CapacityError, DeadlockError):
-            if len(several) == 1 or any(chunk in job.begun for chunk, _ in several):
-                raise
-            for each in several:
-                self._lease_and_update([each], values, job, written)
-        else:
-            for chunk, _ in several:
-                self._stepper.keep(chunk)
-
-    def _update_chunks(
-        self,
-        several: Sequence[_Todo],
-        values: Mapping[str, Tensor],
-        leased: Mapping[str, Mapping[str, Tensor]],
-        job: Job,
-        written: Collection[Chunk],
-    ) -> None:
-        for chunk, weights in several:
-            self._update_chunk(chunk, weights, values, leased, job, written=chunk in written)
+    def _needs(chunk: Chunk, job: Job) -> _Needs:
+        """What to lease for a chunk, beside its weights."""
+        names, write, spent = list(chunk.blocks), list(chunk.blocks), []
+        if job.given is None:
+            assert chunk.part is not None
+            names.append(chunk.part.name)
+            if job.detached:
+                write.append(chunk.part.name)
+                spent.append(chunk.part.name)
+        return _Needs(names, write, spent)
 
     def _update_chunk(
         self,
