@@ -80,8 +80,7 @@ EXTRA = {
 def quick(regime: Regime) -> Regime:
     """So small that it shows only that the benchmark works."""
     late = min(1, regime.deferred_layers)
-    small = replace(regime, gpu=40_000_000, ram=120_000_000)
-    return replace(small, model="tiny", tokens=2_048, micro_batch=1, deferred_layers=late)
+    return replace(regime, model="tiny", tokens=2_048, gpu=40_000_000, ram=120_000_000, micro_batch=1, deferred_layers=late)
 
 
 def merged(output: Path, measured: Measured, *, small: bool) -> dict[str, Any]:

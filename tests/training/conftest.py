@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from tests.torch_threads import torch_threads
 from tests.training.pair import opened
 from tierstore import TierStore
+from tierstore.training import TieredOptimizer
 
 
 @pytest.fixture
@@ -22,3 +24,18 @@ def one_thread() -> Iterator[None]:
 def store() -> Iterator[TierStore]:
     with opened() as store:
         yield store
+
+
+@pytest.fixture
+def shares(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Of each update: which block, and how many of its chunks."""
+    made: list[tuple[str, int]] = []
+    update = TieredOptimizer._update
+
+    def counted(self: Any, block: Any, job: Any, count: int | None) -> None:
+        before = len(job.begun)
+        update(self, block, job, count)
+        made.append((block.name, len(job.begun) - before))
+
+    monkeypatch.setattr(TieredOptimizer, "_update", counted)
+    return made

@@ -107,21 +107,6 @@ def test_the_same_bits_as_with_everything_resident(tmp_path: Path, optimizer: st
     assert_streamed(streamed)
 
 
-@pytest.fixture
-def shares(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """Of each update: which block, and how many of its chunks."""
-    made: list[tuple[str, int]] = []
-    update = TieredOptimizer._update
-
-    def counted(self: Any, block: Any, job: Any, count: int | None) -> None:
-        before = len(job.begun)
-        update(self, block, job, count)
-        made.append((block.name, len(job.begun) - before))
-
-    monkeypatch.setattr(TieredOptimizer, "_update", counted)
-    return made
-
-
 def test_streamed_layers_are_updated_behind_the_micro_batches_of_those_before(tmp_path: Path, shares: list[tuple[str, int]]) -> None:
     with training(tmp_path, micro_batch=1) as (store, tiered, model, optimizer):
         for number in (2, 3):

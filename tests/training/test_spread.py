@@ -71,16 +71,7 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_updates_are_made_behind_the_micro_batches_of_the_next_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shares: list[tuple[str, int]] = []
-    update = TieredOptimizer._update
-
-    def counted(self: Any, block: Any, job: Any, count: int | None) -> None:
-        before = len(job.begun)
-        update(self, block, job, count)
-        shares.append((block.name, len(job.begun) - before))
-
-    monkeypatch.setattr(TieredOptimizer, "_update", counted)
+def test_updates_are_made_behind_the_micro_batches_of_the_next_layer(tmp_path: Path, shares: list[tuple[str, int]]) -> None:
     with training(tmp_path) as (store, tiered, model, optimizer):
         step(model, optimizer, 0)
         of_layer = {name: [number for each, number in shares if each == name] for name, _ in shares}
