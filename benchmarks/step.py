@@ -58,23 +58,40 @@ REGIMES = {
     "inference": Regime("6.7B", 1_024, 5_000_000_000, 16_000_000_000, "ram", trains=False, targets=(0.95, None)),
 }
 
-STATE_BYTES = 12 * SHAPES["350M"].parameters
-PASSING_BYTES = 400_000_000
+STATE_BYTES = 12 * SHAPES["1.3B"].parameters
+PASSING_BYTES = 1_000_000_000
 """Of RAM, for what passes through where no state stays there."""
 
 EXTRA = {
     f"state-in-ram-{quarters}-of-4": Regime(
-        "350M",
+        "1.3B",
         4_096,
-        1_250_000_000,
+        4_300_000_000,
         max(PASSING_BYTES, quarters * STATE_BYTES // 4 + (quarters == 4) * PASSING_BYTES),
         "gpu",
         nvme=True,
         targets=(0.85, None),
     )
     for quarters in range(5)
-} | {"largest": Regime("9B", 4_096, 2_500_000_000, 100_000_000_000, "ram", nvme=True, micro_batch=2, repeats=True)}
-"""Run only when named: RAM for parts of the state, drawn by `--plot`, and the largest model that is to train (three steps, no warm-up)."""
+}
+EXTRA |= {
+    f"micro-batches-{count}": Regime(
+        "1.3B",
+        16_384,
+        1_250_000_000,
+        20 * GIB,
+        "ram",
+        micro_batch=64 // count,
+        context=256,
+    )
+    for count in (1, 8, 64)
+}
+EXTRA["largest"] = Regime("9B", 4_096, 2_500_000_000, 100_000_000_000, "ram", nvme=True, micro_batch=2, repeats=True)
+"""Run only when named: RAM for parts of the state, drawn by `--plot`; 64 rows in one micro-batch or many, which move the same bytes; and
+the largest model that is to train (three steps, no warm-up)."""
+
+FAMILIES = ("state-in-ram", "micro-batches")
+"""Names for all that begin so."""
 
 
 def quick(regime: Regime) -> Regime:
@@ -106,7 +123,7 @@ def show(measured: Measured) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--regime", action="append", choices=[*REGIMES, *EXTRA, "state-in-ram"], help="only this one; may be given several times"
+        "--regime", action="append", choices=[*REGIMES, *EXTRA, *FAMILIES], help="only this one; may be given several times"
     )
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--clipped", action="store_true", help="only with clipping")
@@ -135,11 +152,11 @@ def main(arguments: list[str] | None = None) -> int:
         for name in _named(options.regime):
             regime = (REGIMES | EXTRA)[name]
             regime = quick(regime) if options.quick else regime
-            key = (regime.model, regime.tokens, regime.micro_batch, regime.trains)
+            key = (regime.model, regime.tokens, regime.context, regime.micro_batch, regime.trains)
             if key not in computed:
                 _cap(device, None)
                 computed[key] = resident.measure(
-                    SHAPES[regime.model], regime.rows, regimes.CONTEXT, regime.micro_batch, device, trains=regime.trains
+                    SHAPES[regime.model], regime.rows, regime.context, regime.micro_batch, device, trains=regime.trains
                 )
                 _forget(device)
             print(f"{name}: computing alone takes {computed[key].total:.3f} s", flush=True)
@@ -177,7 +194,7 @@ def _named(names: list[str] | None) -> list[str]:
     """The regimes to run."""
     found: list[str] = []
     for name in names or REGIMES:
-        found += [extra for extra in EXTRA if extra.startswith(name + "-")] if name == "state-in-ram" else [name]
+        found += [extra for extra in EXTRA if extra.startswith(name + "-")] if name in FAMILIES else [name]
     return found
 
 

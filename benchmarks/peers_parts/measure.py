@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers_parts.contenders import CONTENDERS, Contender
-from benchmarks.step_parts.model import CONTEXT, batches
+from benchmarks.step_parts.model import batches
 from benchmarks.step_parts.regimes import Regime, Steps
 from tierstore.hardware import machine_facts
 
@@ -86,7 +86,7 @@ def measure(name: str, regime: Regime, device: torch.device, cap_bytes: int | No
 
 def _take_steps(contender: Contender, row: Row, regime: Regime, device: torch.device, directory: Path, warm_up: int, steps: int) -> None:
     losses: list[Tensor] = []
-    data = batches(regime.rows, CONTEXT, device)
+    data = batches(regime.rows, regime.context, device)
     ram = Ram(device)
     row.settings["page_locked_is_resident"] = ram.page_locked_is_resident
     with contender.ready(regime, directory, device) as ready:

@@ -42,6 +42,7 @@ class Regime:
         micro_batch: Rows that a layer runs at a time.
         deferred_layers: Without clipping, so many layers are updated in their next forward pass. Their gradients lie beside the budget.
         repeats: Every step is taken on the same batch, so that its loss has to fall.
+        context: Tokens of a row.
         targets: Least fraction without clipping, and with it.
     """
 
@@ -55,11 +56,12 @@ class Regime:
     micro_batch: int | None = None
     deferred_layers: int = 0
     repeats: bool = False
+    context: int = CONTEXT
     targets: tuple[float | None, float | None] = (None, None)
 
     @property
     def rows(self) -> int:
-        return self.tokens // CONTEXT
+        return self.tokens // self.context
 
 
 @dataclass
@@ -162,7 +164,7 @@ def measure(
             )
         say(f"  {name}{' clipped' if clipped else ''}: open and filled after {time.perf_counter() - begun:.0f} s")
         losses: list[Tensor] = []
-        data = batches(regime.rows, CONTEXT, device)
+        data = batches(regime.rows, regime.context, device)
         if regime.repeats:
             data = itertools.repeat(next(data))
 
