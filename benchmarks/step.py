@@ -62,31 +62,25 @@ STATE_BYTES = 12 * SHAPES["1.3B"].parameters
 PASSING_BYTES = 1_000_000_000
 """Of RAM, for what passes through where no state stays there."""
 
-EXTRA = {
-    f"state-in-ram-{quarters}-of-4": Regime(
-        "1.3B",
-        4_096,
-        4_300_000_000,
-        max(PASSING_BYTES, quarters * STATE_BYTES // 4 + (quarters == 4) * PASSING_BYTES),
-        "gpu",
-        nvme=True,
-        targets=(0.85, None),
-    )
-    for quarters in range(5)
-}
-EXTRA |= {
-    f"micro-batches-{count}": Regime(
-        "1.3B",
-        16_384,
-        1_250_000_000,
-        20 * GIB,
-        "ram",
-        micro_batch=64 // count,
-        context=256,
-    )
-    for count in (1, 8, 64)
-}
-EXTRA["largest"] = Regime("9B", 4_096, 2_500_000_000, 100_000_000_000, "ram", nvme=True, micro_batch=2, repeats=True)
+EXTRA = (
+    {
+        f"state-in-ram-{quarters}-of-4": Regime(
+            "1.3B",
+            4_096,
+            4_300_000_000,
+            max(PASSING_BYTES, quarters * STATE_BYTES // 4 + (quarters == 4) * PASSING_BYTES),
+            "gpu",
+            nvme=True,
+            targets=(0.85, None),
+        )
+        for quarters in range(5)
+    }
+    | {
+        f"micro-batches-{count}": Regime("1.3B", 16_384, 1_250_000_000, 20 * GIB, "ram", micro_batch=64 // count, context=256)
+        for count in (1, 8, 64)
+    }
+    | {"largest": Regime("9B", 4_096, 2_500_000_000, 100_000_000_000, "ram", nvme=True, micro_batch=2, repeats=True)}
+)
 """Run only when named: RAM for parts of the state, drawn by `--plot`; 64 rows in one micro-batch or many, which move the same bytes; and
 the largest model that is to train (three steps, no warm-up)."""
 
